@@ -1,0 +1,41 @@
+# make            what there is
+# make demo       see it work, on a machine that has only Rust
+
+# Rust is often installed without being in the PATH of a fresh shell.
+CARGO ?= $(shell command -v cargo 2>/dev/null || { test -x "$$HOME/.cargo/bin/cargo" && echo "$$HOME/.cargo/bin/cargo"; } || echo cargo)
+
+# make demo SECONDS=20 RATE=5000 DEMO_ARGS="..."
+DEMO_OPTIONS = $(if $(SECONDS),--seconds $(SECONDS)) $(if $(RATE),--rate $(RATE)) $(DEMO_ARGS)
+# make test TEST_ARGS="-p commitstream some_test"
+TEST_ARGS ?= --workspace
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help: ## list the targets
+	@echo "Commitstream: transactional events from PostgreSQL to Redis Streams."
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: ## see it work: PostgreSQL, Redis, the example service, a relay (SECONDS=, RATE=, DEMO_ARGS=)
+	@scripts/install-servers.sh
+	@echo "Building commitstream (the first time takes a few minutes) ..."
+	@$(CARGO) build --release --quiet -p commitstream-cli
+	@$(CARGO) run --release --quiet -p commitstream-cli --bin commitstream -- demo $(DEMO_OPTIONS)
+
+test: ## run all tests against a throwaway PostgreSQL and Redis (TEST_ARGS=)
+	@scripts/install-servers.sh
+	@echo "Building the tests ..."
+	@$(CARGO) test --quiet --no-run $(TEST_ARGS)
+	@echo "Running the tests against a private PostgreSQL and Redis ..."
+	@$(CARGO) run --quiet -p commitstream-sandbox -- exec -- $(CARGO) test $(TEST_ARGS)
+
+lint: ## check format and lints; any warning fails
+	@echo "Checking the format ..."
+	@$(CARGO) fmt --all -- --check
+	@echo "Checking the lints ..."
+	@$(CARGO) clippy --quiet --workspace --all-targets -- -D warnings
+
+clean: ## remove everything that was built
+	@echo "Removing what was built ..."
+	@$(CARGO) clean --quiet
