@@ -1,0 +1,136 @@
+//! The one table of settings. File, environment, flags, refusals and printing all read it; a setting is added here and
+//! in its struct, nowhere else.
+
+use std::time::Duration;
+
+use super::Settings;
+use super::kinds::{Field, Kind, field};
+
+/// One setting.
+pub(super) struct Key {
+    /// Its name in the file and on the command line.
+    pub path: &'static str,
+    /// The environment variable that overrides the file.
+    pub env: Option<&'static str>,
+    pub kind: Kind,
+    /// A setting of the same kind that this one must not be more than.
+    pub not_above: Option<&'static str>,
+}
+
+const fn key(path: &'static str, kind: Kind) -> Key {
+    Key { path, env: None, kind, not_above: None }
+}
+
+impl Key {
+    const fn env(self, name: &'static str) -> Key {
+        Key { env: Some(name), ..self }
+    }
+
+    /// The name to write, as a suggestion shows it.
+    pub fn pattern(&self) -> String {
+        if matches!(self.kind, Kind::Routes(_)) { format!("{}.<event type>", self.path) } else { self.path.to_owned() }
+    }
+
+    const fn not_above(self, path: &'static str) -> Key {
+        Key { not_above: Some(path), ..self }
+    }
+}
+
+const MILLISECOND: Duration = Duration::from_millis(1);
+const SECOND: Duration = Duration::from_secs(1);
+const MINUTE: Duration = Duration::from_secs(60);
+const HOUR: Duration = Duration::from_secs(60 * 60);
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+const YEAR: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+pub(super) static KEYS: &[Key] = &[
+    key("app.database.url", Kind::Url(field!(database.url), &["postgres://", "postgresql://"])).env("DATABASE_URL"),
+    key("app.database.schema", Kind::Schema(field!(database.schema))).env("OUTBOX_SCHEMA"),
+    key("app.database.timeout", Kind::Time(field!(database.timeout), Duration::from_millis(100)..=HOUR)),
+    key("app.redis.url", Kind::Url(field!(redis.url), &["redis://", "rediss://"])).env("REDIS_URL"),
+    key("app.redis.streamPrefix", Kind::Prefix(field!(redis.stream_prefix))).env("STREAM_PREFIX"),
+    key("app.redis.connectTimeout", Kind::Time(field!(redis.connect_timeout), Duration::from_millis(10)..=HOUR)),
+    key("app.redis.responseTimeout", Kind::Time(field!(redis.response_timeout), Duration::from_millis(10)..=HOUR)),
+    key("app.outbox.enabled", Kind::Switch(field!(outbox.enabled))).env("OUTBOX_ENABLED"),
+    key("app.outbox.processor.pollInterval", Kind::Time(field!(outbox.processor.poll_interval), MILLISECOND..=DAY))
+        .env("OUTBOX_POLL_INTERVAL"),
+    key("app.outbox.processor.batchSize", Kind::Count(field!(outbox.processor.batch_size), 1..=10_000)).env("OUTBOX_BATCH_SIZE"),
+    key("app.outbox.processor.maxRetries", Kind::Count(field!(outbox.processor.max_retries), 0..=100)).env("OUTBOX_MAX_RETRIES"),
+    key("app.outbox.processor.retryBaseDelay", Kind::Time(field!(outbox.processor.retry_base_delay), MILLISECOND..=DAY))
+        .not_above("app.outbox.processor.retryMaxDelay"),
+    key("app.outbox.processor.retryMaxDelay", Kind::Time(field!(outbox.processor.retry_max_delay), MILLISECOND..=YEAR)),
+    key("app.outbox.processor.maxInFlightBytes", Kind::Size(field!(outbox.processor.max_in_flight_bytes), 1 << 20..=1 << 30)),
+    key("app.outbox.processor.leaseDuration", Kind::Time(field!(outbox.processor.lease_duration), SECOND..=HOUR)),
+    key("app.outbox.processor.shutdownTimeout", Kind::Time(field!(outbox.processor.shutdown_timeout), Duration::ZERO..=HOUR)),
+    key("app.outbox.processor.markerLife", Kind::Time(field!(outbox.processor.marker_life), HOUR..=YEAR)),
+    key("app.outbox.processor.settledMarkerLife", Kind::Time(field!(outbox.processor.settled_marker_life), MINUTE..=YEAR))
+        .not_above("app.outbox.processor.markerLife"),
+    key("app.outbox.cleanup.enabled", Kind::Switch(field!(outbox.cleanup.enabled))),
+    key("app.outbox.cleanup.interval", Kind::Time(field!(outbox.cleanup.interval), SECOND..=YEAR)),
+    key("app.outbox.cleanup.retentionDays", Kind::Count(field!(outbox.cleanup.retention_days), 0..=36_500))
+        .env("OUTBOX_RETENTION_DAYS"),
+    key("app.outbox.cleanup.batchSize", Kind::Count(field!(outbox.cleanup.batch_size), 1..=100_000)),
+    key("app.eventPublishing.defaultStrategy", Kind::Strategy(field!(publishing.default_strategy)))
+        .env("EVENT_PUBLISHING_STRATEGY"),
+    key("app.eventPublishing.overrides", Kind::Routes(field!(publishing.overrides))),
+    key("app.eventPublishing.maxPayloadBytes", Kind::Size(field!(publishing.max_payload_bytes), 1 << 10..=64 << 20))
+        .not_above("app.outbox.processor.maxInFlightBytes"),
+    key("app.eventPublishing.fallbackToOutbox", Kind::Switch(field!(publishing.fallback_to_outbox))),
+];
+
+/// The sections under `app` that are ours; every other one is the application's own.
+pub(super) fn sections() -> impl Iterator<Item = &'static str> {
+    KEYS.iter().filter_map(|key| key.path.split('.').nth(1))
+}
+
+/// Whether this path holds settings but is none itself.
+pub(super) fn is_section(path: &str) -> bool {
+    let is_within = |key: &Key| key.path.strip_prefix(path).is_some_and(|rest| rest.starts_with('.'));
+    KEYS.iter().any(|key| is_within(key) || (key.path == path && matches!(key.kind, Kind::Routes(_))))
+}
+
+/// A setting, or one member of the map `overrides`.
+pub(super) struct Setting {
+    pub key: &'static Key,
+    /// The event type in `overrides.<event type>`; empty for all others.
+    pub member: String,
+}
+
+impl Setting {
+    /// The setting of this name. Event types need no quotes here: everything after `overrides.` is the type.
+    pub fn find(path: &str) -> Option<Setting> {
+        KEYS.iter().find_map(|key| match key.kind {
+            Kind::Routes(_) => {
+                let member = path.strip_prefix(key.path)?.strip_prefix('.')?;
+                let member = member.strip_prefix('"').and_then(|quoted| quoted.strip_suffix('"')).unwrap_or(member);
+                (!member.is_empty()).then(|| Setting { key, member: member.to_owned() })
+            }
+            _ => (key.path == path).then(|| Setting::plain(key)),
+        })
+    }
+
+    /// Every setting, in the order of the table; `overrides` once for each event type.
+    pub fn all(settings: &Settings) -> Vec<Setting> {
+        let of_key = |key: &'static Key| match &key.kind {
+            Kind::Routes(Field { get, .. }) => {
+                get(settings).keys().map(|member| Setting { key, member: member.clone() }).collect()
+            }
+            _ => vec![Setting::plain(key)],
+        };
+        KEYS.iter().flat_map(of_key).collect()
+    }
+
+    fn plain(key: &'static Key) -> Setting {
+        Setting { key, member: String::new() }
+    }
+
+    /// The name as it is written in the file, with quotes where they are needed.
+    pub fn name(&self) -> String {
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-');
+        match self.member.as_str() {
+            "" => self.key.path.to_owned(),
+            member if member.chars().all(is_plain) => format!("{}.{member}", self.key.path),
+            member => format!("{}.{member:?}", self.key.path),
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! How a value of each kind is read, checked and printed.
+
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use super::units::{parse_size, print_duration, print_number, print_size};
+use super::{Route, Settings, Strategy, redact_url};
+
+/// Where in [`Settings`] a value lives.
+pub(super) struct Field<T> {
+    pub get: fn(&Settings) -> &T,
+    pub get_mut: fn(&mut Settings) -> &mut T,
+}
+
+macro_rules! field {
+    ($($name:ident).+) => {
+        Field { get: |settings| &settings.$($name).+, get_mut: |settings| &mut settings.$($name).+ }
+    };
+}
+pub(super) use field;
+
+pub(super) enum Kind {
+    Switch(Field<bool>),
+    Count(Field<u32>, RangeInclusive<u32>),
+    Size(Field<usize>, RangeInclusive<usize>),
+    Time(Field<Duration>, RangeInclusive<Duration>),
+    Url(Field<Option<String>>, &'static [&'static str]),
+    Schema(Field<String>),
+    Prefix(Field<String>),
+    Strategy(Field<Strategy>),
+    /// An open map: event type to route.
+    Routes(Field<BTreeMap<String, Route>>),
+}
+
+/// Why a value is refused.
+pub(super) struct Refusal {
+    pub reason: String,
+    pub cause: Option<Box<dyn Error + Send + Sync>>,
+}
+
+impl Refusal {
+    fn new(reason: impl Into<String>) -> Self {
+        Self { reason: reason.into(), cause: None }
+    }
+}
+
+const STRATEGIES: &[(&str, Strategy)] =
+    &[("hybrid", Strategy::Hybrid), ("outbox", Strategy::Outbox), ("streams", Strategy::Streams)];
+const ROUTES: &[(&str, Route)] = &[("outbox", Route::Outbox), ("streams", Route::Streams)];
+// As in HOCON; the first of each value is the one that is printed.
+const SWITCHES: &[(&str, bool)] = &[("true", true), ("false", false), ("yes", true), ("no", false), ("on", true), ("off", false)];
+
+/// PostgreSQL cuts longer names off, silently.
+const LONGEST_IDENTIFIER: usize = 63;
+
+impl Kind {
+    /// Reads `text` into the settings. `member` is the event type when the kind is a map.
+    pub fn set(&self, settings: &mut Settings, member: &str, text: &str) -> Result<(), Refusal> {
+        let word = text.trim();
+        match self {
+            Kind::Switch(field) => *(field.get_mut)(settings) = named(word, SWITCHES)?,
+            Kind::Count(field, range) => *(field.get_mut)(settings) = parse_count(word, range)?,
+            Kind::Size(field, range) => {
+                let refusal = || Refusal::new(format!("not a number of bytes such as 65536, 64KiB or 16MiB; {}", sizes(range)));
+                *(field.get_mut)(settings) = parse_size(word).ok_or_else(refusal)?;
+            }
+            Kind::Time(field, range) => *(field.get_mut)(settings) = parse_time(word, range)?,
+            Kind::Url(field, _) => *(field.get_mut)(settings) = Some(word.to_owned()),
+            Kind::Schema(field) | Kind::Prefix(field) => *(field.get_mut)(settings) = text.to_owned(),
+            Kind::Strategy(field) => *(field.get_mut)(settings) = named(word, STRATEGIES)?,
+            Kind::Routes(field) => {
+                let route = named(word, ROUTES)?;
+                (field.get_mut)(settings).insert(member.to_owned(), route);
+            }
+        }
+        self.check(settings)
+    }
+
+    /// Whether what the settings hold is allowed.
+    pub fn check(&self, settings: &Settings) -> Result<(), Refusal> {
+        let (holds, reason) = match self {
+            Kind::Count(field, range) => (range.contains((field.get)(settings)), counts(range)),
+            Kind::Size(field, range) => (range.contains((field.get)(settings)), sizes(range)),
+            Kind::Time(field, range) => (range.contains((field.get)(settings)), times(range)),
+            Kind::Url(field, schemes) => {
+                let starts = |url: &String| schemes.iter().any(|scheme| url.starts_with(scheme) && url.len() > scheme.len());
+                let reason = format!("must be a URL that starts with {}", schemes.join(" or "));
+                ((field.get)(settings).as_ref().is_none_or(starts), reason)
+            }
+            Kind::Schema(field) => {
+                let name = (field.get)(settings);
+                let holds = !name.is_empty() && name.len() <= LONGEST_IDENTIFIER && !name.contains('\0');
+                (holds, format!("must be the name of a schema, 1 to {LONGEST_IDENTIFIER} bytes without NUL"))
+            }
+            Kind::Prefix(field) => (
+                !(field.get)(settings).contains(['{', '}']),
+                "must not contain { or }: Redis Cluster takes braces for a hash tag".to_owned(),
+            ),
+            Kind::Routes(field) => (!(field.get)(settings).contains_key(""), "an event type must not be empty".to_owned()),
+            Kind::Switch(_) | Kind::Strategy(_) => return Ok(()),
+        };
+        if holds { Ok(()) } else { Err(Refusal::new(reason)) }
+    }
+
+    /// The value as it could be written in the file, without passwords; `None` if it is not set.
+    pub fn print(&self, settings: &Settings, member: &str) -> Option<String> {
+        Some(match self {
+            Kind::Switch(field) => name_of(*(field.get)(settings), SWITCHES),
+            Kind::Count(field, _) => (field.get)(settings).to_string(),
+            Kind::Size(field, _) => print_size(*(field.get)(settings)),
+            Kind::Time(field, _) => print_duration(*(field.get)(settings)),
+            Kind::Url(field, _) => redact_url((field.get)(settings).as_deref()?),
+            Kind::Schema(field) | Kind::Prefix(field) => (field.get)(settings).clone(),
+            Kind::Strategy(field) => name_of(*(field.get)(settings), STRATEGIES),
+            Kind::Routes(field) => name_of(*(field.get)(settings).get(member)?, ROUTES),
+        })
+    }
+
+    /// A refused text as it may be shown.
+    pub fn shown(&self, text: &str) -> String {
+        match self {
+            Kind::Url(..) => redact_url(text.trim()),
+            // Quoted where the eye would miss what is wrong: an empty name, a NUL.
+            Kind::Schema(_) | Kind::Prefix(_) => format!("{:?}", harmless(text)),
+            _ => harmless(text.trim()).escape_debug().to_string(),
+        }
+    }
+
+    /// Size for comparing two settings of one kind.
+    pub fn magnitude(&self, settings: &Settings) -> Option<u128> {
+        match self {
+            Kind::Count(field, _) => Some(u128::from(*(field.get)(settings))),
+            Kind::Size(field, _) => Some(*(field.get)(settings) as u128),
+            Kind::Time(field, _) => Some((field.get)(settings).as_nanos()),
+            _ => None,
+        }
+    }
+}
+
+/// A URL that was given to the wrong setting holds its password there, too.
+fn harmless(text: &str) -> String {
+    if text.contains("://") { redact_url(text) } else { text.to_owned() }
+}
+
+fn parse_count(word: &str, range: &RangeInclusive<u32>) -> Result<u32, Refusal> {
+    word.parse().map_err(|cause: std::num::ParseIntError| {
+        // A negative or huge number is a number: saying that it is none would mislead.
+        let digits = word.strip_prefix('-').unwrap_or(word);
+        let is_number = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
+        let reason = if is_number { counts(range) } else { format!("not a whole number; {}", counts(range)) };
+        Refusal { reason, cause: Some(cause.into()) }
+    })
+}
+
+fn parse_time(word: &str, range: &RangeInclusive<Duration>) -> Result<Duration, Refusal> {
+    const EXAMPLES: &str = "write for example 500ms, 1s, 5m or 1h";
+    if !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(Refusal::new(format!("a duration needs a unit: {EXAMPLES}; {}", times(range))));
+    }
+    humantime::parse_duration(word).map_err(|cause| Refusal {
+        reason: format!("{:?} is not a duration: {EXAMPLES}", harmless(word)),
+        cause: Some(cause.into()),
+    })
+}
+
+fn named<T: Copy>(word: &str, names: &[(&str, T)]) -> Result<T, Refusal> {
+    let found = names.iter().find(|(name, _)| name.eq_ignore_ascii_case(word));
+    found.map(|(_, value)| *value).ok_or_else(|| {
+        let names: Vec<&str> = names.iter().map(|(name, _)| *name).collect();
+        Refusal::new(format!("allowed are {}", names.join(", ")))
+    })
+}
+
+fn name_of<T: PartialEq>(value: T, names: &[(&str, T)]) -> String {
+    names.iter().find(|(_, named)| *named == value).map_or_else(String::new, |(name, _)| (*name).to_owned())
+}
+
+fn counts(range: &RangeInclusive<u32>) -> String {
+    format!("allowed are {} to {}", print_number(*range.start()), print_number(*range.end()))
+}
+
+fn sizes(range: &RangeInclusive<usize>) -> String {
+    format!("allowed are {} to {}", print_size(*range.start()), print_size(*range.end()))
+}
+
+fn times(range: &RangeInclusive<Duration>) -> String {
+    format!("allowed are {} to {}", print_duration(*range.start()), print_duration(*range.end()))
+}

@@ -1,0 +1,222 @@
+//! Settings: plain structs with defaults and validation.
+//!
+//! | file | what lives there |
+//! |---|---|
+//! | `keys` | the one table of settings: name, environment variable, range; everything below reads it |
+//! | `kinds`, `units` | how a value of each kind is read, checked and printed |
+//! | `load` | defaults < file < environment < flags, and where each value came from |
+//! | `hocon`, `file`, `resolve` | the file: its syntax, its includes, its references |
+//! | `error`, `redact`, `suggest` | what a refusal says, and what it never shows |
+//!
+//! The process environment is never read here: whoever calls [`Settings::load`] passes a function that looks a variable up.
+
+mod error;
+mod file;
+mod hocon;
+mod keys;
+mod kinds;
+mod load;
+mod redact;
+mod resolve;
+mod suggest;
+#[cfg(test)]
+mod tests;
+mod units;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+pub use error::ConfigError;
+pub use load::{DEFAULT_FILE, Entry, Loaded, Source};
+pub use redact::redact_url;
+
+/// Everything that can be set. [`Settings::default`] is what holds when nothing is said.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Settings {
+    pub database: DatabaseSettings,
+    pub redis: RedisSettings,
+    pub outbox: OutboxSettings,
+    pub publishing: PublishingSettings,
+}
+
+/// `app.database`
+#[derive(Clone, PartialEq)]
+pub struct DatabaseSettings {
+    /// PostgreSQL URL (`DATABASE_URL`). The relay needs a direct connection, not a transaction-mode pooler.
+    pub url: Option<String>,
+    /// Schema that holds `event_outbox`. Default `public`.
+    pub schema: String,
+    /// Limit of one attempt to connect and of one statement of the relay. Default 30 s.
+    pub timeout: Duration,
+}
+
+/// `app.redis`
+#[derive(Clone, PartialEq)]
+pub struct RedisSettings {
+    /// Redis URL (`REDIS_URL`), `redis://` or `rediss://`.
+    pub url: Option<String>,
+    /// Stream keys are this prefix and the aggregate type. Default `events:`. No braces.
+    pub stream_prefix: String,
+    /// Limit of one attempt to connect. Default 2 s.
+    pub connect_timeout: Duration,
+    /// Limit of one command's answer. Default 5 s.
+    pub response_timeout: Duration,
+}
+
+/// `app.outbox`
+#[derive(Debug, Clone, PartialEq)]
+pub struct OutboxSettings {
+    /// `false` (`OUTBOX_ENABLED=false`) sends every event straight to streams. Default `true`.
+    pub enabled: bool,
+    pub processor: ProcessorSettings,
+    pub cleanup: CleanupSettings,
+}
+
+/// `app.outbox.processor`
+#[derive(Debug, Clone, PartialEq)]
+pub struct ProcessorSettings {
+    /// Longest sleep between two looks at the table (`OUTBOX_POLL_INTERVAL`). Default 1 s; wake-ups come earlier.
+    pub poll_interval: Duration,
+    /// Most events in one append (`OUTBOX_BATCH_SIZE`). Default 100; 1 to 10,000.
+    pub batch_size: u32,
+    /// Refusals after which an event is `FAILED`: it is tried once and then this many times again. Default 3; 0 to 100.
+    pub max_retries: u32,
+    /// Wait before the first retry; doubles each time. Default 1 s.
+    pub retry_base_delay: Duration,
+    /// Longest wait before a retry. Default 5 min.
+    pub retry_max_delay: Duration,
+    /// Most payload bytes in memory between claim and settle. Default 16 MiB; at least 1 MiB.
+    pub max_in_flight_bytes: usize,
+    /// Life of a lease without a heartbeat: how long the work of a vanished host waits. Default 10 s; at least 1 s.
+    pub lease_duration: Duration,
+    /// How long a graceful stop waits for what is in flight. Default 10 s.
+    pub shutdown_timeout: Duration,
+    /// Life of a batch marker in Redis before its batch is settled. Default 7 days; at least 1 hour.
+    pub marker_life: Duration,
+    /// Life of a batch marker after its batch is settled. Default 5 min; at least 1 min.
+    pub settled_marker_life: Duration,
+}
+
+/// `app.outbox.cleanup`
+#[derive(Debug, Clone, PartialEq)]
+pub struct CleanupSettings {
+    /// Default `true`.
+    pub enabled: bool,
+    /// Default 1 h; at least 1 s.
+    pub interval: Duration,
+    /// Days that published rows are kept (`OUTBOX_RETENTION_DAYS`). Default 7; 0 removes them at the next clean-up.
+    pub retention_days: u32,
+    /// Most rows deleted in one transaction. Default 1,000; 1 to 100,000.
+    pub batch_size: u32,
+}
+
+/// `app.eventPublishing`
+#[derive(Debug, Clone, PartialEq)]
+pub struct PublishingSettings {
+    /// `EVENT_PUBLISHING_STRATEGY`. Default hybrid.
+    pub default_strategy: Strategy,
+    /// Event type → the way it takes, whatever its lane and the strategy.
+    pub overrides: BTreeMap<String, Route>,
+    /// Most bytes of payload and headers of one event. Default 1 MiB; 1 KiB to 64 MiB.
+    pub max_payload_bytes: usize,
+    /// When Redis is down: write high-frequency events to the outbox instead of returning an error. Default `false`.
+    pub fallback_to_outbox: bool,
+}
+
+/// Which way events take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Strategy {
+    /// By the event's lane.
+    Hybrid,
+    /// Everything through the outbox.
+    Outbox,
+    /// Everything straight to streams.
+    Streams,
+}
+
+/// The way of one event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Route {
+    Outbox,
+    Streams,
+}
+
+impl Default for DatabaseSettings {
+    fn default() -> Self {
+        Self { url: None, schema: "public".to_owned(), timeout: Duration::from_secs(30) }
+    }
+}
+
+impl Default for RedisSettings {
+    fn default() -> Self {
+        Self {
+            url: None,
+            stream_prefix: "events:".to_owned(),
+            connect_timeout: Duration::from_secs(2),
+            response_timeout: Duration::from_secs(5),
+        }
+    }
+}
+
+impl Default for OutboxSettings {
+    fn default() -> Self {
+        Self { enabled: true, processor: ProcessorSettings::default(), cleanup: CleanupSettings::default() }
+    }
+}
+
+impl Default for ProcessorSettings {
+    fn default() -> Self {
+        Self {
+            poll_interval: Duration::from_secs(1),
+            batch_size: 100,
+            max_retries: 3,
+            retry_base_delay: Duration::from_secs(1),
+            retry_max_delay: Duration::from_secs(5 * 60),
+            max_in_flight_bytes: 16 << 20,
+            lease_duration: Duration::from_secs(10),
+            shutdown_timeout: Duration::from_secs(10),
+            marker_life: Duration::from_secs(7 * 24 * 60 * 60),
+            settled_marker_life: Duration::from_secs(5 * 60),
+        }
+    }
+}
+
+impl Default for CleanupSettings {
+    fn default() -> Self {
+        Self { enabled: true, interval: Duration::from_secs(60 * 60), retention_days: 7, batch_size: 1_000 }
+    }
+}
+
+impl Default for PublishingSettings {
+    fn default() -> Self {
+        Self {
+            default_strategy: Strategy::Hybrid,
+            overrides: BTreeMap::new(),
+            max_payload_bytes: 1 << 20,
+            fallback_to_outbox: false,
+        }
+    }
+}
+
+// Not derived: settings end up in logs, and a URL holds a password.
+impl fmt::Debug for DatabaseSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DatabaseSettings")
+            .field("url", &self.url.as_deref().map(redact_url))
+            .field("schema", &self.schema)
+            .field("timeout", &self.timeout)
+            .finish()
+    }
+}
+
+impl fmt::Debug for RedisSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RedisSettings")
+            .field("url", &self.url.as_deref().map(redact_url))
+            .field("stream_prefix", &self.stream_prefix)
+            .field("connect_timeout", &self.connect_timeout)
+            .field("response_timeout", &self.response_timeout)
+            .finish()
+    }
+}

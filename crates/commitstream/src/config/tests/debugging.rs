@@ -1,0 +1,17 @@
+use super::super::{DatabaseSettings, RedisSettings, Settings};
+
+#[test]
+fn debug_never_shows_a_password() {
+    let settings = Settings {
+        database: DatabaseSettings { url: Some("postgres://u:hunter2@h/d".to_owned()), ..DatabaseSettings::default() },
+        redis: RedisSettings { url: Some("redis://:hunter2@h".to_owned()), ..RedisSettings::default() },
+        ..Settings::default()
+    };
+    let shown = format!("{settings:?} {settings:#?}");
+    assert!(!shown.contains("hunter2"), "{shown}");
+    assert!(shown.contains("postgres://u:***@h/d") && shown.contains("redis://:***@h"), "{shown}");
+    // Every field is there: a hand-written Debug forgets new ones.
+    for field in ["schema", "timeout", "stream_prefix", "connect_timeout", "response_timeout"] {
+        assert!(shown.contains(field), "{field}");
+    }
+}

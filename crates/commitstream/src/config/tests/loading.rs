@@ -1,0 +1,158 @@
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::super::keys::KEYS;
+use super::super::{Route, Settings, Source, Strategy};
+use super::{load, load_path, settings};
+
+#[test]
+fn nothing_said_means_the_defaults() {
+    let loaded = load("", &[], &[]).unwrap();
+    assert_eq!(loaded.settings, Settings::default());
+    assert!(loaded.entries().iter().all(|entry| entry.source == Source::Default && entry.value == entry.default));
+    loaded.settings.validate().unwrap();
+}
+
+#[test]
+fn without_a_named_file_the_default_one_may_be_absent() {
+    // The tests run in the directory of the crate, which has no application.conf.
+    assert_eq!(Settings::load(None, |_| None, &[]).unwrap().settings, Settings::default());
+}
+
+#[test]
+fn the_reference_file_is_read() {
+    let read = settings(
+        r#"
+        app {
+          outbox {
+            enabled = false
+            processor { pollInterval = 500ms, batchSize = 200, maxRetries = 5 }
+            cleanup { enabled = no, interval = 2 h, retentionDays = 30 }
+          }
+          eventPublishing { defaultStrategy = "outbox" }   # hybrid, outbox, streams
+        }
+        "#,
+    );
+    assert!(!read.outbox.enabled);
+    assert_eq!(read.outbox.processor.poll_interval, Duration::from_millis(500));
+    assert_eq!(read.outbox.processor.batch_size, 200);
+    assert_eq!(read.outbox.processor.max_retries, 5);
+    assert!(!read.outbox.cleanup.enabled);
+    assert_eq!(read.outbox.cleanup.interval, Duration::from_secs(7_200));
+    assert_eq!(read.outbox.cleanup.retention_days, 30);
+    assert_eq!(read.publishing.default_strategy, Strategy::Outbox);
+}
+
+#[test]
+fn environment_covers_the_file_and_flags_cover_both() {
+    let file = "app.outbox.processor { batchSize = 1, maxRetries = 1, pollInterval = 1m }";
+    let env = [("OUTBOX_BATCH_SIZE", "2"), ("OUTBOX_MAX_RETRIES", "2"), ("OUTBOX_RETENTION_DAYS", "")];
+    let loaded = load(file, &env, &[("app.outbox.processor.batchSize", "3")]).unwrap();
+
+    assert_eq!(loaded.settings.outbox.processor.batch_size, 3);
+    assert_eq!(loaded.settings.outbox.processor.max_retries, 2);
+    assert_eq!(loaded.settings.outbox.processor.poll_interval, Duration::from_secs(60));
+    assert_eq!(loaded.settings.outbox.cleanup.retention_days, 7, "an empty variable counts as not set");
+
+    assert_eq!(loaded.source("app.outbox.processor.batchSize"), Source::Flag);
+    assert_eq!(loaded.source("app.outbox.processor.maxRetries"), Source::Environment("OUTBOX_MAX_RETRIES"));
+    assert!(matches!(loaded.source("app.outbox.processor.pollInterval"), Source::File { line: 1, .. }));
+    assert_eq!(loaded.source("app.outbox.cleanup.retentionDays"), Source::Default);
+}
+
+#[test]
+fn every_environment_variable_of_the_table_takes_effect() {
+    let env = [
+        ("DATABASE_URL", "postgresql://db/app"),
+        ("OUTBOX_SCHEMA", "events"),
+        ("REDIS_URL", "rediss://cache:6380"),
+        ("STREAM_PREFIX", "app:"),
+        ("OUTBOX_ENABLED", "false"),
+        ("OUTBOX_POLL_INTERVAL", "5s"),
+        ("OUTBOX_BATCH_SIZE", "200"),
+        ("OUTBOX_MAX_RETRIES", "0"),
+        ("OUTBOX_RETENTION_DAYS", "30"),
+        ("EVENT_PUBLISHING_STRATEGY", "streams"),
+    ];
+    let loaded = load("", &env, &[]).unwrap();
+    for (name, value) in env {
+        let entry = loaded.entries().into_iter().find(|entry| entry.env == Some(name)).unwrap();
+        assert_eq!(entry.value.as_deref(), Some(value), "{name}");
+        assert!(matches!(entry.source, Source::Environment(from) if from == name));
+    }
+    assert_eq!(KEYS.iter().filter(|key| key.env.is_some()).count(), env.len());
+}
+
+#[test]
+fn overrides_are_an_open_map() {
+    let loaded = load(
+        r#"app.eventPublishing.overrides { MetricUpdated = outbox, "user.created" = streams, order.paid = outbox }"#,
+        &[],
+        &[("app.eventPublishing.overrides.MetricUpdated", "streams"), ("app.eventPublishing.overrides.\"log.line\"", "streams")],
+    )
+    .unwrap();
+    let expected = [
+        ("MetricUpdated", Route::Streams),
+        ("log.line", Route::Streams),
+        ("order.paid", Route::Outbox),
+        ("user.created", Route::Streams),
+    ];
+    assert_eq!(loaded.settings.publishing.overrides, expected.map(|(name, route)| (name.to_owned(), route)).into());
+
+    let entries = loaded.entries();
+    let entry = entries.iter().find(|entry| entry.key == r#"app.eventPublishing.overrides."user.created""#).unwrap();
+    assert_eq!((entry.value.as_deref(), entry.default.as_deref()), (Some("streams"), None));
+    assert!(matches!(entry.source, Source::File { line: 1, .. }));
+}
+
+#[test]
+fn what_belongs_to_the_application_is_left_alone() {
+    let file = r#"
+        akka { loglevel = INFO, http.server = [1, { a = 2 }] }
+        app.mail { sender = ${MUST_BE_SET}, list += 1 }
+        app.name = shop
+        app.outbox.enabled = false
+    "#;
+    assert!(!settings(file).outbox.enabled);
+}
+
+#[test]
+fn null_means_not_set() {
+    let read = settings("app.redis.url = \"redis://a\"\napp.redis.url = null\napp.outbox.enabled = null");
+    assert_eq!(read, Settings::default());
+}
+
+#[test]
+fn entries_are_printed_so_that_they_can_be_pasted_back() {
+    let text = "app { outbox.processor.retryMaxDelay = 90s, eventPublishing.overrides.\"a b\" = outbox, outbox.enabled = off }";
+    let loaded = load(text, &[], &[]).unwrap();
+    let printed: String =
+        loaded.entries().iter().filter_map(|entry| Some(format!("{} = \"{}\"\n", entry.key, entry.value.as_ref()?))).collect();
+    assert!(printed.contains("app.outbox.processor.retryMaxDelay = \"90s\""));
+    assert!(printed.contains("app.outbox.processor.markerLife = \"7d\""));
+    assert!(printed.contains("app.outbox.processor.maxInFlightBytes = \"16MiB\""));
+    assert_eq!(settings(&printed), loaded.settings);
+}
+
+#[test]
+fn entries_never_show_a_password() {
+    let env = [("DATABASE_URL", "postgres://u:hunter2@h/d"), ("REDIS_URL", "redis://:hunter2@h")];
+    let loaded = load("", &env, &[]).unwrap();
+    assert_eq!(loaded.settings.database.url.as_deref(), Some("postgres://u:hunter2@h/d"));
+    assert!(!format!("{:?} {loaded:?}", loaded.entries()).contains("hunter2"));
+}
+
+#[test]
+fn the_example_file_sets_every_key_to_its_default() {
+    let path: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../application.conf.example");
+    let mut loaded = load_path(&path, &[], &[]).unwrap();
+    for key in KEYS.iter().filter(|key| key.path != "app.eventPublishing.overrides") {
+        assert!(matches!(loaded.source(key.path), Source::File { .. }), "{} is missing", key.path);
+    }
+    let text = std::fs::read_to_string(&path).unwrap();
+    for name in KEYS.iter().filter_map(|key| key.env) {
+        assert!(text.contains(name), "{name} is missing");
+    }
+    assert!(loaded.settings.database.url.take().is_some() && loaded.settings.redis.url.take().is_some());
+    assert_eq!(loaded.settings, Settings::default());
+}
