@@ -1,0 +1,203 @@
+use chrono::{DateTime, Utc};
+use sqlx::postgres::PgRow;
+use sqlx::{PgConnection, Row};
+use uuid::Uuid;
+
+use super::{OutboxError, OutboxRepository, PARTITIONS};
+
+/// A range of `seq`: above `after`, up to and including `to`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SeqRange {
+    pub after: i64,
+    pub to: i64,
+}
+
+/// What to claim, and its bounds.
+#[derive(Debug, Clone)]
+pub struct ClaimRequest {
+    pub relay_id: Uuid,
+    /// Where to look, lowest first; must not overlap.
+    pub ranges: Vec<SeqRange>,
+    /// Leave out what open batches name. Needed when the ranges reach below what was claimed before.
+    pub skip_open: bool,
+    /// Most events of the claim, at least 1.
+    pub max_events: i64,
+    /// Most bytes of payload and headers of the claim; the first event is taken whatever its size.
+    pub max_bytes: i64,
+    /// Most events of one batch.
+    pub batch_size: i64,
+    /// An event with more bytes than this comes without payload: it is to be refused, not sent.
+    pub max_payload_bytes: i64,
+    /// Stream keys are this and the aggregate type.
+    pub stream_prefix: String,
+}
+
+/// The outbox row as a model: one claimed event, in the batch that names it.
+#[derive(Debug, Clone)]
+pub struct OutboxEvent {
+    pub batch_id: Uuid,
+    pub stream: String,
+    pub seq: i64,
+    pub id: Uuid,
+    pub event_type: String,
+    pub aggregate_type: String,
+    pub aggregate_id: String,
+    pub occurred_at: DateTime<Utc>,
+    /// JSON text, passed on as it came; `None` when it is over the limit.
+    pub payload: Option<String>,
+    /// JSON text; empty when there are none.
+    pub headers: String,
+    /// Bytes of payload and headers, also when the payload was left out.
+    pub bytes: i64,
+    pub retry_count: i32,
+}
+
+/// A batch that is not settled, as the journal has it.
+#[derive(Debug, Clone)]
+pub struct OpenBatch {
+    pub batch_id: Uuid,
+    pub stream: String,
+    pub events: i64,
+}
+
+/// One statement, so that the claim is one round trip and one commit:
+///
+/// * `lease` locks the relay's lease rows: a takeover either sees this claim or makes it find nothing.
+/// * `candidates` are read per range, by index, lowest `seq` first. A waiting event (`next_retry_at` set) counts when it is due and
+///   nothing of its aggregate before it is still undue or in flight: what is due before it is in this very claim.
+///   Both sides of that compare with one instant: with a running clock, an event could become due between the two.
+/// * A fresh event behind a waiting one is `blocked`: it is not claimed, but made a waiting one itself. Then it holds back in
+///   turn what comes after it, whatever happens to the first, and order per aggregate needs no memory of the relay's.
+/// * `sized` cuts the claim off by bytes, `chunks` cuts it into batches: one journal row per stream and `batch_size` events.
+const CLAIM: &str = "
+WITH lease AS MATERIALIZED (
+    SELECT count(*) = $1 AS held FROM (SELECT 1 FROM {s}.outbox_lease WHERE relay_id = $2 FOR SHARE) AS l
+), open AS MATERIALIZED (
+    SELECT unnest(event_ids) AS id FROM {s}.outbox_batch WHERE settled_at IS NULL AND $5
+), candidates AS MATERIALIZED (
+    SELECT c.*
+    FROM unnest($3::bigint[], $4::bigint[]) AS r(after, upto)
+    CROSS JOIN LATERAL (
+        SELECT e.seq, e.id, e.event_type, e.aggregate_type, e.aggregate_id, e.retry_count,
+               COALESCE(e.occurred_at, e.created_at) AS occurred_at,
+               body.payload, body.headers,
+               e.next_retry_at IS NULL AND EXISTS (
+                   SELECT 1 FROM {s}.event_outbox b
+                   WHERE b.aggregate_type = e.aggregate_type AND b.aggregate_id = e.aggregate_id AND b.seq < e.seq
+                     AND b.status IN ('PENDING', 'PROCESSING') AND b.next_retry_at IS NOT NULL) AS blocked
+        FROM {s}.event_outbox e
+        CROSS JOIN LATERAL (
+            SELECT e.payload::text AS payload, CASE WHEN e.headers = '{}' THEN '' ELSE e.headers::text END AS headers OFFSET 0
+        ) AS body
+        WHERE e.status IN ('PENDING', 'PROCESSING') AND e.seq > r.after AND e.seq <= r.upto
+          AND (NOT $5 OR e.id NOT IN (SELECT id FROM open))
+          AND (e.next_retry_at IS NULL OR (e.next_retry_at <= statement_timestamp() AND NOT EXISTS (
+                   SELECT 1 FROM {s}.event_outbox b
+                   WHERE b.aggregate_type = e.aggregate_type AND b.aggregate_id = e.aggregate_id AND b.seq < e.seq
+                     AND b.status IN ('PENDING', 'PROCESSING') AND b.next_retry_at IS NOT NULL
+                     AND (b.next_retry_at > statement_timestamp() OR b.seq <= r.after OR b.id IN (SELECT id FROM open)))))
+        ORDER BY e.seq LIMIT $6
+    ) AS c
+    WHERE (SELECT held FROM lease)
+    ORDER BY c.seq LIMIT $6
+), sized AS MATERIALIZED (
+    SELECT c.*, octet_length(payload) + octet_length(headers) AS bytes,
+           sum(LEAST(octet_length(payload) + octet_length(headers), $9)) OVER (ORDER BY seq) AS running,
+           row_number() OVER (ORDER BY seq) AS n
+    FROM candidates c WHERE NOT blocked
+), chunks AS MATERIALIZED (
+    SELECT s.*, (row_number() OVER (PARTITION BY aggregate_type ORDER BY seq) - 1) / $8 AS chunk
+    FROM sized s WHERE running <= $7 OR n = 1
+), batches AS MATERIALIZED (
+    SELECT gen_random_uuid() AS batch_id, aggregate_type, chunk, array_agg(id ORDER BY seq) AS event_ids
+    FROM chunks GROUP BY aggregate_type, chunk
+), journal AS (
+    INSERT INTO {s}.outbox_batch (batch_id, relay_id, stream, event_ids)
+    SELECT batch_id, $2, $10 || aggregate_type, event_ids FROM batches
+), waiting AS (
+    UPDATE {s}.event_outbox SET next_retry_at = statement_timestamp()
+    WHERE id = ANY (ARRAY(SELECT id FROM candidates WHERE blocked)) AND next_retry_at IS NULL
+)
+SELECT b.batch_id, c.seq, c.id, c.event_type, c.aggregate_type, c.aggregate_id, c.occurred_at, c.retry_count,
+       CASE WHEN c.bytes <= $9 THEN c.payload END AS payload, c.headers, c.bytes::bigint AS bytes
+FROM chunks c JOIN batches b USING (aggregate_type, chunk)
+ORDER BY c.seq";
+
+impl OutboxRepository {
+    /// Step 1 of the protocol: journals up to `max_events` unsent events in open batches and returns them in `seq` order.
+    /// Returns nothing when the relay no longer holds its lease.
+    ///
+    /// # Errors
+    /// When the answer was lost the claim may have been committed: the caller then resolves the open batches.
+    pub async fn claim(&self, connection: &mut PgConnection, request: &ClaimRequest) -> Result<Vec<OutboxEvent>, OutboxError> {
+        let rows = sqlx::query(self.sql(CLAIM))
+            .bind(PARTITIONS)
+            .bind(request.relay_id)
+            .bind(request.ranges.iter().map(|r| r.after).collect::<Vec<_>>())
+            .bind(request.ranges.iter().map(|r| r.to).collect::<Vec<_>>())
+            .bind(request.skip_open)
+            .bind(request.max_events)
+            .bind(request.max_bytes)
+            .bind(request.batch_size)
+            .bind(request.max_payload_bytes)
+            .bind(&request.stream_prefix)
+            .fetch_all(connection)
+            .await
+            .map_err(self.error("claiming events"))?;
+        rows.iter()
+            .map(|row| event_of(row, &request.stream_prefix))
+            .collect::<Result<_, _>>()
+            .map_err(self.error("reading claimed events"))
+    }
+
+    /// The batches that nobody has settled, oldest first.
+    ///
+    /// # Errors
+    /// PostgreSQL cannot be asked.
+    pub async fn open_batches(&self, connection: &mut PgConnection) -> Result<Vec<OpenBatch>, OutboxError> {
+        let sql = self.sql(
+            "SELECT batch_id, stream, cardinality(event_ids)::bigint AS events FROM {s}.outbox_batch
+             WHERE settled_at IS NULL ORDER BY claimed_at, batch_id",
+        );
+        let rows = sqlx::query(sql).fetch_all(connection).await.map_err(self.error("reading open batches"))?;
+        let batch = |row: &PgRow| -> Result<OpenBatch, sqlx::Error> {
+            Ok(OpenBatch { batch_id: row.try_get("batch_id")?, stream: row.try_get("stream")?, events: row.try_get("events")? })
+        };
+        rows.iter().map(batch).collect::<Result<_, _>>().map_err(self.error("reading open batches"))
+    }
+
+    /// The transactions that have written to the outbox and are still open, as virtual transaction ids. An INSERT locks
+    /// the table before it draws its `seq`, so a missing `seq` can only still arrive from one of these.
+    ///
+    /// # Errors
+    /// PostgreSQL cannot be asked.
+    pub async fn open_writers(&self, connection: &mut PgConnection) -> Result<Vec<String>, OutboxError> {
+        sqlx::query_scalar(
+            "SELECT DISTINCT virtualtransaction FROM pg_locks
+             WHERE locktype = 'relation' AND mode = 'RowExclusiveLock' AND relation = $1::text::regclass
+               AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
+        )
+        .bind(format!("{}.event_outbox", self.quoted))
+        .fetch_all(connection)
+        .await
+        .map_err(self.error("looking for open transactions that wrote to the outbox"))
+    }
+}
+
+fn event_of(row: &PgRow, stream_prefix: &str) -> Result<OutboxEvent, sqlx::Error> {
+    let aggregate_type: String = row.try_get("aggregate_type")?;
+    Ok(OutboxEvent {
+        batch_id: row.try_get("batch_id")?,
+        stream: format!("{stream_prefix}{aggregate_type}"),
+        seq: row.try_get("seq")?,
+        id: row.try_get("id")?,
+        event_type: row.try_get("event_type")?,
+        aggregate_type,
+        aggregate_id: row.try_get("aggregate_id")?,
+        occurred_at: row.try_get("occurred_at")?,
+        payload: row.try_get("payload")?,
+        headers: row.try_get("headers")?,
+        bytes: row.try_get("bytes")?,
+        retry_count: row.try_get("retry_count")?,
+    })
+}

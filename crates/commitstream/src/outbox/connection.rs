@@ -1,0 +1,33 @@
+use std::str::FromStr;
+use std::time::Duration;
+
+use sqlx::postgres::{PgConnectOptions, PgConnection};
+use sqlx::{ConnectOptions, Executor};
+
+use super::OutboxError;
+
+/// Opens one session for the relay or an operator command.
+///
+/// The planner settings keep the claim and the settle on their indexes even while statistics are stale, as they are
+/// after a bulk insert; `work_mem` keeps a claim of many payloads off the disk. They belong to this session alone.
+///
+/// # Errors
+/// The URL cannot be read, or the server cannot be reached within `timeout`.
+pub async fn connect(url: &str, application_name: &str, timeout: Duration) -> Result<PgConnection, OutboxError> {
+    let doing = "connecting";
+    let options = PgConnectOptions::from_str(url).map_err(OutboxError::Url)?.application_name(application_name);
+    let seconds = timeout.as_secs();
+    let timed_out = |_| OutboxError::Timeout { doing, seconds };
+    let unreachable = |source| OutboxError::Unreachable { doing, source };
+    let mut connection =
+        tokio::time::timeout(timeout, options.connect()).await.map_err(timed_out)?.map_err(|source| match source {
+            // A wrong password or a missing database is an answer, not an outage.
+            sqlx::Error::Database(_) => OutboxError::Database { doing, source },
+            source => unreachable(source),
+        })?;
+    let settings = "SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_mergejoin = off; SET enable_hashjoin = off; \
+                    SET work_mem = '32MB'; SET jit = off; SET client_connection_check_interval = '1s'; \
+                    SET idle_in_transaction_session_timeout = '60s'";
+    tokio::time::timeout(timeout, connection.execute(settings)).await.map_err(timed_out)?.map_err(unreachable)?;
+    Ok(connection)
+}

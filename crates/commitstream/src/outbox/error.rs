@@ -1,0 +1,66 @@
+use thiserror::Error;
+
+/// Why something on the outbox tables did not happen.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum OutboxError {
+    #[error(
+        "schema \"{schema}\" has no current outbox tables: run `commitstream migrate`, or apply migrations/V3__create_outbox_table.sql"
+    )]
+    NotMigrated {
+        schema: String,
+        #[source]
+        source: Option<sqlx::Error>,
+    },
+
+    #[error(
+        "schema \"{schema}\" holds an event_outbox that this migration did not create: move it away (ALTER TABLE event_outbox RENAME TO …), migrate, then copy its unsent rows"
+    )]
+    ForeignTable { schema: String },
+
+    #[error("PostgreSQL cannot be reached while {doing}: is it running, and is the URL right (DATABASE_URL)?")]
+    Unreachable {
+        doing: &'static str,
+        #[source]
+        source: sqlx::Error,
+    },
+
+    #[error("PostgreSQL did not answer within {seconds} s while {doing} (setting app.database.timeout)")]
+    Timeout { doing: &'static str, seconds: u64 },
+
+    #[error("the database URL is not usable: write postgres://user:password@host:5432/database")]
+    Url(#[source] sqlx::Error),
+
+    #[error("PostgreSQL refused while {doing}")]
+    Database {
+        doing: &'static str,
+        #[source]
+        source: sqlx::Error,
+    },
+
+    #[error(
+        "the batch journal names {expected} batches to settle but only {found} exist: were rows of outbox_batch deleted by hand?"
+    )]
+    JournalLost { expected: usize, found: usize },
+}
+
+impl OutboxError {
+    pub(super) fn from_sqlx(doing: &'static str, schema: &str, source: sqlx::Error) -> Self {
+        // https://www.postgresql.org/docs/current/errcodes-appendix.html
+        let code = source.as_database_error().and_then(|e| e.code()).map(|code| code.into_owned());
+        match (&source, code.as_deref()) {
+            // undefined_table, undefined_column, invalid_schema_name
+            (_, Some("42P01" | "42703" | "3F000")) => Self::NotMigrated { schema: schema.to_owned(), source: Some(source) },
+            (sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed, _) => {
+                Self::Unreachable { doing, source }
+            }
+            _ => Self::Database { doing, source },
+        }
+    }
+
+    /// True when the tables are missing, which waiting does not mend.
+    #[must_use]
+    pub fn is_not_migrated(&self) -> bool {
+        matches!(self, Self::NotMigrated { .. })
+    }
+}

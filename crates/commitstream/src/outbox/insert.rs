@@ -1,0 +1,79 @@
+use chrono::{DateTime, Utc};
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use super::{OutboxError, OutboxRepository};
+use crate::event::{EventEnvelope, EventError};
+
+/// Rows of one INSERT. Bounds the size of a single message to the server.
+const ROWS_PER_STATEMENT: usize = 5_000;
+
+impl OutboxRepository {
+    /// Inserts the envelopes, in order, in whatever transaction `connection` is in.
+    ///
+    /// # Errors
+    /// An envelope cannot be written as JSON, or PostgreSQL refuses the insert; the transaction is then aborted, as after any
+    /// failed statement.
+    pub async fn insert(&self, connection: &mut PgConnection, envelopes: &[EventEnvelope]) -> Result<(), InsertError> {
+        for chunk in envelopes.chunks(ROWS_PER_STATEMENT) {
+            match chunk {
+                [one] => self.insert_one(connection, one).await?,
+                many => self.insert_many(connection, many).await?,
+            }
+        }
+        Ok(())
+    }
+
+    async fn insert_one(&self, connection: &mut PgConnection, envelope: &EventEnvelope) -> Result<(), InsertError> {
+        let sql = self.sql(
+            "INSERT INTO {s}.event_outbox (id, event_type, aggregate_type, aggregate_id, occurred_at, payload, headers)
+             VALUES ($1, $2, $3, $4, $5, $6::text::jsonb, COALESCE($7::text::jsonb, '{}'))",
+        );
+        sqlx::query(sql)
+            .bind(envelope.id)
+            .bind(&envelope.event_type)
+            .bind(&envelope.aggregate_type)
+            .bind(&envelope.aggregate_id)
+            .bind(envelope.occurred_at)
+            .bind(envelope.payload.get())
+            .bind(envelope.headers_json()?)
+            .execute(connection)
+            .await
+            .map_err(self.error("inserting an event into the outbox"))?;
+        Ok(())
+    }
+
+    /// One statement for many rows. `WITH ORDINALITY` keeps the caller's order in `seq`.
+    async fn insert_many(&self, connection: &mut PgConnection, envelopes: &[EventEnvelope]) -> Result<(), InsertError> {
+        let sql = self.sql(
+            "INSERT INTO {s}.event_outbox (id, event_type, aggregate_type, aggregate_id, occurred_at, payload, headers)
+             SELECT id, event_type, aggregate_type, aggregate_id, occurred_at, payload::jsonb, COALESCE(headers::jsonb, '{}')
+             FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::timestamptz[], $6::text[], $7::text[])
+                  WITH ORDINALITY AS e(id, event_type, aggregate_type, aggregate_id, occurred_at, payload, headers, n)
+             ORDER BY n",
+        );
+        let headers = envelopes.iter().map(EventEnvelope::headers_json).collect::<Result<Vec<_>, _>>()?;
+        let column = |of: fn(&EventEnvelope) -> &str| envelopes.iter().map(of).collect::<Vec<_>>();
+        sqlx::query(sql)
+            .bind(envelopes.iter().map(|e| e.id).collect::<Vec<Uuid>>())
+            .bind(column(|e| &e.event_type))
+            .bind(column(|e| &e.aggregate_type))
+            .bind(column(|e| &e.aggregate_id))
+            .bind(envelopes.iter().map(|e| e.occurred_at).collect::<Vec<DateTime<Utc>>>())
+            .bind(column(|e| e.payload.get()))
+            .bind(headers)
+            .execute(connection)
+            .await
+            .map_err(self.error("inserting events into the outbox"))?;
+        Ok(())
+    }
+}
+
+/// Why events could not be inserted.
+#[derive(Debug, thiserror::Error)]
+pub enum InsertError {
+    #[error(transparent)]
+    Event(#[from] EventError),
+    #[error(transparent)]
+    Outbox(#[from] OutboxError),
+}

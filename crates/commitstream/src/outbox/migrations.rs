@@ -1,0 +1,87 @@
+use sqlx::{Connection, Executor, PgConnection};
+
+use super::{OutboxError, OutboxRepository};
+
+/// The version that this build works with.
+pub const LATEST_VERSION: i32 = 3;
+
+/// Migration files, oldest first. Each records its own version in `outbox_migration`, whoever applies it.
+const MIGRATIONS: [(i32, &str); 1] = [(3, include_str!("../../../../migrations/V3__create_outbox_table.sql"))];
+
+/// What a call of [`OutboxRepository::migrate`] did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Migrated {
+    /// Version found, or `None` where there was nothing.
+    pub from: Option<i32>,
+    /// Version in force now.
+    pub to: i32,
+}
+
+impl OutboxRepository {
+    /// Creates or updates the outbox tables, in one transaction. May be run any number of times and by several processes at
+    /// once: an advisory lock makes them take turns, and versions that are there are not touched.
+    ///
+    /// # Errors
+    /// [`OutboxError::ForeignTable`] when an `event_outbox` of another making is in the way; nothing is changed then.
+    pub async fn migrate(&self, connection: &mut PgConnection) -> Result<Migrated, OutboxError> {
+        let mut tx = connection.begin().await.map_err(self.error("starting the migration"))?;
+        sqlx::query("SELECT pg_advisory_xact_lock(1129139027, hashtext($1))")
+            .bind(&self.schema)
+            .execute(&mut *tx)
+            .await
+            .map_err(self.error("waiting for another migration"))?;
+        let from = self.version(&mut tx).await?;
+        if from.is_none() && self.exists(&mut tx, "event_outbox").await? {
+            return Err(OutboxError::ForeignTable { schema: self.schema.clone() });
+        }
+        if !self.schema_exists(&mut tx).await? {
+            tx.execute(self.sql("CREATE SCHEMA {s}")).await.map_err(self.error("creating the schema"))?;
+        }
+        // pg_catalog is searched first in any case. LOCAL: the caller's session keeps its own path.
+        tx.execute(self.sql("SET LOCAL search_path TO {s}")).await.map_err(self.error("choosing the schema"))?;
+        for (_, sql) in MIGRATIONS.iter().filter(|(version, _)| from.is_none_or(|from| *version > from)) {
+            tx.execute(*sql).await.map_err(self.error("applying the migration"))?;
+        }
+        tx.commit().await.map_err(self.error("committing the migration"))?;
+        Ok(Migrated { from, to: LATEST_VERSION })
+    }
+
+    /// The newest migration that the schema has, or `None`.
+    ///
+    /// # Errors
+    /// PostgreSQL cannot be asked.
+    pub async fn version(&self, connection: &mut PgConnection) -> Result<Option<i32>, OutboxError> {
+        if !self.exists(connection, "outbox_migration").await? {
+            return Ok(None);
+        }
+        sqlx::query_scalar(self.sql("SELECT max(version) FROM {s}.outbox_migration"))
+            .fetch_one(connection)
+            .await
+            .map_err(self.error("reading the migration's version"))
+    }
+
+    /// # Errors
+    /// [`OutboxError::NotMigrated`] unless the tables are those of this build or newer.
+    pub async fn check_migrated(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
+        match self.version(connection).await? {
+            Some(version) if version >= LATEST_VERSION => Ok(()),
+            _ => Err(OutboxError::NotMigrated { schema: self.schema.clone(), source: None }),
+        }
+    }
+
+    async fn exists(&self, connection: &mut PgConnection, table: &str) -> Result<bool, OutboxError> {
+        sqlx::query_scalar("SELECT to_regclass($1) IS NOT NULL")
+            .bind(format!("{}.{table}", self.quoted))
+            .fetch_one(connection)
+            .await
+            .map_err(self.error("looking for the outbox tables"))
+    }
+
+    async fn schema_exists(&self, connection: &mut PgConnection) -> Result<bool, OutboxError> {
+        sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM pg_namespace WHERE nspname = $1)")
+            .bind(&self.schema)
+            .fetch_one(connection)
+            .await
+            .map_err(self.error("looking for the schema"))
+    }
+}

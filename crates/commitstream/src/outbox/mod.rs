@@ -1,0 +1,56 @@
+//! All SQL on the outbox tables. Nothing outside this module names them.
+//!
+//! Every statement is one method of [`OutboxRepository`] on a connection that the caller owns, so that a publish runs in the caller's
+//! transaction and the relay decides which session does what.
+
+mod admin;
+mod claim;
+mod cleanup;
+mod connection;
+mod error;
+mod insert;
+mod lease;
+mod migrations;
+mod settle;
+mod stats;
+mod wake;
+
+pub use admin::{FailedEvent, Selection};
+pub use claim::{ClaimRequest, OpenBatch, OutboxEvent, SeqRange};
+pub use connection::connect;
+pub use error::OutboxError;
+pub use insert::InsertError;
+pub use migrations::{LATEST_VERSION, Migrated};
+pub use settle::{Refusal, Settlement};
+pub use stats::OutboxStats;
+
+use sqlx::AssertSqlSafe;
+
+/// Number of partitions that aggregates are spread over; `outbox_lease` has a row for each.
+pub const PARTITIONS: i64 = 64;
+
+/// Data access to the outbox of one schema. Cheap to clone; holds no connection.
+#[derive(Debug, Clone)]
+pub struct OutboxRepository {
+    schema: String,
+    quoted: String,
+}
+
+impl OutboxRepository {
+    /// The outbox in `schema` (setting `app.database.schema`).
+    #[must_use]
+    pub fn new(schema: &str) -> Self {
+        Self { schema: schema.to_owned(), quoted: format!("\"{}\"", schema.replace('"', "\"\"")) }
+    }
+
+    /// The statement with `{s}` replaced by the quoted schema. Names are qualified, because a publish must not depend on,
+    /// or change, the caller's `search_path`, and a pooler in transaction mode keeps no session settings.
+    fn sql(&self, template: &str) -> AssertSqlSafe<String> {
+        AssertSqlSafe(template.replace("{s}", &self.quoted))
+    }
+
+    fn error(&self, doing: &'static str) -> impl FnOnce(sqlx::Error) -> OutboxError {
+        let schema = self.schema.clone();
+        move |source| OutboxError::from_sqlx(doing, &schema, source)
+    }
+}

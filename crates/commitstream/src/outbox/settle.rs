@@ -1,0 +1,74 @@
+use std::time::Duration;
+
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use super::{OutboxError, OutboxRepository};
+
+/// How one batch ended.
+#[derive(Debug, Clone)]
+pub struct Settlement {
+    pub batch_id: Uuid,
+    /// How many of its events, from the first, are in the stream. The others are released.
+    pub appended: i32,
+    /// Those of the released that were refused.
+    pub refusals: Vec<Refusal>,
+}
+
+/// One event that Redis, or the relay on its behalf, refused.
+#[derive(Debug, Clone)]
+pub struct Refusal {
+    pub event_id: Uuid,
+    pub error: String,
+    /// Wait before the next attempt, or `None` when the event is to be `FAILED`.
+    pub retry_after: Option<Duration>,
+}
+
+/// One statement, one transaction. A batch that is settled already is left alone, and so are events that an operator has
+/// changed or deleted meanwhile: only unsent rows become PUBLISHED, PENDING or FAILED here.
+const SETTLE: &str = "
+WITH settled AS (
+    UPDATE {s}.outbox_batch b SET settled_at = clock_timestamp(), appended = o.appended
+    FROM unnest($1::uuid[], $2::int[]) AS o(batch_id, appended)
+    WHERE b.batch_id = o.batch_id AND b.settled_at IS NULL
+    RETURNING b.batch_id, b.event_ids[1:o.appended] AS sent
+), published AS (
+    UPDATE {s}.event_outbox e SET status = 'PUBLISHED', published_at = clock_timestamp(), next_retry_at = NULL
+    FROM (SELECT unnest(sent) AS id FROM settled) AS s
+    WHERE e.id = s.id AND e.status IN ('PENDING', 'PROCESSING')
+), refused AS (
+    UPDATE {s}.event_outbox e
+    SET status = CASE WHEN r.retry_ms IS NULL THEN 'FAILED' ELSE 'PENDING' END,
+        retry_count = e.retry_count + CASE WHEN r.retry_ms IS NULL THEN 0 ELSE 1 END,
+        next_retry_at = clock_timestamp() + r.retry_ms * interval '1 millisecond',
+        last_error = r.error
+    FROM unnest($3::uuid[], $4::uuid[], $5::text[], $6::bigint[]) AS r(batch_id, id, error, retry_ms)
+    WHERE e.id = r.id AND e.status IN ('PENDING', 'PROCESSING')
+      AND r.batch_id IN (SELECT batch_id FROM settled)
+)
+SELECT count(*) FROM settled";
+
+impl OutboxRepository {
+    /// Step 3 of the protocol: marks what was appended `PUBLISHED`, writes down refusals, and settles the batches.
+    /// Returns how many batches this call settled; settling again changes nothing.
+    ///
+    /// # Errors
+    /// When the answer was lost it may have been committed: the caller then resolves the open batches.
+    pub async fn settle(&self, connection: &mut PgConnection, settlements: &[Settlement]) -> Result<i64, OutboxError> {
+        let refusals = || settlements.iter().flat_map(|s| s.refusals.iter().map(|r| (s.batch_id, r)));
+        sqlx::query_scalar(self.sql(SETTLE))
+            .bind(settlements.iter().map(|s| s.batch_id).collect::<Vec<_>>())
+            .bind(settlements.iter().map(|s| s.appended).collect::<Vec<_>>())
+            .bind(refusals().map(|(batch_id, _)| batch_id).collect::<Vec<_>>())
+            .bind(refusals().map(|(_, r)| r.event_id).collect::<Vec<_>>())
+            .bind(refusals().map(|(_, r)| r.error.replace('\0', "\u{fffd}")).collect::<Vec<_>>())
+            .bind(refusals().map(|(_, r)| r.retry_after.map(millis)).collect::<Vec<_>>())
+            .fetch_one(connection)
+            .await
+            .map_err(self.error("settling batches"))
+    }
+}
+
+fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}

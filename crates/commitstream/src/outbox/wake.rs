@@ -1,0 +1,72 @@
+use sqlx::PgConnection;
+
+use super::{OutboxError, OutboxRepository};
+
+/// First key of the sleep lock, as in the trigger function `outbox_wake_relay`.
+const SLEEP_LOCK: i32 = 1_129_139_027;
+
+impl OutboxRepository {
+    /// Number that stands for this outbox in lock keys and in the channel's name.
+    async fn table_oid(&self, connection: &mut PgConnection) -> Result<i64, OutboxError> {
+        sqlx::query_scalar("SELECT $1::text::regclass::oid::bigint")
+            .bind(format!("{}.event_outbox", self.quoted))
+            .fetch_one(connection)
+            .await
+            .map_err(self.error("looking for event_outbox"))
+    }
+
+    /// The channel that producers notify while a relay sleeps.
+    ///
+    /// # Errors
+    /// PostgreSQL cannot be asked.
+    pub async fn wake_channel(&self, connection: &mut PgConnection) -> Result<String, OutboxError> {
+        Ok(format!("event_outbox_{}", self.table_oid(connection).await?))
+    }
+
+    /// Waits for the sleep lock. From the request on, every producer's commit notifies; when it is granted, no producer
+    /// that did not notify is between insert and commit.
+    ///
+    /// # Errors
+    /// The session was lost.
+    pub async fn lock_sleep(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
+        let oid = self.table_oid(connection).await?;
+        sqlx::query("SELECT pg_advisory_lock($1, $2)")
+            .bind(SLEEP_LOCK)
+            .bind(lock_key(oid))
+            .execute(connection)
+            .await
+            .map_err(self.error("waiting for the sleep lock"))?;
+        Ok(())
+    }
+
+    /// Gives the sleep lock back: producers stop notifying.
+    ///
+    /// # Errors
+    /// The session was lost, and the lock with it.
+    pub async fn unlock_sleep(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
+        sqlx::query("SELECT pg_advisory_unlock_all()")
+            .execute(connection)
+            .await
+            .map_err(self.error("releasing the sleep lock"))?;
+        Ok(())
+    }
+
+    /// Wakes a sleeping relay, for changes that the insert trigger does not see, such as a retry by hand.
+    ///
+    /// # Errors
+    /// PostgreSQL cannot be asked.
+    pub async fn notify(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
+        let channel = self.wake_channel(connection).await?;
+        sqlx::query("SELECT pg_notify($1, '')")
+            .bind(channel)
+            .execute(connection)
+            .await
+            .map_err(self.error("waking the relay"))?;
+        Ok(())
+    }
+}
+
+/// The cast `oid::int` of the trigger function: the same 32 bits, signed.
+fn lock_key(oid: i64) -> i32 {
+    u32::try_from(oid).map_or(0, u32::cast_signed)
+}

@@ -1,0 +1,156 @@
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use redis::Script;
+use uuid::Uuid;
+
+use super::error::{concerns_whole_stream, is_unable_code};
+use super::{Streams, StreamsError, marker_key};
+use crate::event::rfc3339;
+use crate::outbox::OutboxEvent;
+
+/// Step 2 of the protocol, atomic: the marker and the entries are written together, and a second call changes nothing.
+///
+/// The marker is written first, because whatever Redis may lack (memory, a disk, the permission) then fails before the first
+/// entry. `pcall` keeps the error's own code; `call` would wrap it on Redis 6.
+static APPEND: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(
+        r"
+        local marker = redis.pcall('GET', KEYS[2])
+        if type(marker) == 'table' and marker.err then return marker end
+        if marker then return {marker, ''} end
+        local count = tonumber(ARGV[2])
+        local set = redis.pcall('SET', KEYS[2], count, 'PX', ARGV[1])
+        if set.err then return set end
+        for i = 0, count - 1 do
+            local at = 4 + i * 6
+            local reply
+            if ARGV[at + 5] == '' then
+                reply = redis.pcall('XADD', KEYS[1], '*', 'id', ARGV[at], 'type', ARGV[at + 1], 'aggregate_type', ARGV[3],
+                    'aggregate_id', ARGV[at + 2], 'occurred_at', ARGV[at + 3], 'payload', ARGV[at + 4])
+            else
+                reply = redis.pcall('XADD', KEYS[1], '*', 'id', ARGV[at], 'type', ARGV[at + 1], 'aggregate_type', ARGV[3],
+                    'aggregate_id', ARGV[at + 2], 'occurred_at', ARGV[at + 3], 'payload', ARGV[at + 4],
+                    'headers', ARGV[at + 5])
+            end
+            if type(reply) == 'table' and reply.err then
+                redis.call('SET', KEYS[2], i, 'PX', ARGV[1])
+                return {tostring(i), reply.err}
+            end
+        end
+        return {ARGV[2], ''}
+        ",
+    )
+});
+
+/// Sets the marker to `aborted` only if absent, and says what it is: after this the batch can no longer be appended.
+static RESOLVE: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(
+        r"
+        local marker = redis.pcall('GET', KEYS[1])
+        if type(marker) == 'table' and marker.err then return marker end
+        if marker then return marker end
+        local set = redis.pcall('SET', KEYS[1], 'aborted', 'PX', ARGV[1])
+        if set.err then return set end
+        return 'aborted'
+        ",
+    )
+});
+
+/// What an append came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Appended {
+    pub marker: Marker,
+    /// Why the event after the last appended was refused.
+    pub refusal: Option<StreamRefusal>,
+}
+
+/// A refusal of one `XADD`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamRefusal {
+    pub error: String,
+    /// It would refuse every event of this stream alike.
+    pub whole_stream: bool,
+    /// Redis could not work just then: no fault of the event.
+    pub outage: bool,
+}
+
+/// The decision record of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Marker {
+    /// So many events of the batch, from the first, are in the stream.
+    Appended(usize),
+    /// Nothing is in the stream, and nothing can come.
+    Aborted,
+}
+
+impl Marker {
+    /// How many of `events` the marker says are in the stream.
+    #[must_use]
+    pub fn count(self, events: usize) -> usize {
+        match self {
+            Self::Appended(count) => count.min(events),
+            Self::Aborted => 0,
+        }
+    }
+
+    fn parse(text: &str) -> Self {
+        text.parse().map_or(Self::Aborted, Self::Appended)
+    }
+}
+
+impl Streams {
+    /// Appends a batch to its stream, or learns from its marker what became of it. Calling it again is safe.
+    ///
+    /// # Errors
+    /// An outage ([`StreamsError::is_outage`]): call again. A refusal of the call itself (`NOPERM` on a key, a marker of another
+    /// type): nothing of this call was written.
+    pub async fn append(
+        &self,
+        stream: &str,
+        batch_id: Uuid,
+        events: &[OutboxEvent],
+        marker_life: Duration,
+    ) -> Result<Appended, StreamsError> {
+        let mut call = APPEND.prepare_invoke();
+        call.key(stream).key(marker_key(stream, batch_id)).arg(millis(marker_life)).arg(events.len());
+        call.arg(events.first().map_or("", |e| e.aggregate_type.as_str()));
+        for event in events {
+            call.arg(event.id.hyphenated().to_string()).arg(&event.event_type).arg(&event.aggregate_id);
+            call.arg(rfc3339(event.occurred_at)).arg(event.payload.as_deref().unwrap_or_default()).arg(&event.headers);
+        }
+        let (marker, error): (String, String) = self.invoke("appending a batch", &call).await?;
+        let refusal = (!error.is_empty()).then(|| {
+            let code = error.split(' ').next().unwrap_or_default();
+            StreamRefusal { whole_stream: concerns_whole_stream(code), outage: is_unable_code(code), error: error.clone() }
+        });
+        Ok(Appended { marker: Marker::parse(&marker), refusal })
+    }
+
+    /// Recovery: what became of a batch. If nothing is known of it, it is aborted.
+    ///
+    /// # Errors
+    /// As for [`append`](Self::append).
+    pub async fn resolve(&self, stream: &str, batch_id: Uuid, marker_life: Duration) -> Result<Marker, StreamsError> {
+        let mut call = RESOLVE.prepare_invoke();
+        call.key(marker_key(stream, batch_id)).arg(millis(marker_life));
+        let marker: String = self.invoke("resolving a batch", &call).await?;
+        Ok(Marker::parse(&marker))
+    }
+
+    /// Shortens the life of the markers of settled batches. They are needed only to notice a failover.
+    ///
+    /// # Errors
+    /// Markers then live on until they expire by themselves.
+    pub async fn expire_markers(&self, batches: &[(String, Uuid)], life: Duration) -> Result<(), StreamsError> {
+        let mut pipeline = redis::pipe();
+        for (stream, batch_id) in batches {
+            pipeline.cmd("PEXPIRE").arg(marker_key(stream, *batch_id)).arg(millis(life)).ignore();
+        }
+        self.query_pipeline("shortening the life of markers", &pipeline).await
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,115 @@
+use redis::{ErrorKind, RedisError, ServerErrorKind};
+use thiserror::Error;
+
+/// Why something on Redis did not happen.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum StreamsError {
+    /// Redis could not be reached, or cannot work now. Says nothing about the event, and nothing was written.
+    #[error("Redis at {server} is unavailable while {doing}: check that it runs and has memory (REDIS_URL)")]
+    Unavailable {
+        server: String,
+        doing: &'static str,
+        #[source]
+        source: RedisError,
+    },
+
+    /// The command was sent and no answer came: it may have been carried out.
+    #[error("Redis at {server} gave no answer while {doing}: whether it was carried out is unknown")]
+    OutcomeUnknown {
+        server: String,
+        doing: &'static str,
+        #[source]
+        source: RedisError,
+    },
+
+    /// Redis answered, and will answer the same again: the event, the key or the permission is at fault.
+    #[error("Redis refused while {doing}: {source}")]
+    Refused {
+        doing: &'static str,
+        #[source]
+        source: RedisError,
+    },
+
+    /// Some events of a `publish_all` were refused, the others are in their streams.
+    #[error("Redis refused {} of {total} events; the first: {}", refused.len(), refused.first().map_or("", |(_, why)| why))]
+    PartlyRefused { total: usize, refused: Vec<(uuid::Uuid, String)> },
+
+    #[error("the Redis URL is not usable: write redis://[user:password@]host:port[/db] or rediss://…")]
+    Url(#[source] RedisError),
+}
+
+impl StreamsError {
+    pub(super) fn new(server: &str, doing: &'static str, sent: bool, source: RedisError) -> Self {
+        let server = server.to_owned();
+        match kind_of(&source) {
+            Kind::Refused => Self::Refused { doing, source },
+            Kind::Unable => Self::Unavailable { server, doing, source },
+            Kind::Lost if sent => Self::OutcomeUnknown { server, doing, source },
+            Kind::Lost => Self::Unavailable { server, doing, source },
+        }
+    }
+
+    /// True when the same call may succeed later: an outage, not a fault of the event.
+    #[must_use]
+    pub fn is_outage(&self) -> bool {
+        matches!(self, Self::Unavailable { .. } | Self::OutcomeUnknown { .. })
+    }
+}
+
+/// What an error says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// The server answered that it cannot work now; nothing was written.
+    Unable,
+    /// The server answered no.
+    Refused,
+    /// There was no answer that makes sense.
+    Lost,
+}
+
+fn kind_of(error: &RedisError) -> Kind {
+    match error.kind() {
+        ErrorKind::Server(
+            ServerErrorKind::BusyLoading
+            | ServerErrorKind::ReadOnly
+            | ServerErrorKind::ClusterDown
+            | ServerErrorKind::MasterDown
+            | ServerErrorKind::TryAgain
+            | ServerErrorKind::Moved
+            | ServerErrorKind::Ask,
+        ) => Kind::Unable,
+        ErrorKind::Server(_) | ErrorKind::Extension if error.code().is_some_and(is_unable_code) => Kind::Unable,
+        ErrorKind::Server(_) | ErrorKind::Extension => Kind::Refused,
+        ErrorKind::AuthenticationFailed => Kind::Unable,
+        _ => Kind::Lost,
+    }
+}
+
+/// Codes with which Redis says that it cannot work now, whatever the event. <https://redis.io/docs/latest/develop/reference/protocol-spec/>
+/// leaves the list open; these stand in the server's source.
+pub(super) fn is_unable_code(code: &str) -> bool {
+    matches!(
+        code,
+        "OOM"
+            | "MISCONF"
+            | "LOADING"
+            | "READONLY"
+            | "CLUSTERDOWN"
+            | "MASTERDOWN"
+            | "TRYAGAIN"
+            | "MOVED"
+            | "ASK"
+            | "BUSY"
+            | "UNKILLABLE"
+            | "NOREPLICAS"
+            | "NOAUTH"
+            | "WRONGPASS"
+            | "NOMASTERLINK"
+    )
+}
+
+/// True for codes that will refuse every event of the stream alike.
+pub(super) fn concerns_whole_stream(code: &str) -> bool {
+    matches!(code, "WRONGTYPE" | "NOPERM")
+}

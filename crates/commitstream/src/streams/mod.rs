@@ -1,0 +1,19 @@
+//! All Redis commands: the append of the protocol, the direct lane, and reading.
+
+mod append;
+mod connection;
+mod error;
+mod publish;
+mod read;
+
+pub use append::{Appended, Marker, StreamRefusal};
+pub use connection::Streams;
+pub use error::StreamsError;
+pub use publish::PublishToStreamsError;
+pub use read::{Entry, StreamTail};
+
+/// Key of the marker that decides whether a batch was appended. It shares the hash slot of its stream, so that one script
+/// may touch both in Redis Cluster.
+fn marker_key(stream: &str, batch_id: uuid::Uuid) -> String {
+    format!("{{{stream}}}:batch:{batch_id}")
+}
