@@ -1,0 +1,40 @@
+use thiserror::Error;
+
+use crate::event::EventError;
+use crate::outbox::{InsertError, OutboxError};
+use crate::streams::{PublishToStreamsError, StreamsError};
+
+/// Why events were not published.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum PublishError {
+    /// The event is at fault; nothing was sent.
+    #[error(transparent)]
+    Event(#[from] EventError),
+    /// The insert failed. The transaction is aborted, as after any failed statement: roll it back.
+    #[error(transparent)]
+    Outbox(#[from] OutboxError),
+    /// Redis is down or refused; see [`StreamsError`] for what that says of the events.
+    #[error(transparent)]
+    Streams(#[from] StreamsError),
+    #[error("no {0} is set, and this publisher needs it")]
+    MissingUrl(&'static str),
+}
+
+impl From<InsertError> for PublishError {
+    fn from(error: InsertError) -> Self {
+        match error {
+            InsertError::Event(error) => Self::Event(error),
+            InsertError::Outbox(error) => Self::Outbox(error),
+        }
+    }
+}
+
+impl From<PublishToStreamsError> for PublishError {
+    fn from(error: PublishToStreamsError) -> Self {
+        match error {
+            PublishToStreamsError::Event(error) => Self::Event(error),
+            PublishToStreamsError::Streams(error) => Self::Streams(error),
+        }
+    }
+}

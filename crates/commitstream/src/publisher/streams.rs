@@ -1,0 +1,62 @@
+use futures_util::future::{BoxFuture, FutureExt};
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use super::{DomainEventPublisher, PublishError, envelopes_of, ids_of};
+use crate::config::Settings;
+use crate::event::{DomainEvent, EventEnvelope};
+use crate::streams::Streams;
+
+/// Appends events straight to Redis Streams. Injected on its own, it forces streams even for a critical event.
+///
+/// There is no transaction: an event is in its stream when the call returns, whatever becomes of the caller's data. When
+/// Redis does not answer, the call fails within `connectTimeout` + `responseTimeout`; nothing is sent twice by itself.
+#[derive(Debug, Clone)]
+pub struct RedisStreamsPublisher {
+    streams: Streams,
+    max_payload_bytes: usize,
+}
+
+impl RedisStreamsPublisher {
+    /// A publisher for the Redis of the settings. Connects when it is first used.
+    ///
+    /// # Errors
+    /// There is no Redis URL, or it is malformed.
+    pub fn new(settings: &Settings) -> Result<Self, PublishError> {
+        let url = settings.redis.url.as_deref().ok_or(PublishError::MissingUrl("REDIS_URL (app.redis.url)"))?;
+        Ok(Self { streams: Streams::new(url, &settings.redis)?, max_payload_bytes: settings.publishing.max_payload_bytes })
+    }
+
+    /// Publishes one event; no database connection is needed. Returns its id.
+    ///
+    /// # Errors
+    /// See [`PublishError`].
+    pub async fn publish(&self, event: &dyn DomainEvent) -> Result<Uuid, PublishError> {
+        Ok(self.publish_all(&[event]).await?.into_iter().next().unwrap_or_default())
+    }
+
+    /// Publishes many events in one pipeline; returns their ids.
+    ///
+    /// # Errors
+    /// See [`PublishError`]. If any event is not valid, none is published.
+    pub async fn publish_all(&self, events: &[&dyn DomainEvent]) -> Result<Vec<Uuid>, PublishError> {
+        let envelopes = envelopes_of(events, self.max_payload_bytes)?;
+        self.send(&envelopes).await?;
+        Ok(ids_of(&envelopes))
+    }
+
+    /// Sends envelopes that were checked already.
+    pub(super) async fn send(&self, envelopes: &[EventEnvelope]) -> Result<(), PublishError> {
+        Ok(self.streams.publish(envelopes).await?)
+    }
+}
+
+impl DomainEventPublisher for RedisStreamsPublisher {
+    fn publish_all<'a>(
+        &'a self,
+        _connection: &'a mut PgConnection,
+        events: &'a [&'a dyn DomainEvent],
+    ) -> BoxFuture<'a, Result<Vec<Uuid>, PublishError>> {
+        self.publish_all(events).boxed()
+    }
+}

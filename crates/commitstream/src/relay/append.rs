@@ -1,0 +1,100 @@
+//! Step 2 of the protocol for one batch: append, and find out what came of it, however long that takes.
+
+use super::pipeline::Batch;
+use super::retry::{self, Backoff};
+use super::status::Reporter;
+use crate::config::Settings;
+use crate::outbox::{OutboxEvent, Refusal};
+use crate::streams::{Appended, Marker, Streams, StreamsError};
+
+/// How an append ended.
+pub enum Ended {
+    Known {
+        batch: Batch,
+        appended: usize,
+        refusals: Vec<Refusal>,
+    },
+    /// The marker says aborted: another relay has taken over and will send these events.
+    TakenOver,
+}
+
+/// Appends one batch. During an outage it keeps trying the same batch; no attempt is counted.
+pub async fn append(streams: Streams, settings: Settings, reporter: Reporter, batch: Batch) -> Ended {
+    // What cannot be sent ends the batch there, so that what the marker counts stays a prefix.
+    let sendable = batch.events.iter().take_while(|e| e.payload.is_some()).count();
+    let outcome = if sendable == 0 {
+        Ok(Appended { marker: Marker::Appended(0), refusal: None })
+    } else {
+        until_known(&streams, &settings, &reporter, &batch, sendable).await
+    };
+    let appended = match outcome {
+        Ok(appended) => appended,
+        Err(refused) => {
+            let error = refused.to_string();
+            let refusals = refusals(&batch.events, |_| error.clone(), &settings);
+            return Ended::Known { batch, appended: 0, refusals };
+        }
+    };
+    let Marker::Appended(count) = appended.marker else { return Ended::TakenOver };
+    let count = count.min(sendable);
+    let refused = match appended.refusal {
+        Some(refusal) if refusal.outage => Vec::new(),
+        Some(refusal) if refusal.whole_stream => refusals(&batch.events[count..], |_| refusal.error.clone(), &settings),
+        Some(refusal) => refusals(&batch.events[count..=count], |_| refusal.error.clone(), &settings),
+        None if count == sendable && sendable < batch.events.len() => {
+            let max = settings.publishing.max_payload_bytes;
+            refusals(&batch.events[count..=count], |e| too_large(e, max), &settings)
+        }
+        None => Vec::new(),
+    };
+    Ended::Known { batch, appended: count, refusals: refused }
+}
+
+/// Repeats the append until Redis says what became of the batch. An error means that the call itself was refused, and that
+/// no earlier call can have written anything.
+async fn until_known(
+    streams: &Streams,
+    settings: &Settings,
+    reporter: &Reporter,
+    batch: &Batch,
+    sendable: usize,
+) -> Result<Appended, StreamsError> {
+    let life = settings.outbox.processor.marker_life;
+    let mut backoff = Backoff::default();
+    let mut unknown = false;
+    loop {
+        let outage = match streams.append(&batch.stream, batch.id, &batch.events[..sendable], life).await {
+            Ok(appended) => {
+                reporter.able();
+                return Ok(appended);
+            }
+            Err(outage) if outage.is_outage() => outage,
+            Err(refused) if !unknown => return Err(refused),
+            // An earlier call may have been carried out before this one was refused: only the marker knows.
+            Err(_) => match streams.resolve(&batch.stream, batch.id, life).await {
+                Ok(Marker::Aborted) => return Ok(Appended { marker: Marker::Appended(0), refusal: None }),
+                Ok(marker) => return Ok(Appended { marker, refusal: None }),
+                Err(error) => error,
+            },
+        };
+        unknown |= matches!(outage, StreamsError::OutcomeUnknown { .. });
+        reporter.unable(&outage);
+        tokio::time::sleep(backoff.next()).await;
+    }
+}
+
+fn refusals(events: &[OutboxEvent], error: impl Fn(&OutboxEvent) -> String, settings: &Settings) -> Vec<Refusal> {
+    let refusal = |e: &OutboxEvent| Refusal {
+        event_id: e.id,
+        error: error(e),
+        retry_after: retry::after_refusal(e.retry_count, &settings.outbox.processor),
+    };
+    events.iter().map(refusal).collect()
+}
+
+fn too_large(event: &OutboxEvent, max: usize) -> String {
+    format!(
+        "too large: {} bytes of payload and headers, at most {max} are allowed (setting app.eventPublishing.maxPayloadBytes)",
+        event.bytes
+    )
+}

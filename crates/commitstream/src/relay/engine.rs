@@ -1,0 +1,295 @@
+//! The loop of an active relay: claim, append and settle of different batches overlap, and one task decides what starts.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use futures_util::future::{BoxFuture, FutureExt};
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use sqlx::PgConnection;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use super::append::{self, Ended};
+use super::cursor::Cursor;
+use super::pipeline::{Limits, Pipeline, batches_of};
+use super::session::{SessionError, bounded};
+use super::sleep::SleepLock;
+use super::status::Reporter;
+use crate::config::Settings;
+use crate::outbox::{ClaimRequest, OutboxError, OutboxEvent, OutboxRepository, SeqRange};
+use crate::streams::{Streams, StreamsError};
+
+/// A claim takes this many batches at most, so that small batches do not mean a commit for each.
+const BATCHES_PER_CLAIM: i64 = 10;
+/// Most events of a claim of several batches.
+const MAX_EVENTS_PER_CLAIM: i64 = 2_000;
+/// Claims whose events may be between claim and settle.
+const CLAIMS_IN_FLIGHT: i64 = 3;
+/// How long a relay with work to do goes on being notified, before it gives the sleep lock back.
+const AWAKE_AFTER: Duration = Duration::from_millis(20);
+/// The sweep takes one part in so many of the time at most, however long it is.
+const SWEEP_SHARE: u32 = 20;
+/// How often open writers are asked for while there are holes.
+const WRITERS_EVERY: Duration = Duration::from_millis(100);
+/// Markers whose life waits to be shortened; more are left to expire by themselves.
+const MAX_MARKERS: usize = 10_000;
+
+/// What the engine works with.
+pub(super) struct Parts {
+    pub outbox: OutboxRepository,
+    pub streams: Streams,
+    pub settings: Settings,
+    pub reporter: Reporter,
+    pub relay_id: Uuid,
+    pub claims: PgConnection,
+    pub settles: PgConnection,
+    pub sleep: SleepLock,
+}
+
+/// At most one of a kind under way.
+type Slot<T> = Option<BoxFuture<'static, T>>;
+
+/// The connection back, the open writers if they were asked for, and what was found.
+type Claimed = (PgConnection, Option<HashSet<String>>, Vec<OutboxEvent>);
+
+pub(super) struct Engine {
+    outbox: OutboxRepository,
+    streams: Streams,
+    settings: Settings,
+    reporter: Reporter,
+    relay_id: Uuid,
+    sleep: SleepLock,
+    pipeline: Pipeline,
+    cursor: Cursor,
+    /// Highest `seq` claimed in this session: below it, events may be in flight.
+    highest: i64,
+    /// Mean bytes of the events last claimed, to guess how many fit.
+    mean_bytes: Option<i64>,
+    /// Something may be waiting in the table.
+    dirty: bool,
+    busy_since: Option<Instant>,
+    next_sweep: Instant,
+    next_writers: Instant,
+    claim_started: Instant,
+    sweeping: bool,
+    claims: Option<PgConnection>,
+    settles: Option<PgConnection>,
+    claim: Slot<Result<Claimed, OutboxError>>,
+    appends: FuturesUnordered<BoxFuture<'static, Ended>>,
+    settle: Slot<Result<PgConnection, OutboxError>>,
+    expire: Slot<Result<(), StreamsError>>,
+    markers: Vec<(String, Uuid)>,
+}
+
+impl Engine {
+    pub fn new(parts: Parts) -> Self {
+        let now = Instant::now();
+        let processor = &parts.settings.outbox.processor;
+        let limits = Limits {
+            events: usize::try_from(per_claim(processor.batch_size) * CLAIMS_IN_FLIGHT).unwrap_or(usize::MAX),
+            bytes: half(processor.max_in_flight_bytes),
+        };
+        Self {
+            pipeline: Pipeline::new(limits),
+            cursor: Cursor::default(),
+            highest: 0,
+            mean_bytes: None,
+            dirty: true,
+            busy_since: None,
+            next_sweep: now,
+            next_writers: now,
+            claim_started: now,
+            sweeping: false,
+            claims: Some(parts.claims),
+            settles: Some(parts.settles),
+            claim: None,
+            appends: FuturesUnordered::new(),
+            settle: None,
+            expire: None,
+            markers: Vec::new(),
+            outbox: parts.outbox,
+            streams: parts.streams,
+            settings: parts.settings,
+            reporter: parts.reporter,
+            relay_id: parts.relay_id,
+            sleep: parts.sleep,
+        }
+    }
+
+    /// Runs until `stop` is done and everything in flight is settled, or until something fails. A failure leaves batches
+    /// open; the next session finds out what became of them.
+    pub async fn run(&mut self, wake: &Notify, stop: impl Future<Output = ()>) -> Result<(), SessionError> {
+        let mut stop = std::pin::pin!(stop.fuse());
+        let mut stopping = false;
+        loop {
+            self.start(stopping);
+            if stopping && self.pipeline.is_empty() && self.expire.is_none() {
+                return Ok(());
+            }
+            tokio::select! {
+                () = &mut stop, if !stopping => stopping = true,
+                claimed = finish(&mut self.claim) => self.on_claimed(claimed?),
+                Some(ended) = self.appends.next() => self.on_appended(ended)?,
+                settled = finish(&mut self.settle) => self.on_settled(settled?),
+                expired = finish(&mut self.expire) => self.on_expired(expired),
+                granted = self.sleep.progress() => self.dirty |= granted?,
+                () = wake.notified() => self.dirty = true,
+                () = tokio::time::sleep_until(self.next_sweep), if !self.dirty => self.dirty = true,
+            }
+        }
+    }
+
+    /// Starts whatever may be started.
+    fn start(&mut self, stopping: bool) {
+        if !stopping
+            && self.dirty
+            && self.pipeline.may_claim()
+            && let Some(connection) = self.claims.take()
+        {
+            self.start_claim(connection);
+        }
+        while let Some(batch) = self.pipeline.next_append() {
+            self.appends.push(append::append(self.streams.clone(), self.settings.clone(), self.reporter.clone(), batch).boxed());
+        }
+        if self.settles.is_some()
+            && let Some(settlements) = self.pipeline.take_settlements()
+            && let Some(mut connection) = self.settles.take()
+        {
+            let (outbox, limit) = (self.outbox.clone(), self.settings.database.timeout);
+            let settle = async move {
+                bounded("settling batches", limit, outbox.settle(&mut connection, &settlements)).await.map(|_| connection)
+            };
+            self.settle = Some(settle.boxed());
+        }
+        if self.expire.is_none() && !self.markers.is_empty() {
+            let (streams, markers) = (self.streams.clone(), std::mem::take(&mut self.markers));
+            let life = self.settings.outbox.processor.settled_marker_life;
+            self.expire = Some(async move { streams.expire_markers(&markers, life).await }.boxed());
+        }
+    }
+
+    fn start_claim(&mut self, mut connection: PgConnection) {
+        if let Some(seq) = self.pipeline.start_claim() {
+            self.cursor.rewind_to(seq);
+        }
+        self.dirty = false;
+        self.claim_started = Instant::now();
+        self.sweeping = self.claim_started >= self.next_sweep;
+        let ask_writers = self.cursor.has_holes() && self.claim_started >= self.next_writers;
+        if ask_writers {
+            self.next_writers = self.claim_started + WRITERS_EVERY;
+        }
+        let request = self.request();
+        let (outbox, limit) = (self.outbox.clone(), self.settings.database.timeout);
+        let claim = async move {
+            // Before the claim: what these transactions committed meanwhile, the claim sees.
+            let writers = if ask_writers {
+                Some(bounded("asking for open writers", limit, outbox.open_writers(&mut connection)).await?)
+            } else {
+                None
+            };
+            let events = bounded("claiming events", limit, outbox.claim(&mut connection, &request)).await?;
+            Ok((connection, writers.map(|w| w.into_iter().collect()), events))
+        };
+        self.claim = Some(claim.boxed());
+    }
+
+    fn request(&self) -> ClaimRequest {
+        let processor = &self.settings.outbox.processor;
+        let everything = || vec![SeqRange { after: 0, to: i64::MAX }];
+        let ranges = if self.sweeping { everything() } else { self.cursor.ranges() };
+        let max_bytes = half(processor.max_in_flight_bytes);
+        let most = per_claim(processor.batch_size);
+        // Until sizes are known, one batch. Then a quarter more than should fit; the statement itself cuts at max_bytes.
+        let fitting = self.mean_bytes.map_or(i64::from(processor.batch_size), |mean| max_bytes / mean.max(1) * 5 / 4);
+        ClaimRequest {
+            relay_id: self.relay_id,
+            skip_open: ranges.first().is_some_and(|r| r.after < self.highest),
+            ranges,
+            max_events: fitting.clamp(1, most),
+            max_bytes,
+            batch_size: i64::from(processor.batch_size),
+            max_payload_bytes: i64::try_from(self.settings.publishing.max_payload_bytes).unwrap_or(i64::MAX),
+            stream_prefix: self.settings.redis.stream_prefix.clone(),
+        }
+    }
+
+    fn on_claimed(&mut self, (connection, writers, events): Claimed) {
+        self.claims = Some(connection);
+        let now = Instant::now();
+        if self.sweeping {
+            let pause = self.settings.outbox.processor.poll_interval.max((now - self.claim_started) * SWEEP_SHARE);
+            self.next_sweep = now + pause;
+        }
+        let found: Vec<i64> = events.iter().map(|e| e.seq).collect();
+        self.cursor.observe(&found, writers.as_ref());
+        self.highest = self.highest.max(found.last().copied().unwrap_or(0));
+        if !events.is_empty() {
+            self.mean_bytes = Some(events.iter().map(|e| e.bytes).sum::<i64>() / i64::try_from(events.len()).unwrap_or(1));
+        }
+        self.decide_sleep(!events.is_empty(), now);
+        self.pipeline.claimed(batches_of(events));
+    }
+
+    /// Found something: look again at once. Found nothing: ask for the sleep lock, and look again when it is granted.
+    fn decide_sleep(&mut self, found: bool, now: Instant) {
+        if !found {
+            self.busy_since = None;
+            self.sleep.ask();
+            return;
+        }
+        self.dirty = true;
+        let since = *self.busy_since.get_or_insert(now);
+        if now - since > AWAKE_AFTER && self.sleep.is_held() {
+            self.sleep.release();
+        }
+    }
+
+    fn on_appended(&mut self, ended: Ended) -> Result<(), SessionError> {
+        match ended {
+            Ended::Known { batch, appended, refusals } => {
+                for refusal in &refusals {
+                    let (event, error) = (refusal.event_id, &refusal.error);
+                    tracing::warn!(stream = batch.stream, batch = %batch.id, %event, error, retry_after = ?refusal.retry_after, "event refused");
+                }
+                self.pipeline.appended(batch, appended, refusals);
+                Ok(())
+            }
+            Ended::TakenOver => Err(SessionError::LeaseLost),
+        }
+    }
+
+    fn on_settled(&mut self, connection: PgConnection) {
+        self.settles = Some(connection);
+        let done = self.pipeline.settled();
+        self.reporter.count(done.published, done.refused, done.failed);
+        let room = MAX_MARKERS.saturating_sub(self.markers.len());
+        self.markers.extend(done.markers.into_iter().take(room));
+        self.dirty |= done.released;
+    }
+
+    fn on_expired(&mut self, expired: Result<(), StreamsError>) {
+        if let Err(error) = expired {
+            tracing::debug!(%error, "markers of settled batches keep their full life");
+        }
+    }
+}
+
+/// Waits for what is in the slot and empties it. May be dropped at any await.
+async fn finish<T>(slot: &mut Slot<T>) -> T {
+    let Some(future) = slot else { return std::future::pending().await };
+    let output = future.await;
+    *slot = None;
+    output
+}
+
+fn per_claim(batch_size: u32) -> i64 {
+    let batch = i64::from(batch_size);
+    (batch * BATCHES_PER_CLAIM).min(MAX_EVENTS_PER_CLAIM).max(batch)
+}
+
+/// Half of the bytes may be claimed at once while the other half is in flight.
+fn half(max_in_flight_bytes: usize) -> i64 {
+    i64::try_from(max_in_flight_bytes / 2).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,192 @@
+//! The relay: claims committed events from the outbox, appends them to Redis Streams, and settles.
+//!
+//! ```text
+//!            lease taken         open batches resolved            stop
+//!  Connecting ─────► Recovering ─────────────────────► Active ─────────► Stopped
+//!      │  ▲                                             │  ▲
+//!      │  │ session lost: back off, start again         │  │ Redis answers again
+//!      ▼  │                                             ▼  │
+//!   Standby (another relay holds the lease)            Unable (keeps its batches and keeps trying)
+//! ```
+//!
+//! The protocol and why it is safe: ARCHITECTURE.md.
+
+mod append;
+pub mod cleanup;
+mod cursor;
+mod engine;
+mod pipeline;
+mod retry;
+mod session;
+mod sleep;
+mod status;
+
+use std::sync::Arc;
+
+use thiserror::Error;
+use tokio::sync::{Notify, watch};
+use tokio::task::{JoinError, JoinHandle};
+use uuid::Uuid;
+
+use crate::config::{ConfigError, Settings};
+use crate::outbox::{self, OutboxError, OutboxRepository, OutboxStats};
+use crate::streams::{Streams, StreamsError};
+use retry::Backoff;
+use session::{Relay, SessionError};
+use status::Reporter;
+pub use status::{RelayState, RelayStatus};
+
+/// Why a relay could not start, or ended by itself.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum RelayError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error("no {0} is set")]
+    MissingUrl(&'static str),
+    #[error(transparent)]
+    Outbox(#[from] OutboxError),
+    #[error(transparent)]
+    Streams(#[from] StreamsError),
+    #[error("the relay's task failed; this is a defect of the relay")]
+    Task(#[source] JoinError),
+}
+
+/// The background task that publishes the outbox to Redis Streams.
+#[derive(Debug, Clone)]
+pub struct OutboxProcessor {
+    settings: Settings,
+    url: String,
+    outbox: OutboxRepository,
+    streams: Streams,
+}
+
+impl OutboxProcessor {
+    /// Checks the settings and both URLs. Nothing is connected yet.
+    ///
+    /// # Errors
+    /// A setting is out of its range, or a URL is missing or malformed.
+    pub fn new(settings: Settings) -> Result<Self, RelayError> {
+        settings.validate()?;
+        let url = settings.database.url.clone().ok_or(RelayError::MissingUrl("DATABASE_URL (app.database.url)"))?;
+        let redis = settings.redis.url.as_deref().ok_or(RelayError::MissingUrl("REDIS_URL (app.redis.url)"))?;
+        let streams = Streams::new(redis, &settings.redis)?;
+        Ok(Self { outbox: OutboxRepository::new(&settings.database.schema), streams, url, settings })
+    }
+
+    /// Starts the relay in a task of its own, on the current tokio runtime. It reaches the servers by itself, now and after
+    /// every outage; what it is doing is in [`RelayHandle::status`].
+    #[must_use]
+    pub fn start(&self) -> RelayHandle {
+        let relay_id = Uuid::now_v7();
+        let reporter = Reporter::new(relay_id);
+        let (stop, stopped) = watch::channel(false);
+        let wake = Arc::new(Notify::new());
+        let relay = Relay {
+            relay_id,
+            settings: self.settings.clone(),
+            url: self.url.clone(),
+            outbox: self.outbox.clone(),
+            streams: self.streams.clone(),
+            reporter: reporter.clone(),
+            wake: wake.clone(),
+            stop: stopped,
+        };
+        RelayHandle { status: reporter.subscribe(), stop, waker: RelayWaker(wake), task: tokio::spawn(supervise(relay)) }
+    }
+
+    /// The statistics of the outbox (`getStats`), read on a connection of its own.
+    ///
+    /// # Errors
+    /// PostgreSQL cannot be asked.
+    pub async fn stats(&self) -> Result<OutboxStats, OutboxError> {
+        let mut connection = outbox::connect(&self.url, "commitstream stats", self.settings.database.timeout).await?;
+        self.outbox.stats(&mut connection).await
+    }
+}
+
+/// Session after session until told to stop. A schema without tables at the first look ends it: waiting would hide a mistake.
+async fn supervise(relay: Relay) -> Result<(), RelayError> {
+    let mut backoff = Backoff::default();
+    let mut has_worked = false;
+    loop {
+        let started = tokio::time::Instant::now();
+        let error = match relay.session().await {
+            Ok(()) => break,
+            Err(SessionError::Outbox(error)) if error.is_not_migrated() && !has_worked => {
+                relay.reporter.unable(&error);
+                return Err(error.into());
+            }
+            Err(error) => error,
+        };
+        has_worked = true;
+        if started.elapsed() > relay.settings.outbox.processor.lease_duration {
+            backoff = Backoff::default();
+        }
+        relay.reporter.unable(&error);
+        tokio::select! {
+            () = relay.stopped() => break,
+            () = tokio::time::sleep(backoff.next()) => {}
+        }
+    }
+    relay.reporter.state(RelayState::Stopped);
+    Ok(())
+}
+
+/// A running relay. Dropping it stops the relay as [`stop`](Self::stop) does, without waiting for the end.
+#[derive(Debug)]
+pub struct RelayHandle {
+    status: watch::Receiver<RelayStatus>,
+    stop: watch::Sender<bool>,
+    waker: RelayWaker,
+    task: JoinHandle<Result<(), RelayError>>,
+}
+
+impl RelayHandle {
+    /// What the relay is doing now.
+    #[must_use]
+    pub fn status(&self) -> RelayStatus {
+        self.status.borrow().clone()
+    }
+
+    /// Changes of the status, to wait on.
+    #[must_use]
+    pub fn watch(&self) -> watch::Receiver<RelayStatus> {
+        self.status.clone()
+    }
+
+    /// Wakes the relay after a commit in the same process, which is quicker than PostgreSQL's notification.
+    #[must_use]
+    pub fn waker(&self) -> RelayWaker {
+        self.waker.clone()
+    }
+
+    /// Stops the relay: it claims no more, settles what is in flight (at most `shutdownTimeout`), gives its lease back and ends.
+    ///
+    /// # Errors
+    /// Why it had ended by itself.
+    pub async fn stop(self) -> Result<(), RelayError> {
+        self.stop.send_replace(true);
+        self.task.await.map_err(RelayError::Task)?
+    }
+
+    /// Waits until the relay ends by itself, which it does only when the outbox tables are missing at the start.
+    /// May be dropped at any await.
+    ///
+    /// # Errors
+    /// Why it ended.
+    pub async fn ended(&mut self) -> Result<(), RelayError> {
+        (&mut self.task).await.map_err(RelayError::Task)?
+    }
+}
+
+/// Wakes a relay of the same process. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct RelayWaker(Arc<Notify>);
+
+impl RelayWaker {
+    /// Makes the relay look at the outbox now.
+    pub fn wake(&self) {
+        self.0.notify_one();
+    }
+}

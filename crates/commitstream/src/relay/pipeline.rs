@@ -1,0 +1,224 @@
+//! What is between claim and settle. Pure: the engine asks what may start and tells what has ended.
+//!
+//! ```text
+//!             ┌── stream A: queue ─► one append in flight ──┐
+//!  claim ─────┤                                             ├──► outcomes ─► one settle in flight
+//!             └── stream B: queue ─► one append in flight ──┘
+//! ```
+//!
+//! *Release.* When a batch ends short, the events that were not appended go back to the table. What was claimed after them for
+//! the same stream may hold later events of the same aggregates, so all of that is released too, unsent, including the
+//! batches of a claim that is still under way. Nothing new is claimed until those releases are settled; then the cursor
+//! goes back to the first released event.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use uuid::Uuid;
+
+use crate::outbox::{OutboxEvent, Refusal, Settlement};
+
+/// A claimed batch: events of one stream, in `seq` order.
+#[derive(Debug)]
+pub struct Batch {
+    pub id: Uuid,
+    pub stream: String,
+    pub events: Vec<OutboxEvent>,
+}
+
+/// Groups claimed events by batch, in the order of their first events.
+pub fn batches_of(events: Vec<OutboxEvent>) -> Vec<Batch> {
+    let mut batches: Vec<Batch> = Vec::new();
+    let mut at = std::collections::HashMap::new();
+    for event in events {
+        let index = *at.entry(event.batch_id).or_insert_with(|| {
+            batches.push(Batch { id: event.batch_id, stream: event.stream.clone(), events: Vec::new() });
+            batches.len() - 1
+        });
+        batches[index].events.push(event);
+    }
+    batches
+}
+
+/// Bounds of what is in flight.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    pub events: usize,
+    pub bytes: i64,
+}
+
+#[derive(Debug)]
+pub struct Pipeline {
+    limits: Limits,
+    streams: BTreeMap<String, StreamState>,
+    outcomes: Vec<Outcome>,
+    settling: Vec<Outcome>,
+    claiming: bool,
+    events: usize,
+    bytes: i64,
+    /// Lowest `seq` that was released since the last rewind.
+    rewind: Option<i64>,
+}
+
+#[derive(Debug, Default)]
+struct StreamState {
+    queue: VecDeque<Batch>,
+    appending: bool,
+    /// Something was released: release all that was claimed before that is settled.
+    held: bool,
+    /// Batches claimed and not settled.
+    unsettled: usize,
+}
+
+/// An ended batch that waits to be settled.
+#[derive(Debug)]
+struct Outcome {
+    stream: String,
+    events: usize,
+    bytes: i64,
+    settlement: Settlement,
+}
+
+/// What a finished settle leaves to do.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Settled {
+    /// Streams and ids of the settled batches that have a marker in Redis.
+    pub markers: Vec<(String, Uuid)>,
+    /// Events went back to the table.
+    pub released: bool,
+    pub published: u64,
+    pub refused: u64,
+    pub failed: u64,
+}
+
+impl Pipeline {
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            streams: BTreeMap::new(),
+            outcomes: Vec::new(),
+            settling: Vec::new(),
+            claiming: false,
+            events: 0,
+            bytes: 0,
+            rewind: None,
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.events == 0 && !self.claiming
+    }
+
+    /// True when another claim may start: none is under way, nothing waits to be released, and there is room.
+    pub fn may_claim(&self) -> bool {
+        !self.claiming
+            && self.streams.values().all(|s| !s.held)
+            && self.events < self.limits.events
+            && self.bytes < self.limits.bytes
+    }
+
+    /// Starts a claim; says from which `seq` to look again, if something was released.
+    pub fn start_claim(&mut self) -> Option<i64> {
+        self.claiming = true;
+        self.rewind.take()
+    }
+
+    /// Ends a claim with what it found.
+    pub fn claimed(&mut self, batches: Vec<Batch>) {
+        self.claiming = false;
+        for batch in batches {
+            self.events += batch.events.len();
+            self.bytes += bytes_of(&batch.events);
+            let state = self.streams.entry(batch.stream.clone()).or_default();
+            state.unsettled += 1;
+            if state.held { self.release(batch) } else { state.queue.push_back(batch) }
+        }
+        self.lift_holds();
+    }
+
+    /// The next batch to append, of a stream that has none in flight.
+    pub fn next_append(&mut self) -> Option<Batch> {
+        let state = self.streams.values_mut().find(|s| !s.appending && !s.queue.is_empty())?;
+        let batch = state.queue.pop_front()?;
+        state.appending = true;
+        Some(batch)
+    }
+
+    /// Ends the append of a batch.
+    pub fn appended(&mut self, batch: Batch, appended: usize, refusals: Vec<Refusal>) {
+        let short = batch.events.get(appended).map(|e| e.seq);
+        let state = self.streams.entry(batch.stream.clone()).or_default();
+        state.appending = false;
+        if let Some(seq) = short {
+            state.held = true;
+            let queue = std::mem::take(&mut state.queue);
+            self.note_release(seq);
+            queue.into_iter().for_each(|later| self.release(later));
+        }
+        self.end(batch, appended, refusals);
+    }
+
+    /// What to settle next: all that has ended, in one transaction.
+    pub fn take_settlements(&mut self) -> Option<Vec<Settlement>> {
+        if !self.settling.is_empty() || self.outcomes.is_empty() {
+            return None;
+        }
+        self.settling = std::mem::take(&mut self.outcomes);
+        Some(self.settling.iter().map(|o| o.settlement.clone()).collect())
+    }
+
+    /// Ends a settle that was committed.
+    pub fn settled(&mut self) -> Settled {
+        let mut done = Settled::default();
+        for outcome in std::mem::take(&mut self.settling) {
+            self.events -= outcome.events;
+            self.bytes -= outcome.bytes;
+            if let Some(state) = self.streams.get_mut(&outcome.stream) {
+                state.unsettled -= 1;
+            }
+            let settlement = outcome.settlement;
+            done.released |= usize::try_from(settlement.appended).is_ok_and(|appended| appended < outcome.events);
+            done.published += u64::try_from(settlement.appended).unwrap_or(0);
+            done.refused += settlement.refusals.len() as u64;
+            done.failed += settlement.refusals.iter().filter(|r| r.retry_after.is_none()).count() as u64;
+            if settlement.appended > 0 {
+                done.markers.push((outcome.stream, settlement.batch_id));
+            }
+        }
+        self.lift_holds();
+        done
+    }
+
+    fn release(&mut self, batch: Batch) {
+        if let Some(first) = batch.events.first() {
+            self.note_release(first.seq);
+        }
+        self.end(batch, 0, Vec::new());
+    }
+
+    fn note_release(&mut self, seq: i64) {
+        self.rewind = Some(self.rewind.map_or(seq, |lowest| lowest.min(seq)));
+    }
+
+    fn end(&mut self, batch: Batch, appended: usize, refusals: Vec<Refusal>) {
+        let settlement = Settlement { batch_id: batch.id, appended: i32::try_from(appended).unwrap_or(i32::MAX), refusals };
+        self.outcomes.push(Outcome {
+            events: batch.events.len(),
+            bytes: bytes_of(&batch.events),
+            stream: batch.stream,
+            settlement,
+        });
+    }
+
+    /// A hold ends when all that was claimed before it is settled. Idle streams are forgotten.
+    fn lift_holds(&mut self) {
+        let claiming = self.claiming;
+        for state in self.streams.values_mut().filter(|s| s.unsettled == 0 && !claiming) {
+            state.held = false;
+        }
+        self.streams.retain(|_, s| s.held || s.unsettled > 0);
+    }
+}
+
+fn bytes_of(events: &[OutboxEvent]) -> i64 {
+    events.iter().filter(|e| e.payload.is_some()).map(|e| e.bytes).sum()
+}

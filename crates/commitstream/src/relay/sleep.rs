@@ -1,0 +1,90 @@
+//! The sleep lock: how an idle relay is woken at once, and a busy one costs producers no `NOTIFY`.
+//!
+//! ```text
+//!            nothing found               granted: look once more, then sleep
+//!   Awake ────────────────► Asking ────────────────────────────────────────► Asleep
+//!     ▲                        │ busy again                                     │ busy for a while
+//!     └──────────────── Releasing ◄─────────────────────────────────────────────┘
+//! ```
+//!
+//! From *Asking* on, every producer's commit notifies. When the lock is granted, no producer that did not notify is between
+//! insert and commit; so one look after that misses nobody.
+
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use sqlx::PgConnection;
+use sqlx::postgres::PgListener;
+use tokio::sync::Notify;
+
+use crate::outbox::{OutboxError, OutboxRepository};
+
+type Step = BoxFuture<'static, Result<PgConnection, OutboxError>>;
+
+pub(super) struct SleepLock {
+    outbox: OutboxRepository,
+    state: State,
+}
+
+enum State {
+    Awake(PgConnection),
+    Asking(Step),
+    Asleep(PgConnection),
+    Releasing(Step),
+    /// The session failed; the relay's session ends with it.
+    Lost,
+}
+
+impl SleepLock {
+    pub fn new(outbox: OutboxRepository, connection: PgConnection) -> Self {
+        Self { outbox, state: State::Awake(connection) }
+    }
+
+    /// Asks for the lock unless that is done already.
+    pub fn ask(&mut self) {
+        self.state = match std::mem::replace(&mut self.state, State::Lost) {
+            State::Awake(mut connection) => {
+                let outbox = self.outbox.clone();
+                State::Asking(async move { outbox.lock_sleep(&mut connection).await.map(|()| connection) }.boxed())
+            }
+            other => other,
+        };
+    }
+
+    /// Gives the lock back if it is held. One that is still asked for is given back once it is granted and this is called again.
+    pub fn release(&mut self) {
+        self.state = match std::mem::replace(&mut self.state, State::Lost) {
+            State::Asleep(mut connection) => {
+                let outbox = self.outbox.clone();
+                State::Releasing(async move { outbox.unlock_sleep(&mut connection).await.map(|()| connection) }.boxed())
+            }
+            other => other,
+        };
+    }
+
+    pub fn is_held(&self) -> bool {
+        matches!(self.state, State::Asleep(_))
+    }
+
+    /// Waits for the step under way, if any. True when the lock was granted: look once more. May be dropped at any await.
+    pub async fn progress(&mut self) -> Result<bool, OutboxError> {
+        let (done, granted) = match &mut self.state {
+            State::Asking(step) => (step.await, true),
+            State::Releasing(step) => (step.await, false),
+            State::Awake(_) | State::Asleep(_) | State::Lost => std::future::pending().await,
+        };
+        self.state = State::Lost;
+        let connection = done?;
+        self.state = if granted { State::Asleep(connection) } else { State::Awake(connection) };
+        Ok(granted)
+    }
+}
+
+/// Passes notifications on for as long as the session lives. A reconnect may have missed some, so it wakes too.
+pub(super) async fn listen(mut listener: PgListener, wake: &Notify) -> OutboxError {
+    loop {
+        match listener.try_recv().await {
+            Ok(_) => wake.notify_one(),
+            Err(source) => return OutboxError::Unreachable { doing: "listening for new events", source },
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! What a relay says of itself.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+use uuid::Uuid;
+
+/// What the relay is doing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RelayState {
+    /// Opening its sessions.
+    Connecting,
+    /// Another relay holds the lease; this one takes over when that one is gone.
+    Standby,
+    /// Finding out what became of the batches that an earlier owner left open.
+    Recovering,
+    /// Publishing, or asleep until there is something to publish.
+    Active,
+    /// Cannot work now, and keeps trying. The reason is for people.
+    Unable { reason: String },
+    /// Ended.
+    Stopped,
+}
+
+/// The relay's state, and what it did since it was started.
+#[derive(Debug, Clone)]
+pub struct RelayStatus {
+    /// Changes with every start.
+    pub relay_id: Uuid,
+    pub state: RelayState,
+    /// Events marked `PUBLISHED`.
+    pub published: u64,
+    /// Refused attempts.
+    pub refused: u64,
+    /// Events marked `FAILED`.
+    pub failed: u64,
+}
+
+/// Publishes the status, and logs each change of state once.
+#[derive(Debug, Clone)]
+pub(super) struct Reporter(Arc<watch::Sender<RelayStatus>>);
+
+impl Reporter {
+    pub fn new(relay_id: Uuid) -> Self {
+        let status = RelayStatus { relay_id, state: RelayState::Connecting, published: 0, refused: 0, failed: 0 };
+        Self(Arc::new(watch::Sender::new(status)))
+    }
+
+    pub fn subscribe(&self) -> watch::Receiver<RelayStatus> {
+        self.0.subscribe()
+    }
+
+    pub fn state(&self, state: RelayState) {
+        self.0.send_if_modified(|status| {
+            let changed = status.state != state;
+            if changed {
+                log(&status.relay_id, &state);
+                status.state = state;
+            }
+            changed
+        });
+    }
+
+    /// The servers answer again.
+    pub fn able(&self) {
+        if matches!(self.0.borrow().state, RelayState::Unable { .. }) {
+            self.state(RelayState::Active);
+        }
+    }
+
+    pub fn unable(&self, error: &(dyn std::error::Error + 'static)) {
+        self.state(RelayState::Unable { reason: chain(error) });
+    }
+
+    pub fn count(&self, published: u64, refused: u64, failed: u64) {
+        self.0.send_modify(|status| {
+            status.published += published;
+            status.refused += refused;
+            status.failed += failed;
+        });
+    }
+}
+
+fn log(relay: &Uuid, state: &RelayState) {
+    match state {
+        RelayState::Unable { reason } => tracing::warn!(%relay, reason, "relay cannot work, and keeps trying"),
+        RelayState::Connecting => tracing::debug!(%relay, "relay connects"),
+        RelayState::Standby => tracing::info!(%relay, "relay stands by: another one holds the lease"),
+        RelayState::Recovering => tracing::info!(%relay, "relay holds the lease and resolves open batches"),
+        RelayState::Active => tracing::info!(%relay, "relay is active"),
+        RelayState::Stopped => tracing::info!(%relay, "relay has stopped"),
+    }
+}
+
+/// The error and its causes on one line, without repeating what is said already.
+fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let message = error.to_string();
+        if !text.contains(&message) {
+            text = format!("{text}: {message}");
+        }
+        cause = error.source();
+    }
+    text
+}

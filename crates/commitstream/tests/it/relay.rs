@@ -1,0 +1,272 @@
+//! The relay does its work: order, retries, late commits, clean-up.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use commitstream::relay::{RelayState, cleanup};
+use sqlx::Connection;
+
+use crate::support::{World, eventually};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backlog_of_100_000_rows_by_plain_sql_is_drained_once_and_in_order() -> Result<()> {
+    let mut world = World::new().await?;
+    world.settings.outbox.processor.batch_size = 1_000;
+    world.insert(100_000, 1_000).await?;
+    let started = std::time::Instant::now();
+    let relay = world.relay()?;
+    world.drained().await?;
+    let seconds = started.elapsed().as_secs_f64();
+    println!("drained 100,000 rows in {seconds:.2} s: {:.0} events/s", 100_000.0 / seconds);
+    relay.stop().await?;
+    assert_eq!(world.audit().await?, 100_000);
+    Ok(())
+}
+
+/// The poll interval is a minute, so only a notification can be in time. Pauses are random, to meet the relay
+/// awake, asking for the sleep lock, and asleep.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_commit_wakes_a_sleeping_relay() -> Result<()> {
+    use rand::{Rng, SeedableRng};
+    let seed: u64 = rand::rng().random();
+    println!("seed {seed}");
+    let mut rng = rand::rngs::StdRng::seed_from_u64(seed);
+    let mut world = World::new().await?;
+    world.settings.outbox.processor.poll_interval = Duration::from_secs(60);
+    let relay = world.relay()?;
+    let mut status = relay.watch();
+    status.wait_for(|s| s.state == RelayState::Active).await?;
+    for n in 1..=200 {
+        world.insert(1, 1).await?;
+        let seen = tokio::time::timeout(Duration::from_secs(5), status.wait_for(|s| s.published >= n)).await;
+        assert!(seen.is_ok(), "event {n} was not noticed (seed {seed})");
+        tokio::time::sleep(Duration::from_micros(rng.random_range(0..20_000))).await;
+    }
+    relay.stop().await?;
+    assert_eq!(world.audit().await?, 200);
+    Ok(())
+}
+
+/// A transaction that commits late has a `seq` below the cursor; one that waited for it has one above.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_late_commit_is_published_before_what_waited_for_it() -> Result<()> {
+    let world = World::new().await?;
+    let relay = world.relay()?;
+    let mut status = relay.watch();
+    let (mut late, mut other) = (world.connect().await?, world.connect().await?);
+    let insert = "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload) VALUES ('E', 'user', $1, '{}')";
+    for round in 0..50_u64 {
+        let mut first = late.begin().await?;
+        sqlx::query(insert).bind("late").execute(&mut *first).await?;
+        for _ in 0..3 {
+            sqlx::query(insert).bind("other").execute(&mut other).await?;
+        }
+        // The cursor is past the late event now.
+        status.wait_for(|s| s.published >= round * 6 + 3).await?;
+        first.commit().await?;
+        sqlx::query(insert).bind("late").execute(&mut other).await?;
+        sqlx::query(insert).bind("late").execute(&mut other).await?;
+        status.wait_for(|s| s.published >= round * 6 + 6).await?;
+    }
+    relay.stop().await?;
+    assert_eq!(world.audit().await?, 300);
+    Ok(())
+}
+
+/// Sixteen producers that lock their aggregate, hold transactions open for a while, and sometimes roll back.
+#[tokio::test(flavor = "multi_thread")]
+async fn order_per_aggregate_holds_with_concurrent_producers() -> Result<()> {
+    use rand::{Rng, SeedableRng};
+    let seed: u64 = rand::rng().random();
+    println!("seed {seed}");
+    let world = World::new().await?;
+    sqlx::raw_sql("CREATE TABLE account (id int PRIMARY KEY); INSERT INTO account SELECT generate_series(0, 19)")
+        .execute(&mut world.connect().await?)
+        .await?;
+    let relay = world.relay()?;
+    let mut producers = tokio::task::JoinSet::new();
+    for producer in 0..16 {
+        let mut connection = world.connect().await?;
+        let mut rng = rand::rngs::StdRng::seed_from_u64(seed.wrapping_add(producer));
+        producers.spawn(async move {
+            let mut committed = 0;
+            for _ in 0..100 {
+                let account: i32 = rng.random_range(0..20);
+                let mut tx = connection.begin().await?;
+                sqlx::query("SELECT id FROM account WHERE id = $1 FOR UPDATE").bind(account).execute(&mut *tx).await?;
+                let events = rng.random_range(1..4);
+                sqlx::query(
+                    "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload)
+                     SELECT 'E', 'user', $1, '{}' FROM generate_series(1, $2)",
+                )
+                .bind(account.to_string())
+                .bind(events)
+                .execute(&mut *tx)
+                .await?;
+                tokio::time::sleep(Duration::from_micros(rng.random_range(0..5_000))).await;
+                if rng.random_bool(0.9) {
+                    tx.commit().await?;
+                    committed += usize::try_from(events)?;
+                } else {
+                    tx.rollback().await?;
+                }
+            }
+            anyhow::Ok(committed)
+        });
+    }
+    let committed: usize = producers.join_all().await.into_iter().collect::<Result<Vec<_>>>()?.into_iter().sum();
+    world.drained().await?;
+    relay.stop().await?;
+    assert_eq!(world.audit().await?, committed, "seed {seed}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_that_cannot_be_sent_holds_back_its_aggregate_only() -> Result<()> {
+    let mut world = World::new().await?;
+    world.settings.outbox.processor.retry_base_delay = Duration::from_millis(200);
+    world.settings.publishing.max_payload_bytes = 2_048;
+    let mut connection = world.connect().await?;
+    // Events 1 to 300 of thirty aggregates; number 31, of aggregate 1, is too large.
+    sqlx::query(
+        "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload)
+         SELECT 'E', 'user', (n % 30)::text,
+                jsonb_build_object('n', n, 'fill', CASE WHEN n = 31 THEN repeat('x', 5000) ELSE '' END)
+         FROM generate_series(1, 300) n",
+    )
+    .execute(&mut connection)
+    .await?;
+    let relay = world.relay()?;
+    let mut status = relay.watch();
+    status.wait_for(|s| s.published >= 291).await?;
+    let held: Vec<String> = sqlx::query_scalar("SELECT DISTINCT aggregate_id FROM event_outbox WHERE status = 'PENDING'")
+        .fetch_all(&mut connection)
+        .await?;
+    assert!(held.is_empty() || held == ["1"], "{held:?}");
+    world.drained().await?;
+    relay.stop().await?;
+    assert_eq!(world.audit().await?, 299);
+    let failed = world.stats().await?.recent_failures;
+    assert_eq!(failed.len(), 1);
+    assert_eq!(failed[0].retry_count, 3);
+    assert!(failed[0].last_error.as_ref().is_some_and(|e| e.starts_with("too large: ") && e.contains("2048")), "{failed:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_key_of_another_type_stops_no_other_stream_and_is_mended_by_retry() -> Result<()> {
+    let mut world = World::new().await?;
+    world.settings.outbox.processor.retry_base_delay = Duration::from_millis(100);
+    let mut redis = world.redis().await?;
+    redis::cmd("SET").arg(world.user_stream()).arg("not a stream").query_async::<()>(&mut redis).await?;
+    world.insert(500, 50).await?;
+    let mut connection = world.connect().await?;
+    sqlx::raw_sql(
+        "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload)
+         SELECT 'Paid', 'payment', n::text, '{}' FROM generate_series(1, 500) n",
+    )
+    .execute(&mut connection)
+    .await?;
+    let relay = world.relay()?;
+    eventually("all of the bad stream to be FAILED", async || Ok(world.stats().await?.failed == 500)).await?;
+    let stats = world.stats().await?;
+    assert_eq!((stats.published, stats.pending), (500, 0));
+    assert!(stats.recent_failures[0].last_error.as_ref().is_some_and(|e| e.starts_with("WRONGTYPE")), "{stats:?}");
+    redis::cmd("DEL").arg(world.user_stream()).query_async::<()>(&mut redis).await?;
+    let all = commitstream::outbox::Selection::All { event_type: None };
+    assert_eq!(world.outbox.retry_failed(&mut connection, &all).await?, 500);
+    world.drained().await?;
+    relay.stop().await?;
+    assert_eq!(world.audit().await?, 1_000);
+    Ok(())
+}
+
+/// A refused event is published by a later attempt, and what waited behind it follows in order.
+#[tokio::test(flavor = "multi_thread")]
+async fn order_survives_retries() -> Result<()> {
+    let mut world = World::new().await?;
+    world.settings.outbox.processor.retry_base_delay = Duration::from_millis(100);
+    world.settings.outbox.processor.max_retries = 50;
+    world.settings.outbox.processor.retry_max_delay = Duration::from_millis(300);
+    let mut redis = world.redis().await?;
+    let relay = world.relay()?;
+    world.insert(100, 20).await?;
+    world.drained().await?;
+    let stream = world.user_stream();
+    let saved = format!("{stream}:saved");
+    for _ in 0..5 {
+        redis::cmd("RENAME").arg(&stream).arg(&saved).query_async::<()>(&mut redis).await?;
+        redis::cmd("SET").arg(&stream).arg("in the way").query_async::<()>(&mut redis).await?;
+        world.insert(1_000, 20).await?;
+        eventually("some events to be refused", async || {
+            let refused = "SELECT count(*) FROM event_outbox WHERE status = 'PENDING' AND retry_count > 0";
+            Ok(sqlx::query_scalar::<_, i64>(refused).fetch_one(&mut world.connect().await?).await? > 0)
+        })
+        .await?;
+        redis::cmd("RENAME").arg(&saved).arg(&stream).query_async::<()>(&mut redis).await?;
+        world.insert(500, 20).await?;
+        world.drained().await?;
+    }
+    relay.stop().await?;
+    assert_eq!(world.audit().await?, 7_600);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_an_older_processor_left_processing_are_sent() -> Result<()> {
+    let world = World::new().await?;
+    world.insert(10, 3).await?;
+    sqlx::raw_sql("UPDATE event_outbox SET status = 'PROCESSING' WHERE seq % 2 = 0").execute(&mut world.connect().await?).await?;
+    let relay = world.relay()?;
+    world.drained().await?;
+    relay.stop().await?;
+    assert_eq!(world.audit().await?, 10);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_graceful_stop_settles_what_is_in_flight() -> Result<()> {
+    let world = World::new().await?;
+    world.insert(50_000, 100).await?;
+    for _ in 0..5 {
+        let relay = world.relay()?;
+        let mut status = relay.watch();
+        status.wait_for(|s| s.published > 0).await?;
+        relay.stop().await?;
+        let open = world.outbox.open_batches(&mut world.connect().await?).await?;
+        assert!(open.is_empty(), "{open:?}");
+    }
+    let relay = world.relay()?;
+    world.drained().await?;
+    relay.stop().await?;
+    assert_eq!(world.audit().await?, 50_000);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clean_up_removes_what_is_old_in_small_batches() -> Result<()> {
+    let mut world = World::new().await?;
+    world.settings.outbox.cleanup.batch_size = 100;
+    world.insert(1_000, 10).await?;
+    let relay = world.relay()?;
+    world.drained().await?;
+    relay.stop().await?;
+    let mut connection = world.connect().await?;
+    sqlx::raw_sql("UPDATE event_outbox SET published_at = now() - interval '8 days' WHERE seq <= 750")
+        .execute(&mut connection)
+        .await?;
+    let mut steps = 0;
+    let cleaned = cleanup::run_once(&world.outbox, &mut connection, &world.settings.outbox.cleanup, |_| steps += 1).await?;
+    assert_eq!((cleaned.events, cleaned.batches), (750, 0), "batches are younger than the retention");
+    assert!(steps >= 7, "{steps} transactions");
+    sqlx::raw_sql("UPDATE outbox_batch SET settled_at = now() - interval '8 days'").execute(&mut connection).await?;
+    // The relay does the same by itself when it starts, and every interval.
+    let relay = world.relay()?;
+    eventually("the relay to clean up", async || {
+        Ok(sqlx::query_scalar::<_, i64>("SELECT count(*) FROM outbox_batch").fetch_one(&mut connection).await? == 0)
+    })
+    .await?;
+    relay.stop().await?;
+    assert_eq!(world.stats().await?.published, 250);
+    Ok(())
+}

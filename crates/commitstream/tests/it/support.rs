@@ -1,0 +1,149 @@
+//! What every test needs: a migrated database, a key prefix, settings for both, and an audit of the streams.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use commitstream::config::Settings;
+use commitstream::outbox::{OutboxRepository, OutboxStats};
+use commitstream::relay::{OutboxProcessor, RelayHandle};
+use commitstream::streams::{Entry, Streams};
+use commitstream_sandbox::{Sandbox, TestDatabase};
+use sqlx::{Connection, PgConnection, Row};
+
+/// Longest that any condition is waited for.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+pub struct World {
+    pub database: TestDatabase,
+    pub settings: Settings,
+    pub outbox: OutboxRepository,
+    pub streams: Streams,
+}
+
+impl World {
+    /// A migrated database and a prefix of their own, on the servers of the run.
+    pub async fn new() -> Result<Self> {
+        let world = Self::unmigrated()?;
+        world.outbox.migrate(&mut world.connect().await?).await?;
+        Ok(world)
+    }
+
+    pub fn unmigrated() -> Result<Self> {
+        let sandbox = Sandbox::shared();
+        Self::on(sandbox.database()?, &sandbox.redis_url(), sandbox.key_prefix()?)
+    }
+
+    /// The same, with a Redis of the test's own.
+    pub fn on(database: TestDatabase, redis_url: &str, prefix: String) -> Result<Self> {
+        let mut settings = Settings::default();
+        settings.database.url = Some(database.url().to_owned());
+        settings.redis.url = Some(redis_url.to_owned());
+        settings.redis.stream_prefix = prefix;
+        settings.redis.connect_timeout = Duration::from_millis(500);
+        let streams = Streams::new(redis_url, &settings.redis)?;
+        Ok(Self { outbox: OutboxRepository::new(&settings.database.schema), database, settings, streams })
+    }
+
+    pub async fn connect(&self) -> Result<PgConnection> {
+        Ok(PgConnection::connect(self.database.url()).await?)
+    }
+
+    pub fn relay(&self) -> Result<RelayHandle> {
+        Ok(OutboxProcessor::new(self.settings.clone())?.start())
+    }
+
+    /// A plain connection to Redis, for what users do behind the relay's back.
+    pub async fn redis(&self) -> Result<redis::aio::MultiplexedConnection> {
+        let url = self.settings.redis.url.as_deref().context("the world has a Redis")?;
+        Ok(redis::Client::open(url)?.get_multiplexed_async_connection().await?)
+    }
+
+    pub async fn stats(&self) -> Result<OutboxStats> {
+        Ok(self.outbox.stats(&mut self.connect().await?).await?)
+    }
+
+    /// Inserts `events` rows by plain SQL, spread over `aggregates` of type `user`.
+    pub async fn insert(&self, events: u32, aggregates: u32) -> Result<()> {
+        let sql = "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload)
+                   SELECT 'UserCreated', 'user', (n % $2)::text, jsonb_build_object('n', n) FROM generate_series(1, $1) n";
+        sqlx::query(sql)
+            .bind(i32::try_from(events)?)
+            .bind(i32::try_from(aggregates)?)
+            .execute(&mut self.connect().await?)
+            .await?;
+        Ok(())
+    }
+
+    pub fn user_stream(&self) -> String {
+        self.streams.stream_of("user")
+    }
+
+    /// All entries of a stream.
+    pub async fn entries(&self, stream: &str) -> Result<Vec<Entry>> {
+        let (mut all, mut after) = (Vec::new(), "0".to_owned());
+        loop {
+            let page = self.streams.range(stream, &after, 5_000).await?;
+            let Some(last) = page.last() else { return Ok(all) };
+            after.clone_from(&last.id);
+            all.extend(page);
+        }
+    }
+
+    /// Waits until no event is left to be sent.
+    pub async fn drained(&self) -> Result<()> {
+        let mut connection = self.connect().await?;
+        let unsent = "SELECT count(*) FROM event_outbox WHERE status IN ('PENDING', 'PROCESSING')";
+        eventually("the outbox to be drained", async || {
+            let left: i64 = sqlx::query_scalar(unsent).fetch_one(&mut connection).await?;
+            Ok(left == 0)
+        })
+        .await
+    }
+
+    /// Every published row stands in its stream exactly once, nothing else does, and each aggregate's entries are in `seq`
+    /// order. Returns how many there are.
+    pub async fn audit(&self) -> Result<usize> {
+        let rows = sqlx::query("SELECT id::text AS id, seq, aggregate_type, aggregate_id, status FROM event_outbox ORDER BY seq")
+            .fetch_all(&mut self.connect().await?)
+            .await?;
+        let mut seq_of = HashMap::new();
+        let mut expected = HashSet::new();
+        for row in &rows {
+            let id: String = row.try_get("id")?;
+            seq_of.insert(id.clone(), row.try_get::<i64, _>("seq")?);
+            if row.try_get::<&str, _>("status")? == "PUBLISHED" {
+                expected.insert(id);
+            }
+        }
+        let mut seen = HashSet::new();
+        let mut last: BTreeMap<(String, String), i64> = BTreeMap::new();
+        for stream in self.streams.list().await? {
+            for entry in self.entries(&stream).await? {
+                let id = entry.field("id").context("entry without id")?.to_owned();
+                let seq = *seq_of.get(&id).with_context(|| format!("{id} in {stream} is not in the outbox"))?;
+                ensure!(seen.insert(id.clone()), "{id} stands twice in {stream}");
+                let aggregate = (stream.clone(), entry.field("aggregate_id").unwrap_or_default().to_owned());
+                let before = last.insert(aggregate.clone(), seq);
+                ensure!(before.is_none_or(|before| before < seq), "{aggregate:?}: {seq} after {before:?}");
+            }
+        }
+        let lost: Vec<_> = expected.difference(&seen).take(5).collect();
+        ensure!(lost.is_empty(), "published but not in a stream: {lost:?}");
+        let invented: Vec<_> = seen.difference(&expected).take(5).collect();
+        ensure!(invented.is_empty(), "in a stream but not published: {invented:?}");
+        Ok(seen.len())
+    }
+}
+
+/// Waits until `condition` holds, and says what was waited for when it does not come.
+pub async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> Result<bool>) -> Result<()> {
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    while !condition().await? {
+        if tokio::time::Instant::now() > deadline {
+            bail!("waited {PATIENCE:?} for {what}");
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    Ok(())
+}
