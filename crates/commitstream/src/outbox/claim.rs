@@ -102,7 +102,7 @@ WITH lease AS MATERIALIZED (
     ORDER BY c.seq LIMIT $6
 ), sized AS MATERIALIZED (
     SELECT c.*, octet_length(payload) + octet_length(headers) AS bytes,
-           sum(LEAST(octet_length(payload) + octet_length(headers), $9)) OVER (ORDER BY seq) AS running,
+           sum(LEAST(octet_length(payload) + octet_length(headers), $9)::int) OVER (ORDER BY seq) AS running,
            row_number() OVER (ORDER BY seq) AS n
     FROM candidates c WHERE NOT blocked
 ), chunks AS MATERIALIZED (

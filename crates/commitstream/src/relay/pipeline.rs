@@ -222,3 +222,7 @@ impl Pipeline {
 fn bytes_of(events: &[OutboxEvent]) -> i64 {
     events.iter().filter(|e| e.payload.is_some()).map(|e| e.bytes).sum()
 }
+
+#[cfg(test)]
+#[path = "pipeline_model.rs"]
+mod model;
