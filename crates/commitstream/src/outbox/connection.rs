@@ -16,8 +16,7 @@ use super::OutboxError;
 pub async fn connect(url: &str, application_name: &str, timeout: Duration) -> Result<PgConnection, OutboxError> {
     let doing = "connecting";
     let options = PgConnectOptions::from_str(url).map_err(OutboxError::Url)?.application_name(application_name);
-    let seconds = timeout.as_secs();
-    let timed_out = |_| OutboxError::Timeout { doing, seconds };
+    let timed_out = |_| OutboxError::Timeout { doing, limit: timeout };
     let unreachable = |source| OutboxError::Unreachable { doing, source };
     let mut connection =
         tokio::time::timeout(timeout, options.connect()).await.map_err(timed_out)?.map_err(|source| match source {

@@ -25,8 +25,8 @@ pub enum OutboxError {
         source: sqlx::Error,
     },
 
-    #[error("PostgreSQL did not answer within {seconds} s while {doing} (setting app.database.timeout)")]
-    Timeout { doing: &'static str, seconds: u64 },
+    #[error("PostgreSQL did not answer within {limit:?} while {doing} (setting app.database.timeout)")]
+    Timeout { doing: &'static str, limit: std::time::Duration },
 
     #[error("the database URL is not usable: write postgres://user:password@host:5432/database")]
     Url(#[source] sqlx::Error),
@@ -37,11 +37,6 @@ pub enum OutboxError {
         #[source]
         source: sqlx::Error,
     },
-
-    #[error(
-        "the batch journal names {expected} batches to settle but only {found} exist: were rows of outbox_batch deleted by hand?"
-    )]
-    JournalLost { expected: usize, found: usize },
 }
 
 impl OutboxError {

@@ -59,4 +59,15 @@ impl OutboxRepository {
         stats.recent_failures = self.failed(connection, &Selection::All { event_type: None }, RECENT_FAILURES).await?;
         Ok(stats)
     }
+
+    /// How many events are not published yet, pending or processing. Reads only what is unsent.
+    ///
+    /// # Errors
+    /// PostgreSQL cannot be asked.
+    pub async fn unsent(&self, connection: &mut PgConnection) -> Result<i64, OutboxError> {
+        sqlx::query_scalar(self.sql("SELECT count(*) FROM {s}.event_outbox WHERE status IN ('PENDING', 'PROCESSING')"))
+            .fetch_one(connection)
+            .await
+            .map_err(self.error("counting unsent events"))
+    }
 }

@@ -12,12 +12,12 @@ use uuid::Uuid;
 
 use super::append::{self, Ended};
 use super::cursor::Cursor;
-use super::pipeline::{Limits, Pipeline, batches_of};
+use super::pipeline::{Batch, Limits, Pipeline, batches_of};
 use super::session::{SessionError, bounded};
 use super::sleep::SleepLock;
 use super::status::Reporter;
 use crate::config::Settings;
-use crate::outbox::{ClaimRequest, OutboxError, OutboxEvent, OutboxRepository, SeqRange};
+use crate::outbox::{ClaimRequest, OutboxError, OutboxEvent, OutboxRepository, Refusal, SeqRange};
 use crate::streams::{Streams, StreamsError};
 
 /// A claim takes this many batches at most, so that small batches do not mean a commit for each.
@@ -77,7 +77,7 @@ pub(super) struct Engine {
     settles: Option<PgConnection>,
     claim: Slot<Result<Claimed, OutboxError>>,
     appends: FuturesUnordered<BoxFuture<'static, Ended>>,
-    settle: Slot<Result<PgConnection, OutboxError>>,
+    settle: Slot<Result<PgConnection, SessionError>>,
     expire: Slot<Result<(), StreamsError>>,
     markers: Vec<(String, Uuid)>,
 }
@@ -158,7 +158,10 @@ impl Engine {
         {
             let (outbox, limit) = (self.outbox.clone(), self.settings.database.timeout);
             let settle = async move {
-                bounded("settling batches", limit, outbox.settle(&mut connection, &settlements)).await.map(|_| connection)
+                let settled = bounded("settling batches", limit, outbox.settle(&mut connection, &settlements)).await?;
+                // Fewer means that another relay has resolved some of them.
+                let all = usize::try_from(settled).is_ok_and(|settled| settled == settlements.len());
+                if all { Ok(connection) } else { Err(SessionError::LeaseLost) }
             };
             self.settle = Some(settle.boxed());
         }
@@ -249,10 +252,7 @@ impl Engine {
     fn on_appended(&mut self, ended: Ended) -> Result<(), SessionError> {
         match ended {
             Ended::Known { batch, appended, refusals } => {
-                for refusal in &refusals {
-                    let (event, error) = (refusal.event_id, &refusal.error);
-                    tracing::warn!(stream = batch.stream, batch = %batch.id, %event, error, retry_after = ?refusal.retry_after, "event refused");
-                }
+                refusals.iter().for_each(|refusal| log_refusal(&batch, refusal));
                 self.pipeline.appended(batch, appended, refusals);
                 Ok(())
             }
@@ -282,6 +282,16 @@ async fn finish<T>(slot: &mut Slot<T>) -> T {
     let output = future.await;
     *slot = None;
     output
+}
+
+fn log_refusal(batch: &Batch, refusal: &Refusal) {
+    let (stream, event, error) = (&batch.stream, refusal.event_id, &refusal.error);
+    match refusal.retry_after {
+        Some(after) => {
+            tracing::warn!(stream, batch = %batch.id, %event, error, retry_after = ?after, "event refused, to be tried again")
+        }
+        None => tracing::error!(stream, batch = %batch.id, %event, error, "event FAILED: see `commitstream failed list`"),
+    }
 }
 
 fn per_claim(batch_size: u32) -> i64 {

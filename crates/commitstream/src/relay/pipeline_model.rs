@@ -69,7 +69,7 @@ impl World {
         for settlement in settlements {
             let seqs = &batches[&settlement.batch_id];
             let sent = usize::try_from(settlement.appended).unwrap();
-            seqs[..sent].iter().for_each(|seq| drop(self.table.remove(seq)));
+            self.table.retain(|seq, _| !seqs[..sent].contains(seq));
             for (at, seq) in seqs.iter().enumerate().skip(sent) {
                 let row = self.table.get_mut(seq).unwrap();
                 row.open = false;

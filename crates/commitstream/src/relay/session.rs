@@ -44,7 +44,7 @@ pub(super) struct Relay {
 impl Relay {
     /// Runs one session. `Ok` means that it was told to stop, and has settled what it could.
     pub async fn session(&self) -> Result<(), SessionError> {
-        self.reporter.state(RelayState::Connecting);
+        self.reporter.connecting();
         let mut lease = self.connect("commitstream relay: lease").await?;
         self.outbox.check_migrated(&mut lease).await?;
         if !self.wait_for_lease(&mut lease).await? {
@@ -200,5 +200,5 @@ pub(super) async fn bounded<T>(
     limit: Duration,
     call: impl Future<Output = Result<T, OutboxError>>,
 ) -> Result<T, OutboxError> {
-    tokio::time::timeout(limit, call).await.map_err(|_| OutboxError::Timeout { doing, seconds: limit.as_secs() })?
+    tokio::time::timeout(limit, call).await.map_err(|_| OutboxError::Timeout { doing, limit })?
 }

@@ -54,12 +54,20 @@ impl Reporter {
     pub fn state(&self, state: RelayState) {
         self.0.send_if_modified(|status| {
             let changed = status.state != state;
-            if changed {
+            // Attempts of one outage fail for several reasons in turn; the log has its first one.
+            if std::mem::discriminant(&status.state) != std::mem::discriminant(&state) {
                 log(&status.relay_id, &state);
-                status.state = state;
             }
+            status.state = state;
             changed
         });
+    }
+
+    /// A new session begins. After a failure the relay stays unable until the session has come somewhere.
+    pub fn connecting(&self) {
+        if !matches!(self.0.borrow().state, RelayState::Unable { .. }) {
+            self.state(RelayState::Connecting);
+        }
     }
 
     /// The servers answer again.

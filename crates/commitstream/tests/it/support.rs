@@ -6,10 +6,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use commitstream::config::Settings;
 use commitstream::outbox::{OutboxRepository, OutboxStats};
+use commitstream::publisher::HybridEventPublisher;
 use commitstream::relay::{OutboxProcessor, RelayHandle};
 use commitstream::streams::{Entry, Streams};
 use commitstream_sandbox::{Sandbox, TestDatabase};
-use sqlx::{Connection, PgConnection, Row};
+use sqlx::{Connection, PgConnection, PgPool, Row};
 
 /// Longest that any condition is waited for.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -73,6 +74,40 @@ impl World {
             .execute(&mut self.connect().await?)
             .await?;
         Ok(())
+    }
+
+    pub fn publisher(&self) -> Result<HybridEventPublisher> {
+        Ok(HybridEventPublisher::new(&self.settings)?)
+    }
+
+    pub async fn pool(&self) -> Result<PgPool> {
+        Ok(PgPool::connect(self.database.url()).await?)
+    }
+
+    /// The events in the outbox, as `type aggregate_type/aggregate_id`, in `seq` order.
+    pub async fn rows(&self) -> Result<Vec<String>> {
+        let sql = "SELECT event_type || ' ' || aggregate_type || '/' || aggregate_id FROM event_outbox ORDER BY seq";
+        Ok(sqlx::query_scalar(sql).fetch_all(&mut self.connect().await?).await?)
+    }
+
+    /// The entries of all streams, written in the same way, stream by stream.
+    pub async fn streamed(&self) -> Result<Vec<String>> {
+        let mut all = Vec::new();
+        for stream in self.streams.list().await? {
+            for entry in self.entries(&stream).await? {
+                let e = entry.envelope()?;
+                all.push(format!("{} {}/{}", e.event_type, e.aggregate_type, e.aggregate_id));
+            }
+        }
+        Ok(all)
+    }
+
+    /// The fields of each entry of a stream exactly as Redis has them, in their order.
+    pub async fn raw_entries(&self, aggregate_type: &str) -> Result<Vec<Vec<(String, String)>>> {
+        let mut command = redis::cmd("XRANGE");
+        command.arg(self.streams.stream_of(aggregate_type)).arg("-").arg("+");
+        let entries: Vec<(String, Vec<(String, String)>)> = command.query_async(&mut self.redis().await?).await?;
+        Ok(entries.into_iter().map(|(_, fields)| fields).collect())
     }
 
     pub fn user_stream(&self) -> String {

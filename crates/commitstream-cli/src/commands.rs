@@ -1,0 +1,30 @@
+//! One file per command.
+
+pub mod cleanup;
+pub mod config;
+pub mod demo;
+pub mod failed;
+pub mod migrate;
+pub mod publish;
+pub mod relay;
+pub mod stats;
+pub mod tail;
+
+use std::process::ExitCode;
+
+use crate::cli::Command;
+use crate::context::Context;
+
+pub async fn run(command: Command, context: &Context) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Demo(args) => demo::run(args, context).await,
+        Command::Migrate(args) => migrate::run(args, context).await,
+        Command::Relay(args) => relay::run(args, context).await,
+        Command::Publish(args) => publish::run(args, context).await,
+        Command::Stats(args) => stats::run(args, context).await,
+        Command::Failed(args) => failed::run(args, context).await,
+        Command::Cleanup(args) => cleanup::run(args, context).await,
+        Command::Tail(args) => tail::run(args, context).await,
+        Command::Config(args) => config::run(args, context).await,
+    }
+}

@@ -1,0 +1,82 @@
+//! `commitstream cleanup`
+
+use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use commitstream::relay::cleanup::{self, Cleaned};
+use serde_json::json;
+
+use crate::context::{self, Context};
+use crate::output::{age, plural};
+
+/// How often progress is told.
+const TELL_EVERY: Duration = Duration::from_millis(500);
+
+/// Delete events that were published long ago
+///
+/// The relay does this by itself every hour (app.outbox.cleanup). Deletes in small transactions that wait for nobody; it may be
+/// stopped at any time, and run beside relays.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  commitstream cleanup
+  commitstream cleanup --retention-days 30")]
+pub struct Args {
+    /// Keep what was published within this many days [environment: OUTBOX_RETENTION_DAYS]
+    #[arg(long, value_name = "DAYS", allow_hyphen_values = true)]
+    retention_days: Option<String>,
+}
+
+pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
+    let settings = context.load(&[("app.outbox.cleanup.retentionDays", args.retention_days.as_ref())])?.settings;
+    let mut connection = context::migrated(&settings, "cleanup").await?;
+    let started = Instant::now();
+    let mut progress = Progress { told: started, is_terminal: io::stderr().is_terminal() };
+    let outbox = context::repository(&settings);
+    let cleaned = cleanup::run_once(&outbox, &mut connection, &settings.outbox.cleanup, |cleaned| progress.tell(cleaned)).await;
+    progress.clear();
+    let cleaned = cleaned?;
+    if context.output.json {
+        context.output.json(&json!({ "events": cleaned.events, "batches": cleaned.batches }))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let ago = match settings.outbox.cleanup.retention_days {
+        0 => String::new(),
+        days => format!(" more than {} ago", plural(u64::from(days), "day")),
+    };
+    context.output.line(&match cleaned {
+        Cleaned { events: 0, batches: 0 } => format!("nothing to delete: no event was published{ago}"),
+        Cleaned { events, batches } => {
+            let were = if events == 1 { "was" } else { "were" };
+            let (events, batches) = (plural(events, "event"), plural(batches, "journal row"));
+            format!("deleted {events} that {were} published{ago}, and {batches}, in {}", age(started.elapsed()))
+        }
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Progress on standard error: one line that is written over on a terminal, a line now and then elsewhere. That nobody
+/// reads it must not stop the work.
+struct Progress {
+    told: Instant,
+    is_terminal: bool,
+}
+
+impl Progress {
+    fn tell(&mut self, cleaned: Cleaned) {
+        if self.told.elapsed() < TELL_EVERY {
+            return;
+        }
+        self.told = Instant::now();
+        let text = format!("deleted {} so far", plural(cleaned.events, "event"));
+        let text = if self.is_terminal { format!("\r\x1b[K{text}") } else { format!("{text}\n") };
+        io::stderr().write_all(text.as_bytes()).ok();
+    }
+
+    fn clear(&self) {
+        if self.is_terminal {
+            io::stderr().write_all(b"\r\x1b[K").ok();
+        }
+    }
+}

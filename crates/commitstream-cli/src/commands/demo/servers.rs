@@ -1,0 +1,140 @@
+//! Where the demonstration takes place: private servers, or those of the user in a corner of its own.
+
+use anyhow::Context;
+use commitstream::config::{Settings, redact_url};
+use commitstream::outbox;
+use commitstream_sandbox::{Postgres, Redis, SandboxError};
+use redis::aio::MultiplexedConnection;
+use sqlx::{AssertSqlSafe, Connection};
+use uuid::Uuid;
+
+/// Keys that one SCAN looks at, and one UNLINK removes at most.
+const KEYS_PER_SCAN: usize = 1_000;
+
+/// The servers, and the settings to use them with.
+pub struct Servers {
+    pub settings: Settings,
+    source: Source,
+}
+
+enum Source {
+    /// They end with this value, or with this process.
+    Private { postgres: Box<Postgres>, redis: Box<Redis>, remark: &'static str },
+    /// `name` is the schema, and part of the prefix of all keys.
+    Given { name: String },
+}
+
+impl Servers {
+    /// Those of the settings when both URLs are set; else private ones are started.
+    pub async fn obtain(configured: &Settings) -> anyhow::Result<Self> {
+        let mut settings = configured.clone();
+        // The lanes and the audit of the demonstration go by the events' own lanes.
+        settings.publishing = Settings::default().publishing;
+        settings.outbox.enabled = true;
+        if let (Some(_), Some(_)) = (&settings.database.url, &settings.redis.url) {
+            let random = Uuid::new_v4().simple().to_string();
+            let name = format!("commitstream_demo_{}", &random[..8]);
+            settings.database.schema.clone_from(&name);
+            settings.redis.stream_prefix = format!("demo_{}:events:", &random[..8]);
+            return Ok(Self { settings, source: Source::Given { name } });
+        }
+        let remark = match (&settings.database.url, &settings.redis.url) {
+            (Some(_), None) => "DATABASE_URL is not used: REDIS_URL is not set, and the demonstration needs both.\n",
+            (None, Some(_)) => "REDIS_URL is not used: DATABASE_URL is not set, and the demonstration needs both.\n",
+            _ => "",
+        };
+        let started = tokio::task::spawn_blocking(start).await?;
+        let (postgres, redis) =
+            started.context("cannot start private servers: install them, or set both DATABASE_URL and REDIS_URL")?;
+        settings.database.url = Some(postgres.url());
+        settings.database.schema = Settings::default().database.schema;
+        settings.redis.url = Some(redis.url());
+        settings.redis.stream_prefix = Settings::default().redis.stream_prefix;
+        Ok(Self { settings, source: Source::Private { postgres: Box::new(postgres), redis: Box::new(redis), remark } })
+    }
+
+    pub fn are_private(&self) -> bool {
+        matches!(self.source, Source::Private { .. })
+    }
+
+    /// For people: which servers, and what will be left of the demonstration.
+    pub fn describe(&self) -> anyhow::Result<String> {
+        let url = |url: &Option<String>| redact_url(url.as_deref().unwrap_or_default());
+        let Settings { database, redis, .. } = &self.settings;
+        Ok(match &self.source {
+            Source::Private { postgres, redis, remark } => format!(
+                "{remark}Servers: a private PostgreSQL {} (fsync on) and a private Redis {} (append-only\n\
+                 file, synced every second). Both are stopped and removed at the end.",
+                postgres.version()?,
+                redis.version()?
+            ),
+            Source::Given { name } => format!(
+                "Servers: {}\n         {}\n\
+                 Everything is in the schema {name} and in keys under\n{} and is removed at the end.",
+                url(&database.url),
+                url(&redis.url),
+                self.settings.redis.stream_prefix
+            ),
+        })
+    }
+
+    /// Stops private servers; removes the schema and the keys from given ones. Both are tried, whatever fails.
+    pub async fn remove(self) -> anyhow::Result<()> {
+        match self.source {
+            Source::Private { postgres, redis, .. } => Ok(tokio::task::spawn_blocking(|| drop((postgres, redis))).await?),
+            Source::Given { name } => {
+                let schema = drop_schema(&self.settings, &name).await;
+                let keys = remove_keys(&self.settings).await;
+                schema.with_context(|| format!("the schema {name} stays behind: DROP SCHEMA {name} CASCADE"))?;
+                keys.with_context(|| format!("keys under {} stay behind in Redis", self.settings.redis.stream_prefix))
+            }
+        }
+    }
+}
+
+/// Both at the same time.
+fn start() -> Result<(Postgres, Redis), SandboxError> {
+    std::thread::scope(|scope| {
+        let redis = scope.spawn(|| Redis::start_with(&[("appendfsync", "everysec")]));
+        // The sandbox is made for tests and does not sync; the figures here are to be those of a durable server.
+        let postgres = Postgres::start_with(&[("fsync", "on")]);
+        let redis = redis.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        Ok((postgres?, redis?))
+    })
+}
+
+async fn drop_schema(settings: &Settings, name: &str) -> anyhow::Result<()> {
+    let url = settings.database.url.as_deref().unwrap_or_default();
+    let mut connection = outbox::connect(url, "commitstream demo: clean-up", settings.database.timeout).await?;
+    sqlx::query(AssertSqlSafe(format!("DROP SCHEMA IF EXISTS \"{name}\" CASCADE"))).execute(&mut connection).await?;
+    Ok(connection.close().await?)
+}
+
+/// Streams are named `<prefix><aggregate type>`, and markers `{<stream>}:batch:<id>`.
+async fn remove_keys(settings: &Settings) -> anyhow::Result<()> {
+    let client = redis::Client::open(settings.redis.url.as_deref().unwrap_or_default())?;
+    let mut connection =
+        tokio::time::timeout(settings.redis.connect_timeout, client.get_multiplexed_async_connection()).await??;
+    // The prefix holds nothing that means something in a pattern.
+    let prefix = &settings.redis.stream_prefix;
+    for pattern in [format!("{prefix}*"), format!("{{{prefix}*")] {
+        remove_matching(&mut connection, &pattern).await?;
+    }
+    Ok(())
+}
+
+async fn remove_matching(connection: &mut MultiplexedConnection, pattern: &str) -> redis::RedisResult<()> {
+    let mut cursor = 0_u64;
+    loop {
+        let mut scan = redis::cmd("SCAN");
+        scan.arg(cursor).arg("MATCH").arg(pattern).arg("COUNT").arg(KEYS_PER_SCAN);
+        let (next, keys): (u64, Vec<String>) = scan.query_async(connection).await?;
+        if !keys.is_empty() {
+            redis::cmd("UNLINK").arg(keys).exec_async(connection).await?;
+        }
+        cursor = next;
+        if cursor == 0 {
+            return Ok(());
+        }
+    }
+}

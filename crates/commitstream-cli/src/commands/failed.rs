@@ -1,0 +1,208 @@
+//! `commitstream failed list|retry|discard`
+
+use std::collections::HashSet;
+use std::io::{self, BufRead, IsTerminal, Write};
+use std::process::ExitCode;
+
+use clap::ArgGroup;
+use commitstream::outbox::{OutboxRepository, Selection};
+use serde_json::json;
+use sqlx::{Connection, PgConnection};
+use uuid::Uuid;
+
+use super::stats::failures;
+use crate::context::{self, Context};
+use crate::failure::WrongUse;
+use crate::output::plural;
+
+/// List, retry or discard events that failed
+///
+/// An event is FAILED when Redis refused it more often than maxRetries allows. It stays in the table, with the last error,
+/// until somebody decides what becomes of it.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  commitstream failed list
+  commitstream failed retry --all
+  commitstream failed discard 0190b8a4-5c1e-7c3a-9c53-0d8f6a1f2b3c")]
+pub struct Args {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(clap::Subcommand)]
+enum Action {
+    /// List failed events, newest first
+    #[command(after_help = "\
+Examples:
+  commitstream failed list --type UserCreated --limit 100
+  commitstream failed list --json | jq -r '.[].id'")]
+    List {
+        /// Only events of this type
+        #[arg(long = "type", value_name = "EVENT_TYPE", visible_alias = "event-type")]
+        event_type: Option<String>,
+        /// Most events to list
+        #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+        limit: u32,
+    },
+    /// Make failed events PENDING again, with all their attempts
+    #[command(after_help = "\
+Examples:
+  commitstream failed retry 0190b8a4-5c1e-7c3a-9c53-0d8f6a1f2b3c
+  commitstream failed retry --all --type UserCreated")]
+    Retry(Which),
+    /// Delete failed events for good
+    #[command(after_help = "\
+Examples:
+  commitstream failed discard 0190b8a4-5c1e-7c3a-9c53-0d8f6a1f2b3c
+  commitstream failed discard --all --type MetricUpdated --yes")]
+    Discard(Which),
+}
+
+#[derive(clap::Args)]
+#[command(group(ArgGroup::new("which").required(true).args(["ids", "all"])))]
+struct Which {
+    /// Ids of the events
+    #[arg(value_name = "ID", value_parser = event_id)]
+    ids: Vec<Uuid>,
+    /// All failed events
+    #[arg(long)]
+    all: bool,
+    /// With --all: only events of this type
+    #[arg(long = "type", value_name = "EVENT_TYPE", visible_alias = "event-type", requires = "all")]
+    event_type: Option<String>,
+    /// With --all: do not ask
+    #[arg(long, short)]
+    yes: bool,
+}
+
+impl Which {
+    fn selection(&self) -> Selection {
+        if self.all { Selection::All { event_type: self.event_type.clone() } } else { Selection::Ids(self.ids.clone()) }
+    }
+}
+
+fn event_id(text: &str) -> Result<Uuid, String> {
+    text.parse().map_err(|_| "an id is a UUID, as `commitstream failed list` shows it".to_owned())
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Change {
+    Retry,
+    Discard,
+}
+
+pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
+    match args.action {
+        Action::List { event_type, limit } => list(context, Selection::All { event_type }, limit).await,
+        Action::Retry(which) => change(context, &which, Change::Retry).await,
+        Action::Discard(which) => change(context, &which, Change::Discard).await,
+    }
+}
+
+async fn list(context: &Context, selection: Selection, limit: u32) -> anyhow::Result<ExitCode> {
+    let settings = context.settings()?;
+    let mut connection = context::migrated(&settings, "failed").await?;
+    // One more than asked for tells whether there are more.
+    let mut events = context::repository(&settings).failed(&mut connection, &selection, i64::from(limit) + 1).await?;
+    let has_more = events.len() > usize::try_from(limit)?;
+    events.truncate(usize::try_from(limit)?);
+    let output = &context.output;
+    if output.json {
+        output.json(&events)?;
+    } else if events.is_empty() {
+        output.line("no failed events")?;
+    } else {
+        output.write(&failures(&events, output))?;
+        if has_more {
+            output.line("and more, which --limit shows")?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn change(context: &Context, which: &Which, change: Change) -> anyhow::Result<ExitCode> {
+    if change == Change::Discard && which.all && !which.yes && !io::stdin().is_terminal() {
+        let message = "discard --all deletes events for good, and there is no terminal to ask on";
+        return Err(WrongUse::with_hint(
+            message,
+            "give --yes if that is what you mean; `commitstream failed list` shows what would go",
+        )
+        .into());
+    }
+    let settings = context.settings()?;
+    let outbox = context::repository(&settings);
+    let mut connection = context::migrated(&settings, "failed").await?;
+    if which.all && !which.yes && io::stdin().is_terminal() && !confirmed(&outbox, &mut connection, which, change).await? {
+        context.output.remark("nothing was changed")?;
+        return Ok(ExitCode::FAILURE);
+    }
+    let mut transaction = connection.begin().await?;
+    let missing = missing(&outbox, &mut transaction, &which.ids).await?;
+    let changed = match change {
+        Change::Retry => outbox.retry_failed(&mut transaction, &which.selection()).await?,
+        Change::Discard => outbox.discard_failed(&mut transaction, &which.selection()).await?,
+    };
+    transaction.commit().await?;
+    for id in &missing {
+        context.output.remark(&format!("{id}: there is no failed event with this id"))?;
+    }
+    if context.output.json {
+        context.output.json(&json!({ "changed": changed }))?;
+    } else {
+        context.output.line(&outcome(change, changed))?;
+    }
+    Ok(if changed == 0 && !which.all { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn outcome(change: Change, changed: u64) -> String {
+    let events = plural(changed, "event");
+    match (change, changed) {
+        (_, 0) => "nothing to do: no failed event matches".to_owned(),
+        (Change::Retry, _) => format!("{events} made PENDING again: the relay publishes what can be published"),
+        (Change::Discard, _) => format!("{events} deleted"),
+    }
+}
+
+/// Those of the ids that no failed event has.
+async fn missing(outbox: &OutboxRepository, connection: &mut PgConnection, ids: &[Uuid]) -> anyhow::Result<Vec<Uuid>> {
+    if ids.is_empty() {
+        return Ok(Vec::new());
+    }
+    let found = outbox.failed(connection, &Selection::Ids(ids.to_vec()), i64::try_from(ids.len())?).await?;
+    let found: HashSet<Uuid> = found.into_iter().map(|event| event.id).collect();
+    Ok(ids.iter().filter(|id| !found.contains(*id)).copied().collect())
+}
+
+/// How many events are counted one by one before the question says "more than".
+const COUNTED: u32 = 10_000;
+
+/// Shows the count and asks.
+async fn confirmed(
+    outbox: &OutboxRepository,
+    connection: &mut PgConnection,
+    which: &Which,
+    change: Change,
+) -> anyhow::Result<bool> {
+    let found = outbox.failed(connection, &which.selection(), i64::from(COUNTED) + 1).await?.len();
+    if found == 0 {
+        return Ok(true);
+    }
+    let found = match u64::try_from(found)? {
+        more if more > u64::from(COUNTED) => format!("more than {}", plural(u64::from(COUNTED), "event")),
+        found => plural(found, "event"),
+    };
+    let question = match change {
+        Change::Retry => format!("Retry {found}? [y/N] "),
+        Change::Discard => format!("Delete {found} for good? [y/N] "),
+    };
+    let answer = tokio::task::spawn_blocking(move || -> io::Result<String> {
+        let mut stderr = io::stderr();
+        stderr.write_all(question.as_bytes())?;
+        stderr.flush()?;
+        let mut answer = String::new();
+        io::stdin().lock().read_line(&mut answer)?;
+        Ok(answer)
+    });
+    Ok(matches!(answer.await??.trim().to_ascii_lowercase().as_str(), "y" | "yes"))
+}

@@ -1,0 +1,33 @@
+//! `commitstream`: the relay daemon and the commands of an operator.
+
+mod cli;
+mod commands;
+mod context;
+mod failure;
+mod logging;
+mod output;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use cli::Cli;
+use context::Context;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return failure::usage(&error),
+    };
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return failure::report(&anyhow::Error::new(error).context("cannot start the runtime"), cli.global.color),
+    };
+    let color = cli.global.color;
+    logging::start(&cli.global, cli.command.is_daemon());
+    let context = Context::new(cli.global);
+    let ended = runtime.block_on(commands::run(cli.command, &context));
+    // A thread that waits for standard input must not hold the end up.
+    runtime.shutdown_background();
+    ended.unwrap_or_else(|error| failure::report(&error, color))
+}

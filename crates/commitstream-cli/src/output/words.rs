@@ -1,0 +1,64 @@
+use std::time::Duration;
+
+/// A duration for people, to two units at most: `850 ms`, `1.5 s`, `3 min 5 s`, `2 h 10 min`, `3 days 4 h`.
+pub fn age(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    let two = |large: u64, large_unit: &str, small: u64, small_unit: &str| {
+        if small == 0 { format!("{large} {large_unit}") } else { format!("{large} {large_unit} {small} {small_unit}") }
+    };
+    match seconds {
+        0 => format!("{} ms", duration.as_millis()),
+        1..10 => format!("{:.1} s", duration.as_secs_f64()),
+        10..60 => format!("{seconds} s"),
+        60..3_600 => two(seconds / 60, "min", seconds % 60, "s"),
+        3_600..86_400 => two(seconds / 3_600, "h", seconds % 3_600 / 60, "min"),
+        86_400..172_800 => two(1, "day", seconds % 86_400 / 3_600, "h"),
+        _ => two(seconds / 86_400, "days", seconds % 86_400 / 3_600, "h"),
+    }
+}
+
+/// `1234567` as `1,234,567`.
+pub fn count(number: u64) -> String {
+    let digits = number.to_string();
+    let mut grouped = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            grouped.push(',');
+        }
+        grouped.push(digit);
+    }
+    grouped
+}
+
+/// `1 event`, `2 events`.
+pub fn plural(number: u64, noun: &str) -> String {
+    format!("{} {noun}{}", count(number), if number == 1 { "" } else { "s" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_read_as_people_say_them() {
+        for (millis, expected) in [
+            (0, "0 ms"),
+            (850, "850 ms"),
+            (1_500, "1.5 s"),
+            (12_400, "12 s"),
+            (185_000, "3 min 5 s"),
+            (120_000, "2 min"),
+            (7_800_000, "2 h 10 min"),
+            (90_000_000, "1 day 1 h"),
+            (259_200_000, "3 days"),
+        ] {
+            assert_eq!(age(Duration::from_millis(millis)), expected);
+        }
+    }
+
+    #[test]
+    fn numbers_are_grouped() {
+        assert_eq!((count(999), count(1_000), count(1_234_567)), ("999".into(), "1,000".into(), "1,234,567".into()));
+        assert_eq!((plural(1, "event"), plural(0, "event")), ("1 event".into(), "0 events".into()));
+    }
+}

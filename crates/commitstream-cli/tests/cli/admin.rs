@@ -1,0 +1,136 @@
+//! Statistics, failed events, clean-up.
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use crate::support::World;
+
+#[test]
+fn stats_as_programs_read_them() -> Result<()> {
+    let world = World::new()?;
+    let mut empty = world.stats()?;
+    assert_eq!(
+        empty.take(),
+        json!({ "pending": 0, "processing": 0, "published": 0, "failed": 0, "oldest_pending_age_ms": null, "recent_failures": [] })
+    );
+
+    let failed = world.fail_users()?;
+    world.publish_user("4")?;
+    let stats = world.stats()?;
+    assert_eq!([&stats["pending"], &stats["failed"]], [&json!(1), &json!(3)]);
+    assert!(stats["oldest_pending_age_ms"].as_i64().is_some_and(|age| age >= 0), "{stats}");
+    let failures = stats["recent_failures"].as_array().context("an array")?;
+    let newest = failures.first().context("three failures")?;
+    assert_eq!(newest["id"], json!(failed[2]));
+    assert_eq!(newest["event_type"], "UserCreated");
+    assert_eq!(newest["aggregate_id"], "3");
+    assert_eq!(newest["retry_count"], 0);
+    assert!(newest["last_error"].as_str().is_some_and(|error| error.starts_with("WRONGTYPE")), "{newest}");
+    Ok(())
+}
+
+#[test]
+fn stats_as_people_read_them() -> Result<()> {
+    let world = World::new()?;
+    insta::assert_snapshot!(world.ok(&["stats"])?, @"
+    pending     0
+    processing  0
+    published   0
+    failed      0
+
+    The outbox is empty. An INSERT INTO event_outbox, or `commitstream publish`, puts the first event in.
+    ");
+    world.fail_users()?;
+    let stats = world.ok(&["stats"])?;
+    assert!(
+        stats.contains("failed      3\n\nRecent failures\nID ") && stats.contains("  WRONGTYPE Operation against"),
+        "{stats}"
+    );
+    assert!(stats.contains("commitstream failed retry --all"), "{stats}");
+    Ok(())
+}
+
+#[test]
+fn failed_events_are_listed() -> Result<()> {
+    let world = World::new()?;
+    assert_eq!(world.ok(&["failed", "list"])?, "no failed events\n");
+    assert_eq!(world.json(&["failed", "list"])?, json!([]));
+    let ids = world.fail_users()?;
+    let list = world.json(&["failed", "list"])?;
+    let listed: Vec<_> = list.as_array().context("an array")?.iter().map(|event| event["id"].clone()).collect();
+    assert_eq!(listed, [json!(ids[2]), json!(ids[1]), json!(ids[0])]);
+    assert_eq!(world.json(&["failed", "list", "--type", "Other"])?, json!([]));
+    let one = world.ok(&["failed", "list", "--limit", "1"])?;
+    assert!(one.contains(&ids[2]) && !one.contains(&ids[1]) && one.contains("and more"), "{one}");
+    Ok(())
+}
+
+#[test]
+fn failed_events_are_retried() -> Result<()> {
+    let world = World::new()?;
+    let ids = world.fail_users()?;
+    let unknown = "0190b8a4-5c1e-7c3a-9c53-0d8f6a1f2b3c";
+
+    let answer = world.run(&["failed", "retry", unknown])?;
+    assert_eq!(answer.code, Some(1));
+    assert!(answer.stderr.contains(unknown), "{answer:?}");
+
+    let answer = world.run(&["failed", "retry", &ids[0], unknown, "--json"])?;
+    assert_eq!((answer.code, answer.json()?), (Some(0), json!({ "changed": 1 })));
+    assert!(answer.stderr.contains(unknown) && !answer.stderr.contains(&ids[0]), "{answer:?}");
+
+    // No terminal, no question: a retry can be repeated.
+    assert_eq!(world.json(&["failed", "retry", "--all", "--type", "Other"])?, json!({ "changed": 0 }));
+    assert_eq!(world.json(&["failed", "retry", "--all"])?, json!({ "changed": 2 }));
+
+    assert_eq!(world.json(&["relay", "--until-empty"])?["published"], 3);
+    let seen: Vec<Value> =
+        world.ok(&["tail", "--no-follow", "--json"])?.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    assert_eq!(seen.len(), 3);
+    Ok(())
+}
+
+#[test]
+fn failed_events_are_discarded() -> Result<()> {
+    let world = World::new()?;
+    let ids = world.fail_users()?;
+    assert_eq!(world.ok(&["failed", "discard", &ids[1]])?, "1 event deleted\n");
+
+    let refused = world.run(&["failed", "discard", "--all"])?;
+    assert_eq!(refused.code, Some(2));
+    assert!(refused.stderr.contains("--yes"), "{refused:?}");
+    assert_eq!(world.stats()?["failed"], 2);
+
+    assert_eq!(world.json(&["failed", "discard", "--all", "--yes"])?, json!({ "changed": 2 }));
+    assert_eq!(world.stats()?["failed"], 0);
+    assert_eq!(world.run(&["failed", "discard", &ids[0]])?.code, Some(1));
+    Ok(())
+}
+
+#[test]
+fn what_is_not_failed_is_left_alone() -> Result<()> {
+    let world = World::new()?;
+    let pending = world.publish_user("1")?;
+    for action in ["retry", "discard"] {
+        assert_eq!(world.run(&["failed", action, &pending])?.code, Some(1));
+    }
+    assert_eq!(world.stats()?["pending"], 1);
+    Ok(())
+}
+
+#[test]
+fn cleanup_deletes_what_is_old() -> Result<()> {
+    let world = World::new()?;
+    world.publish_user("1")?;
+    world.publish_user("2")?;
+    world.ok(&["relay", "--until-empty"])?;
+    world.publish_user("3")?;
+    assert_eq!(world.ok(&["cleanup"])?, "nothing to delete: no event was published more than 7 days ago\n");
+    world.database.psql("UPDATE event_outbox SET published_at = now() - interval '8 days' WHERE aggregate_id = '1'")?;
+    assert_eq!(world.json(&["cleanup", "--retention-days", "9"])?, json!({ "events": 0, "batches": 0 }));
+    let text = world.ok(&["cleanup"])?;
+    assert!(text.starts_with("deleted 1 event that was published more than 7 days ago, and 0 journal rows, in "), "{text}");
+    assert_eq!(world.json(&["cleanup", "--retention-days", "0"])?, json!({ "events": 1, "batches": 0 }));
+    assert_eq!(world.stats()?["pending"], 1);
+    Ok(())
+}

@@ -1,0 +1,107 @@
+//! Settings: which are in force, and where they came from.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::support::{bare_command, finish};
+
+/// A file of settings that is removed in the end.
+struct File(PathBuf);
+
+impl File {
+    fn new(name: &str, text: &str) -> Result<Self> {
+        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+        std::fs::write(&path, text)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for File {
+    fn drop(&mut self) {
+        std::fs::remove_file(&self.0).ok();
+    }
+}
+
+fn command(args: &[&str]) -> Command {
+    let mut command = bare_command(args);
+    command.env("DATABASE_URL", "postgres://app:hunter2@db.example:5432/app").env("OUTBOX_BATCH_SIZE", "200");
+    command
+}
+
+#[test]
+fn settings_in_force_as_people_read_them() -> Result<()> {
+    let file = File::new("people.conf", "app.redis.streamPrefix = \"shop:\"\napp.outbox.processor.batchSize = 20\n")?;
+    let answer = finish(command(&["config", "--config", "people.conf", "--redis-url", "redis://:hunter2@cache.example"]))?;
+    drop(file);
+    assert_eq!((answer.code, answer.stderr.as_str()), (Some(0), ""));
+    insta::assert_snapshot!(answer.stdout, @"
+    SETTING                                 VALUE                                   FROM           ENVIRONMENT VARIABLE
+    app.database.url                        postgres://app:***@db.example:5432/app  environment    DATABASE_URL
+    app.database.schema                     public                                  default        OUTBOX_SCHEMA
+    app.database.timeout                    30s                                     default
+    app.redis.url                           redis://:***@cache.example              command line   REDIS_URL
+    app.redis.streamPrefix                  shop:                                   people.conf:1  STREAM_PREFIX
+    app.redis.connectTimeout                2s                                      default
+    app.redis.responseTimeout               5s                                      default
+    app.outbox.enabled                      true                                    default        OUTBOX_ENABLED
+    app.outbox.processor.pollInterval       1s                                      default        OUTBOX_POLL_INTERVAL
+    app.outbox.processor.batchSize          200                                     environment    OUTBOX_BATCH_SIZE
+    app.outbox.processor.maxRetries         3                                       default        OUTBOX_MAX_RETRIES
+    app.outbox.processor.retryBaseDelay     1s                                      default
+    app.outbox.processor.retryMaxDelay      5m                                      default
+    app.outbox.processor.maxInFlightBytes   16MiB                                   default
+    app.outbox.processor.leaseDuration      10s                                     default
+    app.outbox.processor.shutdownTimeout    10s                                     default
+    app.outbox.processor.markerLife         7d                                      default
+    app.outbox.processor.settledMarkerLife  5m                                      default
+    app.outbox.cleanup.enabled              true                                    default
+    app.outbox.cleanup.interval             1h                                      default
+    app.outbox.cleanup.retentionDays        7                                       default        OUTBOX_RETENTION_DAYS
+    app.outbox.cleanup.batchSize            1000                                    default
+    app.eventPublishing.defaultStrategy     hybrid                                  default        EVENT_PUBLISHING_STRATEGY
+    app.eventPublishing.maxPayloadBytes     1MiB                                    default
+    app.eventPublishing.fallbackToOutbox    false                                   default
+    ");
+    Ok(())
+}
+
+#[test]
+fn settings_in_force_as_programs_read_them() -> Result<()> {
+    let file = File::new("programs.conf", "app.outbox.processor.pollInterval = 500ms")?;
+    let answer = finish(command(&["--json", "--config", "programs.conf", "--redis-url", "redis://cache.example", "config"]))?;
+    drop(file);
+    let settings = answer.json()?;
+    for (key, value, source) in [
+        ("app.database.url", "postgres://app:***@db.example:5432/app", "environment"),
+        ("app.redis.url", "redis://cache.example", "flag"),
+        ("app.outbox.processor.pollInterval", "500ms", "file"),
+        ("app.outbox.processor.batchSize", "200", "environment"),
+        ("app.outbox.enabled", "true", "default"),
+    ] {
+        assert_eq!(settings[key], serde_json::json!({ "value": value, "source": source }), "{key}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_file_of_the_directory_is_read() -> Result<()> {
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("with-settings");
+    std::fs::create_dir_all(&directory)?;
+    std::fs::write(directory.join("application.conf"), "app.outbox.cleanup.retentionDays = 30")?;
+    let mut config = bare_command(&["config", "--json"]);
+    config.current_dir(&directory);
+    let settings = finish(config)?.json()?;
+    std::fs::remove_dir_all(&directory)?;
+    assert_eq!(settings["app.outbox.cleanup.retentionDays"], serde_json::json!({ "value": "30", "source": "file" }));
+    Ok(())
+}
+
+#[test]
+fn a_flag_wins_over_the_environment() -> Result<()> {
+    let answer = finish(command(&["config", "--json", "--database-url", "postgres://flag.example/app"]))?.json()?;
+    assert_eq!(answer["app.database.url"]["value"], "postgres://flag.example/app");
+    assert_eq!(answer["app.database.url"]["source"], "flag");
+    Ok(())
+}

@@ -1,0 +1,134 @@
+//! The way of an event, command by command.
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use crate::support::{World, finish, finish_with_input};
+
+#[test]
+fn migrate_twice() -> Result<()> {
+    let world = World::unmigrated()?;
+    assert_eq!(world.ok(&["migrate"])?, "created the outbox tables in schema public, version 3\n");
+    assert_eq!(world.ok(&["migrate"])?, "nothing to do: version 3 is in force in schema public\n");
+    assert_eq!(world.json(&["migrate"])?, json!({ "from": 3, "to": 3 }));
+    let another = World::unmigrated()?;
+    assert_eq!(another.json(&["migrate"])?, json!({ "from": null, "to": 3 }));
+    Ok(())
+}
+
+#[test]
+fn from_publish_over_the_relay_to_tail() -> Result<()> {
+    let world = World::new()?;
+    let published = world.json(&[
+        "publish",
+        "--type",
+        "UserCreated",
+        "--aggregate-type",
+        "user",
+        "--aggregate-id",
+        "-42",
+        "--payload",
+        r#"{"name": "Ada", "balance": 1.10000000000000000000001}"#,
+        "--header",
+        "traceparent=00-ab=c",
+        "--occurred-at",
+        "2026-01-31T12:00:00.123456+02:00",
+    ])?;
+    assert_eq!(published["route"], "outbox");
+
+    let drained = world.json(&["relay", "--until-empty"])?;
+    assert_eq!(drained, json!({ "published": 1, "refused": 0, "failed": 0 }));
+
+    let line = world.ok(&["tail", "user", "--no-follow", "--json"])?;
+    // The payload's digits are as they were sent, so it is compared as text.
+    assert!(line.contains(r#""balance": 1.10000000000000000000001"#), "{line}");
+    let mut event: Value = serde_json::from_str(&line)?;
+    let fields = event.as_object_mut().context("an object")?;
+    assert!(fields.remove("entry_id").is_some_and(|id| id.as_str().is_some_and(|id| id.contains('-'))));
+    assert_eq!(fields.remove("payload").map(|payload| payload["name"].clone()), Some(json!("Ada")));
+    assert_eq!(
+        event,
+        json!({
+            "stream": world.user_stream(),
+            "id": published["id"],
+            "type": "UserCreated",
+            "aggregate_type": "user",
+            "aggregate_id": "-42",
+            "occurred_at": "2026-01-31T10:00:00.123456Z",
+            "headers": { "traceparent": "00-ab=c" },
+        })
+    );
+    Ok(())
+}
+
+#[test]
+fn the_relay_says_what_it_drained() -> Result<()> {
+    let world = World::new()?;
+    for user in ["1", "2"] {
+        world.publish_user(user)?;
+    }
+    let drained = world.run(&["relay", "--until-empty"])?;
+    assert!(
+        drained.stdout.starts_with("published 2 events in ") && drained.stdout.ends_with("; nothing is pending\n"),
+        "{drained:?}"
+    );
+    assert!(world.ok(&["relay", "--until-empty"])?.starts_with("published 0 events"));
+    Ok(())
+}
+
+#[test]
+fn the_way_follows_lane_and_settings() -> Result<()> {
+    let world = World::new()?;
+    let args = ["publish", "--type", "MetricUpdated", "--aggregate-type", "metric", "--aggregate-id", "m", "--json"];
+    let fast = [args.as_slice(), &["--lane", "high-frequency"]].concat();
+
+    assert_eq!(world.json(&args[..7])?["route"], "outbox");
+    let sent = world.run(&fast)?.json()?;
+    assert_eq!(sent["route"], "streams");
+    let seen: Value = serde_json::from_str(&world.ok(&["tail", "metric", "--no-follow", "--json"])?)?;
+    assert_eq!(seen["id"], sent["id"]);
+
+    for (variable, value, args, route) in [
+        ("EVENT_PUBLISHING_STRATEGY", "outbox", fast.as_slice(), "outbox"),
+        ("EVENT_PUBLISHING_STRATEGY", "streams", &args, "streams"),
+        ("OUTBOX_ENABLED", "false", &args, "streams"),
+    ] {
+        let mut command = world.command(args);
+        command.env(variable, value);
+        assert_eq!(finish(command)?.json()?["route"], route, "{variable}={value}");
+    }
+    assert_eq!(world.stats()?["pending"], 2);
+    Ok(())
+}
+
+#[test]
+fn the_outbox_needs_no_redis_and_streams_need_no_postgres() -> Result<()> {
+    let world = World::new()?;
+    let args = ["publish", "--type", "A", "--aggregate-type", "a", "--aggregate-id", "1"];
+    let mut command = world.command(&args);
+    command.env_remove("REDIS_URL");
+    assert_eq!(finish(command)?.code, Some(0));
+
+    let mut command = world.command(&[args.as_slice(), &["--lane", "high-frequency"]].concat());
+    command.env_remove("DATABASE_URL");
+    assert_eq!(finish(command)?.code, Some(0));
+    Ok(())
+}
+
+#[test]
+fn a_payload_from_standard_input_or_a_file() -> Result<()> {
+    let world = World::new()?;
+    let args = ["publish", "--type", "A", "--aggregate-type", "a", "--aggregate-id", "1"];
+    let input = b"{\n  \"from\": \"stdin\"\n}\n";
+    for option in ["--payload", "--payload-file"] {
+        let answer = finish_with_input(world.command(&[args.as_slice(), &[option, "-"]].concat()), input)?;
+        assert_eq!(answer.code, Some(0), "{answer:?}");
+    }
+    let file = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}.json", world.database.name()));
+    std::fs::write(&file, r#"{"from": "file"}"#)?;
+    let answer = finish(world.command(&[args.as_slice(), &["--payload-file", &file.to_string_lossy()]].concat()))?;
+    std::fs::remove_file(&file)?;
+    assert_eq!(answer.code, Some(0), "{answer:?}");
+    assert_eq!(world.database.psql("SELECT payload->>'from' FROM event_outbox ORDER BY seq")?, "stdin\nstdin\nfile\n");
+    Ok(())
+}
