@@ -100,14 +100,14 @@ WITH lease AS MATERIALIZED (
     ) AS c
     WHERE (SELECT held FROM lease)
     ORDER BY c.seq LIMIT $6
-), sized AS MATERIALIZED (
+), sized AS (
     SELECT c.*, octet_length(payload) + octet_length(headers) AS bytes,
            sum(LEAST(octet_length(payload) + octet_length(headers), $9)::int) OVER (ORDER BY seq) AS running,
-           row_number() OVER (ORDER BY seq) AS n
+           row_number() OVER (ORDER BY seq) AS n,
+           (row_number() OVER (PARTITION BY aggregate_type ORDER BY seq) - 1) / $8 AS chunk
     FROM candidates c WHERE NOT blocked
 ), chunks AS MATERIALIZED (
-    SELECT s.*, (row_number() OVER (PARTITION BY aggregate_type ORDER BY seq) - 1) / $8 AS chunk
-    FROM sized s WHERE running <= $7 OR n = 1
+    SELECT * FROM sized WHERE running <= $7 OR n = 1
 ), batches AS MATERIALIZED (
     SELECT gen_random_uuid() AS batch_id, aggregate_type, chunk, array_agg(id ORDER BY seq) AS event_ids
     FROM chunks GROUP BY aggregate_type, chunk

@@ -5,6 +5,7 @@ mod connection;
 mod error;
 mod publish;
 mod read;
+mod remove;
 
 pub use append::{Appended, Marker, StreamRefusal};
 pub use connection::Streams;

@@ -138,6 +138,6 @@ impl StreamTail {
 }
 
 /// `SCAN` matches globs; a prefix may hold characters that mean something there.
-fn escape_glob(text: &str) -> String {
+pub(super) fn escape_glob(text: &str) -> String {
     text.chars().flat_map(|c| if "*?[]\\^".contains(c) { vec!['\\', c] } else { vec![c] }).collect()
 }

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod claim;
+mod docs;
 mod events;
 mod explain;
 mod publishing;

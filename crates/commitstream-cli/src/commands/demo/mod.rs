@@ -90,7 +90,7 @@ async fn demonstrate(plan: Plan, servers: &Servers, interrupt: &Interrupt, outpu
     let url = settings.database.url.as_deref().context("the demonstration has a database")?;
     let mut connection = outbox::connect(url, "commitstream demo: set-up", settings.database.timeout).await?;
     OutboxRepository::new(&settings.database.schema).migrate(&mut connection).await?;
-    let streams = Streams::new(settings.redis.url.as_deref().context("the demonstration has a Redis")?, &settings.redis)?;
+    let streams = servers.streams()?;
     streams.ping().await?;
 
     let relay = OutboxProcessor::new(settings.clone())?.start();

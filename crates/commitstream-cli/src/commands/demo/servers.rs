@@ -3,13 +3,10 @@
 use anyhow::Context;
 use commitstream::config::{Settings, redact_url};
 use commitstream::outbox;
+use commitstream::streams::Streams;
 use commitstream_sandbox::{Postgres, Redis, SandboxError};
-use redis::aio::MultiplexedConnection;
 use sqlx::{AssertSqlSafe, Connection};
 use uuid::Uuid;
-
-/// Keys that one SCAN looks at, and one UNLINK removes at most.
-const KEYS_PER_SCAN: usize = 1_000;
 
 /// The servers, and the settings to use them with.
 pub struct Servers {
@@ -53,6 +50,12 @@ impl Servers {
         Ok(Self { settings, source: Source::Private { postgres: Box::new(postgres), redis: Box::new(redis), remark } })
     }
 
+    /// Where the events go.
+    pub fn streams(&self) -> anyhow::Result<Streams> {
+        let Settings { redis, .. } = &self.settings;
+        Ok(Streams::new(redis.url.as_deref().unwrap_or_default(), redis)?)
+    }
+
     pub fn are_private(&self) -> bool {
         matches!(self.source, Source::Private { .. })
     }
@@ -80,11 +83,12 @@ impl Servers {
 
     /// Stops private servers; removes the schema and the keys from given ones. Both are tried, whatever fails.
     pub async fn remove(self) -> anyhow::Result<()> {
+        let streams = self.streams()?;
         match self.source {
             Source::Private { postgres, redis, .. } => Ok(tokio::task::spawn_blocking(|| drop((postgres, redis))).await?),
             Source::Given { name } => {
                 let schema = drop_schema(&self.settings, &name).await;
-                let keys = remove_keys(&self.settings).await;
+                let keys = streams.remove_all().await;
                 schema.with_context(|| format!("the schema {name} stays behind: DROP SCHEMA {name} CASCADE"))?;
                 keys.with_context(|| format!("keys under {} stay behind in Redis", self.settings.redis.stream_prefix))
             }
@@ -108,33 +112,4 @@ async fn drop_schema(settings: &Settings, name: &str) -> anyhow::Result<()> {
     let mut connection = outbox::connect(url, "commitstream demo: clean-up", settings.database.timeout).await?;
     sqlx::query(AssertSqlSafe(format!("DROP SCHEMA IF EXISTS \"{name}\" CASCADE"))).execute(&mut connection).await?;
     Ok(connection.close().await?)
-}
-
-/// Streams are named `<prefix><aggregate type>`, and markers `{<stream>}:batch:<id>`.
-async fn remove_keys(settings: &Settings) -> anyhow::Result<()> {
-    let client = redis::Client::open(settings.redis.url.as_deref().unwrap_or_default())?;
-    let mut connection =
-        tokio::time::timeout(settings.redis.connect_timeout, client.get_multiplexed_async_connection()).await??;
-    // The prefix holds nothing that means something in a pattern.
-    let prefix = &settings.redis.stream_prefix;
-    for pattern in [format!("{prefix}*"), format!("{{{prefix}*")] {
-        remove_matching(&mut connection, &pattern).await?;
-    }
-    Ok(())
-}
-
-async fn remove_matching(connection: &mut MultiplexedConnection, pattern: &str) -> redis::RedisResult<()> {
-    let mut cursor = 0_u64;
-    loop {
-        let mut scan = redis::cmd("SCAN");
-        scan.arg(cursor).arg("MATCH").arg(pattern).arg("COUNT").arg(KEYS_PER_SCAN);
-        let (next, keys): (u64, Vec<String>) = scan.query_async(connection).await?;
-        if !keys.is_empty() {
-            redis::cmd("UNLINK").arg(keys).exec_async(connection).await?;
-        }
-        cursor = next;
-        if cursor == 0 {
-            return Ok(());
-        }
-    }
 }
