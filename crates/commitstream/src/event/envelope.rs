@@ -1,9 +1,9 @@
-use chrono::{DateTime, Datelike, SecondsFormat, Utc};
+use chrono::{DateTime, SecondsFormat, Utc};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
-use super::{DomainEvent, EventError};
+use super::{DomainEvent, EventError, json};
 
 /// The one wire form of an event: a row of the outbox and an entry of a stream carry exactly this.
 ///
@@ -45,17 +45,11 @@ impl EventEnvelope {
         if self.aggregate_type.contains(['{', '}']) {
             return Err(EventError::Brace(self.aggregate_type.clone()));
         }
-        if !(1..=9999).contains(&self.occurred_at.year()) {
+        if !(first_time()..=last_time()).contains(&self.occurred_at) {
             return Err(EventError::Time(self.occurred_at));
         }
-        if has_escaped_nul(self.payload.get()) {
-            return Err(EventError::Nul { field: "payload" });
-        }
-        let headers = self.headers_json()?.unwrap_or_default();
-        if has_escaped_nul(&headers) {
-            return Err(EventError::Nul { field: "headers" });
-        }
-        let bytes = self.payload.get().len() + headers.len();
+        let headers = self.headers_json().unwrap_or_default();
+        let bytes = json::check("payload", self.payload.get())? + json::check("headers", &headers)?;
         if bytes > max_payload_bytes {
             return Err(EventError::TooLarge { bytes, max: max_payload_bytes });
         }
@@ -69,14 +63,26 @@ impl EventEnvelope {
     }
 
     /// The headers as JSON text, or `None` when there are none.
-    ///
-    /// # Errors
-    /// Only when a header value cannot be written as JSON.
-    pub fn headers_json(&self) -> Result<Option<String>, EventError> {
-        if self.headers.is_empty() {
-            return Ok(None);
-        }
-        serde_json::to_string(&self.headers).map(Some).map_err(EventError::Serialize)
+    #[must_use]
+    pub fn headers_json(&self) -> Option<String> {
+        (!self.headers.is_empty()).then(|| Value::Object(self.headers.clone()).to_string())
+    }
+
+    /// Cuts envelopes into runs of at most `rows` and about `bytes`, so that one message to a server stays bounded.
+    pub(crate) fn chunks(envelopes: &[Self], rows: usize, bytes: usize) -> impl Iterator<Item = &[Self]> {
+        let mut rest = envelopes;
+        std::iter::from_fn(move || {
+            let mut total = 0_usize;
+            let fits = |e: &&Self| {
+                let first = total == 0;
+                total = total.saturating_add(e.payload.get().len() + 1);
+                first || total <= bytes
+            };
+            let count = rest.iter().take(rows).take_while(fits).count();
+            let (chunk, later) = rest.split_at(count);
+            rest = later;
+            (!chunk.is_empty()).then_some(chunk)
+        })
     }
 
     /// Reads an envelope from the fields of a stream entry.
@@ -139,19 +145,13 @@ fn check_name(field: &'static str, value: &str) -> Result<(), EventError> {
     }
 }
 
-/// True when JSON text holds the escape `\u0000`, which `jsonb` refuses. An escaped backslash before `u0000` is harmless.
-fn has_escaped_nul(json: &str) -> bool {
-    let bytes = json.as_bytes();
-    let mut at = 0;
-    while let Some(found) = json.get(at..).and_then(|rest| rest.find('\\')) {
-        let escape = at + found;
-        if bytes[escape..].starts_with(b"\\u0000") {
-            return true;
-        }
-        // Skip the escaped character. Only ASCII can follow a backslash in valid JSON.
-        at = escape + 2;
-    }
-    false
+/// The table's limits, in `event_outbox_times_have_four_digit_years`.
+fn first_time() -> DateTime<Utc> {
+    DateTime::from_timestamp(-62_135_510_400, 0).unwrap_or(DateTime::<Utc>::MIN_UTC)
+}
+
+fn last_time() -> DateTime<Utc> {
+    DateTime::from_timestamp(253_402_128_000, 0).unwrap_or(DateTime::<Utc>::MAX_UTC)
 }
 
 #[cfg(test)]
@@ -186,11 +186,5 @@ mod tests {
         );
         assert!(check(|e| e.payload = RawValue::from_string(r#""\\\u0000""#.into()).unwrap()).contains("payload contains a NUL"));
         assert!(check(|e| drop(e.headers.insert("a".into(), "\0".into()))).contains("headers contains a NUL"));
-    }
-
-    #[test]
-    fn an_escaped_backslash_is_not_a_nul() {
-        assert!(!has_escaped_nul(r#""\\u0000""#));
-        assert!(has_escaped_nul(r#""\\\u0000""#));
     }
 }

@@ -13,11 +13,14 @@ pub enum EventError {
     #[error("{field} contains a NUL character, which PostgreSQL cannot store: remove it")]
     Nul { field: &'static str },
 
+    #[error("{field} holds JSON that PostgreSQL cannot store: {why}")]
+    Json { field: &'static str, why: &'static str },
+
     #[error("aggregate_type {0:?} contains a brace: braces would change the Redis Cluster slot of its stream")]
     Brace(String),
 
     #[error(
-        "the event has {bytes} bytes of payload and headers: at most {max} are allowed (setting app.eventPublishing.maxPayloadBytes)"
+        "the event has {bytes} bytes of payload and headers as jsonb writes them: at most {max} are allowed (setting app.eventPublishing.maxPayloadBytes)"
     )]
     TooLarge { bytes: usize, max: usize },
 

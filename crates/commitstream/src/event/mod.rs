@@ -2,6 +2,7 @@
 
 mod envelope;
 mod error;
+mod json;
 
 pub use envelope::EventEnvelope;
 pub(crate) use envelope::rfc3339;

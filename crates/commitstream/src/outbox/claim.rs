@@ -18,8 +18,8 @@ pub struct ClaimRequest {
     pub relay_id: Uuid,
     /// Where to look, lowest first; must not overlap.
     pub ranges: Vec<SeqRange>,
-    /// Leave out what open batches name. Needed when the ranges reach below what was claimed before.
-    pub skip_open: bool,
+    /// Leave out what these batches name while they are open. Needed when the ranges reach below what was claimed before.
+    pub open: Vec<Uuid>,
     /// Most events of the claim, at least 1.
     pub max_events: i64,
     /// Most bytes of payload and headers of the claim; the first event is taken whatever its size.
@@ -68,12 +68,14 @@ pub struct OpenBatch {
 ///   Both sides of that compare with one instant: with a running clock, an event could become due between the two.
 /// * A fresh event behind a waiting one is `blocked`: it is not claimed, but made a waiting one itself. Then it holds back in
 ///   turn what comes after it, whatever happens to the first, and order per aggregate needs no memory of the relay's.
+/// * `open` goes by `batch_id`: the index of open batches is full of dead entries while a long transaction holds back vacuum.
 /// * `sized` cuts the claim off by bytes, `chunks` cuts it into batches: one journal row per stream and `batch_size` events.
 const CLAIM: &str = "
 WITH lease AS MATERIALIZED (
     SELECT count(*) = $1 AS held FROM (SELECT 1 FROM {s}.outbox_lease WHERE relay_id = $2 FOR SHARE) AS l
 ), open AS MATERIALIZED (
-    SELECT unnest(event_ids) AS id FROM {s}.outbox_batch WHERE settled_at IS NULL AND $5
+    SELECT unnest(event_ids) AS id FROM {s}.outbox_batch
+    WHERE cardinality($5::uuid[]) > 0 AND batch_id = ANY ($5) AND COALESCE(settled_at, 'infinity') = 'infinity'
 ), candidates AS MATERIALIZED (
     SELECT c.*
     FROM unnest($3::bigint[], $4::bigint[]) AS r(after, upto)
@@ -90,7 +92,7 @@ WITH lease AS MATERIALIZED (
             SELECT e.payload::text AS payload, CASE WHEN e.headers = '{}' THEN '' ELSE e.headers::text END AS headers OFFSET 0
         ) AS body
         WHERE e.status IN ('PENDING', 'PROCESSING') AND e.seq > r.after AND e.seq <= r.upto
-          AND (NOT $5 OR e.id NOT IN (SELECT id FROM open))
+          AND e.id NOT IN (SELECT id FROM open)
           AND (e.next_retry_at IS NULL OR (e.next_retry_at <= statement_timestamp() AND NOT EXISTS (
                    SELECT 1 FROM {s}.event_outbox b
                    WHERE b.aggregate_type = e.aggregate_type AND b.aggregate_id = e.aggregate_id AND b.seq < e.seq
@@ -135,7 +137,7 @@ impl OutboxRepository {
             .bind(request.relay_id)
             .bind(request.ranges.iter().map(|r| r.after).collect::<Vec<_>>())
             .bind(request.ranges.iter().map(|r| r.to).collect::<Vec<_>>())
-            .bind(request.skip_open)
+            .bind(&request.open)
             .bind(request.max_events)
             .bind(request.max_bytes)
             .bind(request.batch_size)

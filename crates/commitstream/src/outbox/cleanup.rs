@@ -21,7 +21,7 @@ impl OutboxRepository {
     ) -> Result<u64, OutboxError> {
         let sql = "DELETE FROM {s}.event_outbox WHERE id = ANY (ARRAY(
                        SELECT id FROM {s}.event_outbox
-                       WHERE status = 'PUBLISHED' AND published_at < clock_timestamp() - $1 * interval '1 second'
+                       WHERE status = 'PUBLISHED' AND published_at < statement_timestamp() - $1 * interval '1 second'
                        ORDER BY published_at LIMIT $2 FOR UPDATE SKIP LOCKED))";
         self.delete(connection, sql, retention, limit, "deleting published events").await
     }
@@ -38,7 +38,7 @@ impl OutboxRepository {
     ) -> Result<u64, OutboxError> {
         let sql = "DELETE FROM {s}.outbox_batch WHERE batch_id = ANY (ARRAY(
                        SELECT batch_id FROM {s}.outbox_batch
-                       WHERE settled_at < clock_timestamp() - $1 * interval '1 second'
+                       WHERE settled_at < statement_timestamp() - $1 * interval '1 second'
                        ORDER BY settled_at LIMIT $2 FOR UPDATE SKIP LOCKED))";
         self.delete(connection, sql, retention.max(MIN_JOURNAL_LIFE), limit, "deleting settled batches").await
     }

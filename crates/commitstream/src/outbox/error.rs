@@ -14,7 +14,7 @@ pub enum OutboxError {
     },
 
     #[error(
-        "schema \"{schema}\" holds an event_outbox that this migration did not create: move it away (ALTER TABLE event_outbox RENAME TO …), migrate, then copy its unsent rows"
+        "schema \"{schema}\" holds an event_outbox that this migration did not create: move it away (CREATE SCHEMA old; ALTER TABLE event_outbox SET SCHEMA old), migrate, then copy its unsent rows"
     )]
     ForeignTable { schema: String },
 

@@ -3,19 +3,19 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::{OutboxError, OutboxRepository};
-use crate::event::{EventEnvelope, EventError};
+use crate::event::EventEnvelope;
 
-/// Rows of one INSERT. Bounds the size of a single message to the server.
+/// Bounds of one INSERT.
 const ROWS_PER_STATEMENT: usize = 5_000;
+const BYTES_PER_STATEMENT: usize = 8 << 20;
 
 impl OutboxRepository {
     /// Inserts the envelopes, in order, in whatever transaction `connection` is in.
     ///
     /// # Errors
-    /// An envelope cannot be written as JSON, or PostgreSQL refuses the insert; the transaction is then aborted, as after any
-    /// failed statement.
-    pub async fn insert(&self, connection: &mut PgConnection, envelopes: &[EventEnvelope]) -> Result<(), InsertError> {
-        for chunk in envelopes.chunks(ROWS_PER_STATEMENT) {
+    /// PostgreSQL refuses the insert; the transaction is then aborted, as after any failed statement.
+    pub async fn insert(&self, connection: &mut PgConnection, envelopes: &[EventEnvelope]) -> Result<(), OutboxError> {
+        for chunk in EventEnvelope::chunks(envelopes, ROWS_PER_STATEMENT, BYTES_PER_STATEMENT) {
             match chunk {
                 [one] => self.insert_one(connection, one).await?,
                 many => self.insert_many(connection, many).await?,
@@ -24,7 +24,7 @@ impl OutboxRepository {
         Ok(())
     }
 
-    async fn insert_one(&self, connection: &mut PgConnection, envelope: &EventEnvelope) -> Result<(), InsertError> {
+    async fn insert_one(&self, connection: &mut PgConnection, envelope: &EventEnvelope) -> Result<(), OutboxError> {
         let sql = self.sql(
             "INSERT INTO {s}.event_outbox (id, event_type, aggregate_type, aggregate_id, occurred_at, payload, headers)
              VALUES ($1, $2, $3, $4, $5, $6::text::jsonb, COALESCE($7::text::jsonb, '{}'))",
@@ -36,7 +36,7 @@ impl OutboxRepository {
             .bind(&envelope.aggregate_id)
             .bind(envelope.occurred_at)
             .bind(envelope.payload.get())
-            .bind(envelope.headers_json()?)
+            .bind(envelope.headers_json())
             .execute(connection)
             .await
             .map_err(self.error("inserting an event into the outbox"))?;
@@ -44,7 +44,7 @@ impl OutboxRepository {
     }
 
     /// One statement for many rows. `WITH ORDINALITY` keeps the caller's order in `seq`.
-    async fn insert_many(&self, connection: &mut PgConnection, envelopes: &[EventEnvelope]) -> Result<(), InsertError> {
+    async fn insert_many(&self, connection: &mut PgConnection, envelopes: &[EventEnvelope]) -> Result<(), OutboxError> {
         let sql = self.sql(
             "INSERT INTO {s}.event_outbox (id, event_type, aggregate_type, aggregate_id, occurred_at, payload, headers)
              SELECT id, event_type, aggregate_type, aggregate_id, occurred_at, payload::jsonb, COALESCE(headers::jsonb, '{}')
@@ -52,7 +52,7 @@ impl OutboxRepository {
                   WITH ORDINALITY AS e(id, event_type, aggregate_type, aggregate_id, occurred_at, payload, headers, n)
              ORDER BY n",
         );
-        let headers = envelopes.iter().map(EventEnvelope::headers_json).collect::<Result<Vec<_>, _>>()?;
+        let headers: Vec<_> = envelopes.iter().map(EventEnvelope::headers_json).collect();
         let column = |of: fn(&EventEnvelope) -> &str| envelopes.iter().map(of).collect::<Vec<_>>();
         sqlx::query(sql)
             .bind(envelopes.iter().map(|e| e.id).collect::<Vec<Uuid>>())
@@ -67,13 +67,4 @@ impl OutboxRepository {
             .map_err(self.error("inserting events into the outbox"))?;
         Ok(())
     }
-}
-
-/// Why events could not be inserted.
-#[derive(Debug, thiserror::Error)]
-pub enum InsertError {
-    #[error(transparent)]
-    Event(#[from] EventError),
-    #[error(transparent)]
-    Outbox(#[from] OutboxError),
 }

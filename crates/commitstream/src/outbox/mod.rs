@@ -19,7 +19,6 @@ pub use admin::{FailedEvent, Selection};
 pub use claim::{ClaimRequest, OpenBatch, OutboxEvent, SeqRange};
 pub use connection::connect;
 pub use error::OutboxError;
-pub use insert::InsertError;
 pub use migrations::{LATEST_VERSION, Migrated};
 pub use settle::{Refusal, Settlement};
 pub use stats::OutboxStats;
@@ -49,7 +48,8 @@ impl OutboxRepository {
         AssertSqlSafe(template.replace("{s}", &self.quoted))
     }
 
-    fn error(&self, doing: &'static str) -> impl FnOnce(sqlx::Error) -> OutboxError {
+    /// Types an error of the driver.
+    pub(crate) fn error(&self, doing: &'static str) -> impl FnOnce(sqlx::Error) -> OutboxError {
         let schema = self.schema.clone();
         move |source| OutboxError::from_sqlx(doing, &schema, source)
     }

@@ -26,11 +26,14 @@ pub struct Refusal {
 
 /// One statement, one transaction. A batch that is settled already is left alone, and so are events that an operator has
 /// changed or deleted meanwhile: only unsent rows become PUBLISHED, PENDING or FAILED here.
+///
+/// `COALESCE` keeps the planner from the index of open batches, where dead entries pile up while a long transaction holds
+/// back vacuum; it goes by `batch_id`.
 const SETTLE: &str = "
 WITH settled AS (
     UPDATE {s}.outbox_batch b SET settled_at = clock_timestamp(), appended = o.appended
     FROM unnest($1::uuid[], $2::int[]) AS o(batch_id, appended)
-    WHERE b.batch_id = o.batch_id AND b.settled_at IS NULL
+    WHERE b.batch_id = o.batch_id AND COALESCE(b.settled_at, 'infinity') = 'infinity'
     RETURNING b.batch_id, b.event_ids[1:o.appended] AS sent
 ), published AS (
     UPDATE {s}.event_outbox e SET status = 'PUBLISHED', published_at = clock_timestamp(), next_retry_at = NULL

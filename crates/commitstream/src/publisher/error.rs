@@ -1,8 +1,8 @@
 use thiserror::Error;
 
 use crate::event::EventError;
-use crate::outbox::{InsertError, OutboxError};
-use crate::streams::{PublishToStreamsError, StreamsError};
+use crate::outbox::OutboxError;
+use crate::streams::StreamsError;
 
 /// Why events were not published.
 #[derive(Debug, Error)]
@@ -19,22 +19,4 @@ pub enum PublishError {
     Streams(#[from] StreamsError),
     #[error("no {0} is set, and this publisher needs it")]
     MissingUrl(&'static str),
-}
-
-impl From<InsertError> for PublishError {
-    fn from(error: InsertError) -> Self {
-        match error {
-            InsertError::Event(error) => Self::Event(error),
-            InsertError::Outbox(error) => Self::Outbox(error),
-        }
-    }
-}
-
-impl From<PublishToStreamsError> for PublishError {
-    fn from(error: PublishToStreamsError) -> Self {
-        match error {
-            PublishToStreamsError::Event(error) => Self::Event(error),
-            PublishToStreamsError::Streams(error) => Self::Streams(error),
-        }
-    }
 }

@@ -8,7 +8,7 @@ use super::{
 use crate::config::{Route, Settings};
 use crate::event::{DomainEvent, EventEnvelope};
 use crate::relay::RelayWaker;
-use crate::streams::StreamsError;
+use crate::streams::NotPublished;
 
 /// Routes each event: critical ones into the outbox, high-frequency ones straight to streams, unless the settings say otherwise.
 ///
@@ -74,16 +74,19 @@ impl HybridEventPublisher {
     /// Publishes to streams; on an outage, into the outbox if the settings say so.
     async fn stream_or_fall_back(&self, connection: &mut PgConnection, envelopes: &[EventEnvelope]) -> Result<(), PublishError> {
         match self.streams.send(envelopes).await {
-            Err(PublishError::Streams(outage)) if self.falls_back(&outage) => {
-                tracing::warn!(events = envelopes.len(), error = %outage, "streams lane is down: events go to the outbox instead");
-                self.outbox.insert(connection, envelopes).await
-            }
-            sent => sent,
+            Err(outage) if self.falls_back(&outage) => self.outbox.insert(connection, &outage.unconfirmed).await,
+            sent => Ok(sent.map_err(|not_published| not_published.error)?),
         }
     }
 
-    pub(super) fn falls_back(&self, error: &StreamsError) -> bool {
-        self.settings.publishing.fallback_to_outbox && self.settings.outbox.enabled && error.is_outage()
+    /// Whether what was not published goes to the outbox instead.
+    pub(super) fn falls_back(&self, not_published: &NotPublished) -> bool {
+        let NotPublished { error, unconfirmed } = not_published;
+        let falls_back = self.settings.publishing.fallback_to_outbox && self.settings.outbox.enabled && error.is_outage();
+        if falls_back {
+            tracing::warn!(events = unconfirmed.len(), %error, "streams lane is down: events go to the outbox instead");
+        }
+        falls_back
     }
 }
 

@@ -1,5 +1,5 @@
 use futures_util::future::{BoxFuture, FutureExt};
-use sqlx::PgConnection;
+use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
 use super::{DomainEventPublisher, PublishError, envelopes_of, ids_of};
@@ -30,6 +30,14 @@ impl PostgresOutboxPublisher {
     /// Inserts envelopes that were checked already.
     pub(super) async fn insert(&self, connection: &mut PgConnection, envelopes: &[EventEnvelope]) -> Result<(), PublishError> {
         Ok(self.outbox.insert(connection, envelopes).await?)
+    }
+
+    /// The same, in a transaction of its own.
+    pub(super) async fn insert_alone(&self, pool: &PgPool, envelopes: &[EventEnvelope]) -> Result<(), PublishError> {
+        let doing = "writing held events to the outbox";
+        let mut transaction = pool.begin().await.map_err(self.outbox.error(doing))?;
+        self.outbox.insert(&mut transaction, envelopes).await?;
+        Ok(transaction.commit().await.map_err(self.outbox.error(doing))?)
     }
 }
 

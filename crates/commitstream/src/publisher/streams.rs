@@ -5,7 +5,7 @@ use uuid::Uuid;
 use super::{DomainEventPublisher, PublishError, envelopes_of, ids_of};
 use crate::config::Settings;
 use crate::event::{DomainEvent, EventEnvelope};
-use crate::streams::Streams;
+use crate::streams::{NotPublished, Streams};
 
 /// Appends events straight to Redis Streams. Injected on its own, it forces streams even for a critical event.
 ///
@@ -41,13 +41,13 @@ impl RedisStreamsPublisher {
     /// See [`PublishError`]. If any event is not valid, none is published.
     pub async fn publish_all(&self, events: &[&dyn DomainEvent]) -> Result<Vec<Uuid>, PublishError> {
         let envelopes = envelopes_of(events, self.max_payload_bytes)?;
-        self.send(&envelopes).await?;
+        self.send(&envelopes).await.map_err(|not_published| not_published.error)?;
         Ok(ids_of(&envelopes))
     }
 
     /// Sends envelopes that were checked already.
-    pub(super) async fn send(&self, envelopes: &[EventEnvelope]) -> Result<(), PublishError> {
-        Ok(self.streams.publish(envelopes).await?)
+    pub(super) async fn send(&self, envelopes: &[EventEnvelope]) -> Result<(), NotPublished> {
+        self.streams.publish(envelopes).await
     }
 }
 

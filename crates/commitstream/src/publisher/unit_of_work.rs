@@ -79,7 +79,9 @@ impl<'a> UnitOfWork<'a> {
     /// # Errors
     /// [`CommitError`] tells a failed commit from events that could not be sent after it.
     pub async fn commit(self) -> Result<(), CommitError> {
-        let Self { publisher, transaction, pool, held } = self;
+        let Self { publisher, mut transaction, pool, held } = self;
+        // PostgreSQL answers COMMIT in an aborted transaction with ROLLBACK, which the driver takes for success.
+        sqlx::query("SELECT 1").execute(&mut *transaction).await.map_err(CommitError::Commit)?;
         transaction.commit().await.map_err(CommitError::Commit)?;
         if let Some(waker) = &publisher.waker {
             waker.wake();
@@ -87,11 +89,15 @@ impl<'a> UnitOfWork<'a> {
         if held.is_empty() {
             return Ok(());
         }
-        let sent = match publisher.streams.send(&held).await {
-            Err(PublishError::Streams(outage)) if publisher.falls_back(&outage) => fall_back(publisher, &pool, &held).await,
-            sent => sent,
-        };
-        sent.map_err(|source| CommitError::NotSent { events: held, source })
+        match publisher.streams.send(&held).await {
+            Ok(()) => Ok(()),
+            Err(outage) if publisher.falls_back(&outage) => {
+                let events = outage.unconfirmed;
+                let inserted = publisher.outbox.insert_alone(&pool, &events).await;
+                inserted.map_err(|source| CommitError::NotSent { events, source })
+            }
+            Err(failed) => Err(CommitError::NotSent { events: failed.unconfirmed, source: failed.error.into() }),
+        }
     }
 
     /// Rolls back: nothing is published. The same happens when the unit of work is dropped.
@@ -101,12 +107,4 @@ impl<'a> UnitOfWork<'a> {
     pub async fn rollback(self) -> Result<(), sqlx::Error> {
         self.transaction.rollback().await
     }
-}
-
-async fn fall_back(publisher: &HybridEventPublisher, pool: &PgPool, events: &[EventEnvelope]) -> Result<(), PublishError> {
-    let doing = "writing held events to the outbox";
-    let unreachable = |source| crate::outbox::OutboxError::Unreachable { doing, source };
-    let mut transaction = pool.begin().await.map_err(unreachable)?;
-    publisher.outbox.insert(&mut transaction, events).await?;
-    Ok(transaction.commit().await.map_err(unreachable)?)
 }

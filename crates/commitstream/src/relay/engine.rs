@@ -202,13 +202,14 @@ impl Engine {
         let processor = &self.settings.outbox.processor;
         let everything = || vec![SeqRange { after: 0, to: i64::MAX }];
         let ranges = if self.sweeping { everything() } else { self.cursor.ranges() };
+        let looks_back = ranges.first().is_some_and(|r| r.after < self.highest);
         let max_bytes = half(processor.max_in_flight_bytes);
         let most = per_claim(processor.batch_size);
         // Until sizes are known, one batch. Then a quarter more than should fit; the statement itself cuts at max_bytes.
         let fitting = self.mean_bytes.map_or(i64::from(processor.batch_size), |mean| max_bytes / mean.max(1) * 5 / 4);
         ClaimRequest {
             relay_id: self.relay_id,
-            skip_open: ranges.first().is_some_and(|r| r.after < self.highest),
+            open: if looks_back { self.pipeline.open_batches() } else { Vec::new() },
             ranges,
             max_events: fitting.clamp(1, most),
             max_bytes,

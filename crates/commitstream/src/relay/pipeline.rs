@@ -11,7 +11,7 @@
 //! batches of a claim that is still under way. Nothing new is claimed until those releases are settled; then the cursor
 //! goes back to the first released event.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use uuid::Uuid;
 
@@ -66,7 +66,7 @@ struct StreamState {
     /// Something was released: release all that was claimed before that is settled.
     held: bool,
     /// Batches claimed and not settled.
-    unsettled: usize,
+    unsettled: BTreeSet<Uuid>,
 }
 
 /// An ended batch that waits to be settled.
@@ -108,6 +108,11 @@ impl Pipeline {
         self.events == 0 && !self.claiming
     }
 
+    /// The batches that are claimed and not settled.
+    pub fn open_batches(&self) -> Vec<Uuid> {
+        self.streams.values().flat_map(|s| s.unsettled.iter().copied()).collect()
+    }
+
     /// True when another claim may start: none is under way, nothing waits to be released, and there is room.
     pub fn may_claim(&self) -> bool {
         !self.claiming
@@ -129,7 +134,7 @@ impl Pipeline {
             self.events += batch.events.len();
             self.bytes += bytes_of(&batch.events);
             let state = self.streams.entry(batch.stream.clone()).or_default();
-            state.unsettled += 1;
+            state.unsettled.insert(batch.id);
             if state.held { self.release(batch) } else { state.queue.push_back(batch) }
         }
         self.lift_holds();
@@ -173,7 +178,7 @@ impl Pipeline {
             self.events -= outcome.events;
             self.bytes -= outcome.bytes;
             if let Some(state) = self.streams.get_mut(&outcome.stream) {
-                state.unsettled -= 1;
+                state.unsettled.remove(&outcome.settlement.batch_id);
             }
             let settlement = outcome.settlement;
             done.released |= usize::try_from(settlement.appended).is_ok_and(|appended| appended < outcome.events);
@@ -212,10 +217,10 @@ impl Pipeline {
     /// A hold ends when all that was claimed before it is settled. Idle streams are forgotten.
     fn lift_holds(&mut self) {
         let claiming = self.claiming;
-        for state in self.streams.values_mut().filter(|s| s.unsettled == 0 && !claiming) {
+        for state in self.streams.values_mut().filter(|s| s.unsettled.is_empty() && !claiming) {
             state.held = false;
         }
-        self.streams.retain(|_, s| s.held || s.unsettled > 0);
+        self.streams.retain(|_, s| s.held || !s.unsettled.is_empty());
     }
 }
 

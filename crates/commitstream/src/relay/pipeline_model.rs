@@ -1,7 +1,7 @@
 //! A model of table, relay and stream: claims, appends and settles end in any order, some batches end short, and still each
 //! event is appended once and in order.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use chrono::Utc;
 use rand::rngs::StdRng;

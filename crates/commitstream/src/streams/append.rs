@@ -94,8 +94,12 @@ impl Marker {
         }
     }
 
-    fn parse(text: &str) -> Self {
-        text.parse().map_or(Self::Aborted, Self::Appended)
+    fn parse(stream: &str, batch_id: Uuid, text: String) -> Result<Self, StreamsError> {
+        match text.parse() {
+            Ok(count) => Ok(Self::Appended(count)),
+            Err(_) if text == "aborted" => Ok(Self::Aborted),
+            Err(_) => Err(StreamsError::StrangeMarker { key: marker_key(stream, batch_id), value: text }),
+        }
     }
 }
 
@@ -124,7 +128,7 @@ impl Streams {
             let code = error.split(' ').next().unwrap_or_default();
             StreamRefusal { whole_stream: concerns_whole_stream(code), outage: is_unable_code(code), error: error.clone() }
         });
-        Ok(Appended { marker: Marker::parse(&marker), refusal })
+        Ok(Appended { marker: Marker::parse(stream, batch_id, marker)?, refusal })
     }
 
     /// Recovery: what became of a batch. If nothing is known of it, it is aborted.
@@ -135,7 +139,7 @@ impl Streams {
         let mut call = RESOLVE.prepare_invoke();
         call.key(marker_key(stream, batch_id)).arg(millis(marker_life));
         let marker: String = self.invoke("resolving a batch", &call).await?;
-        Ok(Marker::parse(&marker))
+        Marker::parse(stream, batch_id, marker)
     }
 
     /// Shortens the life of the markers of settled batches. They are needed only to notice a failover.

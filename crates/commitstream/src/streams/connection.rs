@@ -4,9 +4,14 @@ use std::time::Duration;
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, Cmd, ErrorKind, FromRedisValue, Pipeline, RedisError};
 use tokio::sync::Mutex;
+use tokio::time::Instant;
 
 use super::StreamsError;
 use crate::config::RedisSettings;
+
+/// After so long without a command, a connection is tried before it is used: Redis may have been restarted meanwhile, and the
+/// outcome of the command would be unknown although it never arrived.
+const IDLE: Duration = Duration::from_millis(100);
 
 /// A connection to Redis that is opened when first needed and again after it broke. Cheap to clone; clones share it.
 ///
@@ -27,6 +32,7 @@ struct Slot {
     /// Counts the connections, so that a failure of an old one does not close its successor.
     generation: u64,
     connection: Option<MultiplexedConnection>,
+    last_used: Option<Instant>,
 }
 
 impl std::fmt::Debug for Streams {
@@ -75,7 +81,7 @@ impl Streams {
         self.response_timeout + Self::LONGEST_BLOCK
     }
 
-    pub(super) fn refused(&self, doing: &'static str, source: RedisError) -> StreamsError {
+    pub(super) fn typed(&self, doing: &'static str, source: RedisError) -> StreamsError {
         StreamsError::new(&self.server, doing, true, source)
     }
 
@@ -115,8 +121,12 @@ impl Streams {
     async fn connection(&self, doing: &'static str) -> Result<(u64, MultiplexedConnection), StreamsError> {
         let connect = async {
             let mut slot = self.slot.lock().await;
-            if let Some(connection) = &slot.connection {
-                return Ok((slot.generation, connection.clone()));
+            let idle = slot.last_used.replace(Instant::now()).is_none_or(|used| used.elapsed() > IDLE);
+            if let Some(mut connection) = slot.connection.clone() {
+                if !idle || redis::cmd("PING").exec_async(&mut connection).await.is_ok() {
+                    return Ok((slot.generation, connection));
+                }
+                slot.connection = None;
             }
             let config = AsyncConnectionConfig::new()
                 .set_connection_timeout(Some(self.connect_timeout))

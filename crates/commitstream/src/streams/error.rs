@@ -6,7 +6,7 @@ use thiserror::Error;
 #[non_exhaustive]
 pub enum StreamsError {
     /// Redis could not be reached, or cannot work now. Says nothing about the event, and nothing was written.
-    #[error("Redis at {server} is unavailable while {doing}: check that it runs and has memory (REDIS_URL)")]
+    #[error("Redis at {server} is unavailable while {doing}: check that it runs, lets this user in, and has memory (REDIS_URL)")]
     Unavailable {
         server: String,
         doing: &'static str,
@@ -31,9 +31,14 @@ pub enum StreamsError {
         source: RedisError,
     },
 
-    /// Some events of a `publish_all` were refused, the others are in their streams.
+    /// Some events of a `publish_all` were refused, the others are in their streams. The ids are those of envelopes: to
+    /// know them beforehand, publish the events' envelopes.
     #[error("Redis refused {} of {total} events; the first: {}", refused.len(), refused.first().map_or("", |(_, why)| why))]
     PartlyRefused { total: usize, refused: Vec<(uuid::Uuid, String)> },
+
+    /// Guessing what became of the batch could lose it or send it twice.
+    #[error("the marker {key} holds {value:?}, which this relay did not write: delete the key if its batch is in no stream")]
+    StrangeMarker { key: String, value: String },
 
     #[error("the Redis URL is not usable: write redis://[user:password@]host:port[/db] or rediss://…")]
     Url(#[source] RedisError),
@@ -50,10 +55,18 @@ impl StreamsError {
         }
     }
 
+    /// "Nothing was written" is not true of a call of several steps whose first ones were confirmed.
+    pub(super) fn after_some_were_written(self) -> Self {
+        match self {
+            Self::Unavailable { server, doing, source } => Self::OutcomeUnknown { server, doing, source },
+            other => other,
+        }
+    }
+
     /// True when the same call may succeed later: an outage, not a fault of the event.
     #[must_use]
     pub fn is_outage(&self) -> bool {
-        matches!(self, Self::Unavailable { .. } | Self::OutcomeUnknown { .. })
+        matches!(self, Self::Unavailable { .. } | Self::OutcomeUnknown { .. } | Self::StrangeMarker { .. })
     }
 }
 

@@ -10,7 +10,7 @@ mod remove;
 pub use append::{Appended, Marker, StreamRefusal};
 pub use connection::Streams;
 pub use error::StreamsError;
-pub use publish::PublishToStreamsError;
+pub use publish::NotPublished;
 pub use read::{Entry, StreamTail};
 
 /// Key of the marker that decides whether a batch was appended. It shares the hash slot of its stream, so that one script

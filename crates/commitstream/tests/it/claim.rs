@@ -13,7 +13,7 @@ fn everything(relay_id: Uuid) -> ClaimRequest {
     ClaimRequest {
         relay_id,
         ranges: vec![SeqRange { after: 0, to: i64::MAX }],
-        skip_open: true,
+        open: Vec::new(),
         max_events: 10_000,
         max_bytes: 1 << 30,
         batch_size: 10_000,

@@ -172,7 +172,6 @@ async fn a_unit_of_work_publishes_both_lanes_at_its_commit_only() -> Result<()> 
 
 /// PostgreSQL answers COMMIT in an aborted transaction with ROLLBACK, and that is no error to the driver.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "bug: commit() does not notice that the server rolled back"]
 async fn a_unit_of_work_whose_transaction_was_aborted_does_not_commit() -> Result<()> {
     let world = World::new().await?;
     let (publisher, pool) = (world.publisher()?, world.pool().await?);

@@ -99,7 +99,6 @@ async fn a_table_of_another_making_is_left_alone() -> Result<()> {
 /// A renamed table keeps the names of its indexes, which are ours too where it comes from the reference system. In a schema of its
 /// own it takes them along.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "bug: the message names RENAME TO, after which the migration fails: the indexes keep their names"]
 async fn the_way_out_that_the_refusal_names_works() -> Result<()> {
     let world = World::unmigrated()?;
     world.database.psql(
