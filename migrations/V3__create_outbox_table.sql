@@ -34,6 +34,9 @@ CREATE TABLE event_outbox (
     published_at   timestamptz,
     -- When the event happened, by the application's clock; NULL means created_at.
     occurred_at    timestamptz,
+    -- What the relay will send, measured once, so that a claim is cut by bytes before it reads a payload.
+    payload_bytes  int         NOT NULL GENERATED ALWAYS AS
+                       (octet_length(payload::text) + octet_length(headers::text)) STORED,
 
     CONSTRAINT event_outbox_pkey PRIMARY KEY (id),
     CONSTRAINT event_outbox_status_is_known
@@ -47,6 +50,9 @@ CREATE TABLE event_outbox (
     -- A brace would change the Redis Cluster slot of the stream's key.
     CONSTRAINT event_outbox_aggregate_type_has_no_brace
         CHECK (strpos(aggregate_type, '{') = 0 AND strpos(aggregate_type, '}') = 0),
+    -- The most that the setting maxPayloadBytes can be.
+    CONSTRAINT event_outbox_payload_and_headers_have_at_most_64_mib
+        CHECK (payload_bytes <= 67108864),
     CONSTRAINT event_outbox_headers_is_an_object
         CHECK (jsonb_typeof(headers) = 'object'),
     CONSTRAINT event_outbox_retry_count_is_not_negative
@@ -96,7 +102,8 @@ ALTER TABLE outbox_batch ALTER COLUMN event_ids SET STORAGE EXTERNAL;
 CREATE INDEX idx_outbox_batch_open ON outbox_batch (claimed_at) WHERE settled_at IS NULL;
 CREATE INDEX idx_outbox_batch_settled ON outbox_batch (settled_at) WHERE settled_at IS NOT NULL;
 
--- Who may claim: one row per partition. The claim locks its rows FOR SHARE, a takeover updates them.
+-- Who may claim: one row per partition. The claim locks its rows FOR KEY SHARE, which lets heartbeats
+-- pass; a takeover locks them FOR UPDATE.
 CREATE TABLE outbox_lease (
     partition_no smallint    NOT NULL PRIMARY KEY CHECK (partition_no BETWEEN 0 AND 63),
     relay_id     uuid,

@@ -99,7 +99,7 @@ fn events() -> Result<()> {
         (["--payload", "{\"a\":}"].as_slice(), ["--payload", "line 1, column 6", "{\"a\":}\n       ^"].as_slice()),
         (&["--payload", ""], &["it is empty"]),
         (&["--payload", r#"{"a":"\u0000"}"#], &["payload", "NUL"]),
-        (&["--payload", r#""\ud800""#], &["inserting an event", "Unicode"]),
+        (&["--payload", r#""\ud800""#], &["payload", "surrogate"]),
         (&["--payload-file", "absent.json"], &["absent.json", "cannot read"]),
         (&["--payload", "1", "--payload-file", "-"], &["--payload-file"]),
         (&["--payload", &large, "--config", "small.conf"], &["2002 bytes", "1024", "maxPayloadBytes"]),

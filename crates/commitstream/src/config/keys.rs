@@ -47,6 +47,7 @@ pub(super) static KEYS: &[Key] = &[
     key("app.database.url", Kind::Url(field!(database.url), &["postgres://", "postgresql://"])).env("DATABASE_URL"),
     key("app.database.schema", Kind::Schema(field!(database.schema))).env("OUTBOX_SCHEMA"),
     key("app.database.timeout", Kind::Time(field!(database.timeout), Duration::from_millis(100)..=HOUR)),
+    key("app.database.preparedStatements", Kind::Switch(field!(database.prepared_statements))),
     key("app.redis.url", Kind::Url(field!(redis.url), &["redis://", "rediss://"])).env("REDIS_URL"),
     key("app.redis.streamPrefix", Kind::Prefix(field!(redis.stream_prefix))).env("STREAM_PREFIX"),
     key("app.redis.connectTimeout", Kind::Time(field!(redis.connect_timeout), Duration::from_millis(10)..=HOUR)),

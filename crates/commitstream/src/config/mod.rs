@@ -49,6 +49,9 @@ pub struct DatabaseSettings {
     pub schema: String,
     /// Limit of one attempt to connect and of one statement of the relay. Default 30 s.
     pub timeout: Duration,
+    /// Whether publishing uses prepared statements. `false` for a pooler in transaction mode that does not know them (PgBouncer
+    /// before 1.21); it costs a round trip each time. Default `true`.
+    pub prepared_statements: bool,
 }
 
 /// `app.redis`
@@ -144,7 +147,7 @@ pub enum Route {
 
 impl Default for DatabaseSettings {
     fn default() -> Self {
-        Self { url: None, schema: "public".to_owned(), timeout: Duration::from_secs(30) }
+        Self { url: None, schema: "public".to_owned(), timeout: Duration::from_secs(30), prepared_statements: true }
     }
 }
 
@@ -206,6 +209,7 @@ impl fmt::Debug for DatabaseSettings {
             .field("url", &self.url.as_deref().map(redact_url))
             .field("schema", &self.schema)
             .field("timeout", &self.timeout)
+            .field("prepared_statements", &self.prepared_statements)
             .finish()
     }
 }

@@ -16,6 +16,8 @@ pub struct SeqRange {
 #[derive(Debug, Clone)]
 pub struct ClaimRequest {
     pub relay_id: Uuid,
+    /// Of the lease, as [`OutboxRepository::take_leases`] returned it.
+    pub epoch: i64,
     /// Where to look, lowest first; must not overlap.
     pub ranges: Vec<SeqRange>,
     /// Leave out what these batches name while they are open. Needed when the ranges reach below what was claimed before.
@@ -30,6 +32,15 @@ pub struct ClaimRequest {
     pub max_payload_bytes: i64,
     /// Stream keys are this and the aggregate type.
     pub stream_prefix: String,
+}
+
+/// What a claim found.
+#[derive(Debug, Clone, Default)]
+pub struct Claim {
+    /// In `seq` order, each in the batch that names it.
+    pub events: Vec<OutboxEvent>,
+    /// The `seq` of events that were made waiting ones behind an earlier one of their aggregate, ascending.
+    pub waiting: Vec<i64>,
 }
 
 /// The outbox row as a model: one claimed event, in the batch that names it.
@@ -50,6 +61,8 @@ pub struct OutboxEvent {
     /// Bytes of payload and headers, also when the payload was left out.
     pub bytes: i64,
     pub retry_count: i32,
+    /// It was refused before, or waited behind such an event: others of its aggregate may be waiting for it.
+    pub was_waiting: bool,
 }
 
 /// A batch that is not settled, as the journal has it.
@@ -62,17 +75,21 @@ pub struct OpenBatch {
 
 /// One statement, so that the claim is one round trip and one commit:
 ///
-/// * `lease` locks the relay's lease rows: a takeover either sees this claim or makes it find nothing.
-/// * `candidates` are read per range, by index, lowest `seq` first. A waiting event (`next_retry_at` set) counts when it is due and
-///   nothing of its aggregate before it is still undue or in flight: what is due before it is in this very claim.
-///   Both sides of that compare with one instant: with a running clock, an event could become due between the two.
+/// * `lease` locks the relay's lease rows: a takeover either sees this claim or makes it find nothing. The epoch shuts out a claim
+///   of an earlier session of the same relay that arrives late. `KEY SHARE` lets the lease's renewal pass.
+/// * `candidates` are read per range, by index, lowest `seq` first, without their payloads. A waiting event (`next_retry_at` set)
+///   counts when it is due and nothing of its aggregate before it is still undue or in flight: what is due before it is in this
+///   very claim. Both sides of that compare with one instant: with a running clock, an event could become due between the two.
 /// * A fresh event behind a waiting one is `blocked`: it is not claimed, but made a waiting one itself. Then it holds back in
-///   turn what comes after it, whatever happens to the first, and order per aggregate needs no memory of the relay's.
+///   turn what comes after it, whatever happens to the first, and order per aggregate needs no memory of the relay's. A row that
+///   somebody else has locked is passed over; it stays a hole of the cursor until that transaction has ended.
 /// * `open` goes by `batch_id`: the index of open batches is full of dead entries while a long transaction holds back vacuum.
 /// * `sized` cuts the claim off by bytes, `chunks` cuts it into batches: one journal row per stream and `batch_size` events.
+/// * The answer has the claimed events, and the `seq` of each that became a waiting one.
 const CLAIM: &str = "
 WITH lease AS MATERIALIZED (
-    SELECT count(*) = $1 AS held FROM (SELECT 1 FROM {s}.outbox_lease WHERE relay_id = $2 FOR SHARE) AS l
+    SELECT count(*) = $1 AS held
+    FROM (SELECT 1 FROM {s}.outbox_lease WHERE relay_id = $2 AND epoch = $11 FOR KEY SHARE) AS l
 ), open AS MATERIALIZED (
     SELECT unnest(event_ids) AS id FROM {s}.outbox_batch
     WHERE cardinality($5::uuid[]) > 0 AND batch_id = ANY ($5) AND COALESCE(settled_at, 'infinity') = 'infinity'
@@ -80,17 +97,13 @@ WITH lease AS MATERIALIZED (
     SELECT c.*
     FROM unnest($3::bigint[], $4::bigint[]) AS r(after, upto)
     CROSS JOIN LATERAL (
-        SELECT e.seq, e.id, e.event_type, e.aggregate_type, e.aggregate_id, e.retry_count,
-               COALESCE(e.occurred_at, e.created_at) AS occurred_at,
-               body.payload, body.headers,
+        SELECT e.seq, e.id, e.event_type, e.aggregate_type, e.aggregate_id, e.retry_count, e.payload, e.headers, e.payload_bytes,
+               COALESCE(e.occurred_at, e.created_at) AS occurred_at, e.next_retry_at IS NOT NULL AS was_waiting,
                e.next_retry_at IS NULL AND EXISTS (
                    SELECT 1 FROM {s}.event_outbox b
                    WHERE b.aggregate_type = e.aggregate_type AND b.aggregate_id = e.aggregate_id AND b.seq < e.seq
                      AND b.status IN ('PENDING', 'PROCESSING') AND b.next_retry_at IS NOT NULL) AS blocked
         FROM {s}.event_outbox e
-        CROSS JOIN LATERAL (
-            SELECT e.payload::text AS payload, CASE WHEN e.headers = '{}' THEN '' ELSE e.headers::text END AS headers OFFSET 0
-        ) AS body
         WHERE e.status IN ('PENDING', 'PROCESSING') AND e.seq > r.after AND e.seq <= r.upto
           AND e.id NOT IN (SELECT id FROM open)
           AND (e.next_retry_at IS NULL OR (e.next_retry_at <= statement_timestamp() AND NOT EXISTS (
@@ -103,8 +116,7 @@ WITH lease AS MATERIALIZED (
     WHERE (SELECT held FROM lease)
     ORDER BY c.seq LIMIT $6
 ), sized AS (
-    SELECT c.*, octet_length(payload) + octet_length(headers) AS bytes,
-           sum(LEAST(octet_length(payload) + octet_length(headers), $9)::int) OVER (ORDER BY seq) AS running,
+    SELECT c.*, sum(LEAST(payload_bytes, $9::int)) OVER (ORDER BY seq) AS running,
            row_number() OVER (ORDER BY seq) AS n,
            (row_number() OVER (PARTITION BY aggregate_type ORDER BY seq) - 1) / $8 AS chunk
     FROM candidates c WHERE NOT blocked
@@ -118,12 +130,21 @@ WITH lease AS MATERIALIZED (
     SELECT batch_id, $2, $10 || aggregate_type, event_ids FROM batches
 ), waiting AS (
     UPDATE {s}.event_outbox SET next_retry_at = statement_timestamp()
-    WHERE id = ANY (ARRAY(SELECT id FROM candidates WHERE blocked)) AND next_retry_at IS NULL
+    WHERE id = ANY (ARRAY(
+        SELECT id FROM {s}.event_outbox
+        WHERE id = ANY (ARRAY(SELECT id FROM candidates WHERE blocked))
+          AND status IN ('PENDING', 'PROCESSING') AND next_retry_at IS NULL
+        FOR UPDATE SKIP LOCKED))
+    RETURNING id
 )
-SELECT b.batch_id, c.seq, c.id, c.event_type, c.aggregate_type, c.aggregate_id, c.occurred_at, c.retry_count,
-       CASE WHEN c.bytes <= $9 THEN c.payload END AS payload, c.headers, c.bytes::bigint AS bytes
+SELECT b.batch_id, c.seq, c.id, c.event_type, c.aggregate_type, c.aggregate_id, c.occurred_at, c.retry_count, c.payload_bytes, c.was_waiting,
+       CASE WHEN c.payload_bytes <= $9 THEN c.payload::text END AS payload,
+       CASE WHEN c.payload_bytes <= $9 AND c.headers <> '{}' THEN c.headers::text ELSE '' END AS headers
 FROM chunks c JOIN batches b USING (aggregate_type, chunk)
-ORDER BY c.seq";
+UNION ALL
+SELECT NULL, seq, id, event_type, aggregate_type, aggregate_id, occurred_at, retry_count, payload_bytes, true, NULL, ''
+FROM candidates WHERE blocked AND id IN (SELECT id FROM waiting)
+ORDER BY seq";
 
 impl OutboxRepository {
     /// Step 1 of the protocol: journals up to `max_events` unsent events in open batches and returns them in `seq` order.
@@ -131,7 +152,7 @@ impl OutboxRepository {
     ///
     /// # Errors
     /// When the answer was lost the claim may have been committed: the caller then resolves the open batches.
-    pub async fn claim(&self, connection: &mut PgConnection, request: &ClaimRequest) -> Result<Vec<OutboxEvent>, OutboxError> {
+    pub async fn claim(&self, connection: &mut PgConnection, request: &ClaimRequest) -> Result<Claim, OutboxError> {
         let rows = sqlx::query(self.sql(CLAIM))
             .bind(PARTITIONS)
             .bind(request.relay_id)
@@ -143,13 +164,11 @@ impl OutboxRepository {
             .bind(request.batch_size)
             .bind(request.max_payload_bytes)
             .bind(&request.stream_prefix)
+            .bind(request.epoch)
             .fetch_all(connection)
             .await
             .map_err(self.error("claiming events"))?;
-        rows.iter()
-            .map(|row| event_of(row, &request.stream_prefix))
-            .collect::<Result<_, _>>()
-            .map_err(self.error("reading claimed events"))
+        claim_of(&rows, &request.stream_prefix).map_err(self.error("reading claimed events"))
     }
 
     /// The batches that nobody has settled, oldest first.
@@ -168,15 +187,15 @@ impl OutboxRepository {
         rows.iter().map(batch).collect::<Result<_, _>>().map_err(self.error("reading open batches"))
     }
 
-    /// The transactions that have written to the outbox and are still open, as virtual transaction ids. An INSERT locks
-    /// the table before it draws its `seq`, so a missing `seq` can only still arrive from one of these.
+    /// The transactions that have written to the outbox, or locked rows of it, and are still open, as virtual transaction ids.
+    /// An INSERT locks the table before it draws its `seq`, so a missing `seq` can only still arrive from one of these.
     ///
     /// # Errors
     /// PostgreSQL cannot be asked.
     pub async fn open_writers(&self, connection: &mut PgConnection) -> Result<Vec<String>, OutboxError> {
         sqlx::query_scalar(
             "SELECT DISTINCT virtualtransaction FROM pg_locks
-             WHERE locktype = 'relation' AND mode = 'RowExclusiveLock' AND relation = $1::text::regclass
+             WHERE locktype = 'relation' AND mode IN ('RowExclusiveLock', 'RowShareLock') AND relation = $1::text::regclass
                AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
         )
         .bind(format!("{}.event_outbox", self.quoted))
@@ -186,10 +205,21 @@ impl OutboxRepository {
     }
 }
 
-fn event_of(row: &PgRow, stream_prefix: &str) -> Result<OutboxEvent, sqlx::Error> {
+fn claim_of(rows: &[PgRow], stream_prefix: &str) -> Result<Claim, sqlx::Error> {
+    let mut claim = Claim::default();
+    for row in rows {
+        match row.try_get("batch_id")? {
+            Some(batch_id) => claim.events.push(event_of(row, batch_id, stream_prefix)?),
+            None => claim.waiting.push(row.try_get("seq")?),
+        }
+    }
+    Ok(claim)
+}
+
+fn event_of(row: &PgRow, batch_id: Uuid, stream_prefix: &str) -> Result<OutboxEvent, sqlx::Error> {
     let aggregate_type: String = row.try_get("aggregate_type")?;
     Ok(OutboxEvent {
-        batch_id: row.try_get("batch_id")?,
+        batch_id,
         stream: format!("{stream_prefix}{aggregate_type}"),
         seq: row.try_get("seq")?,
         id: row.try_get("id")?,
@@ -199,7 +229,8 @@ fn event_of(row: &PgRow, stream_prefix: &str) -> Result<OutboxEvent, sqlx::Error
         occurred_at: row.try_get("occurred_at")?,
         payload: row.try_get("payload")?,
         headers: row.try_get("headers")?,
-        bytes: row.try_get("bytes")?,
+        bytes: i64::from(row.try_get::<i32, _>("payload_bytes")?),
         retry_count: row.try_get("retry_count")?,
+        was_waiting: row.try_get("was_waiting")?,
     })
 }

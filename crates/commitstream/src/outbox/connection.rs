@@ -17,16 +17,15 @@ pub async fn connect(url: &str, application_name: &str, timeout: Duration) -> Re
     let doing = "connecting";
     let options = PgConnectOptions::from_str(url).map_err(OutboxError::Url)?.application_name(application_name);
     let timed_out = |_| OutboxError::Timeout { doing, limit: timeout };
-    let unreachable = |source| OutboxError::Unreachable { doing, source };
+    let unreachable_or_refused = |source| match source {
+        // A wrong password or a missing database is an answer, not an outage.
+        sqlx::Error::Database(_) => OutboxError::Database { doing, source },
+        source => OutboxError::Unreachable { doing, source },
+    };
     let mut connection =
-        tokio::time::timeout(timeout, options.connect()).await.map_err(timed_out)?.map_err(|source| match source {
-            // A wrong password or a missing database is an answer, not an outage.
-            sqlx::Error::Database(_) => OutboxError::Database { doing, source },
-            source => unreachable(source),
-        })?;
+        tokio::time::timeout(timeout, options.connect()).await.map_err(timed_out)?.map_err(unreachable_or_refused)?;
     let settings = "SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_mergejoin = off; SET enable_hashjoin = off; \
-                    SET work_mem = '32MB'; SET jit = off; SET client_connection_check_interval = '1s'; \
-                    SET idle_in_transaction_session_timeout = '60s'";
-    tokio::time::timeout(timeout, connection.execute(settings)).await.map_err(timed_out)?.map_err(unreachable)?;
+                    SET work_mem = '32MB'; SET jit = off; SET idle_in_transaction_session_timeout = '60s'";
+    tokio::time::timeout(timeout, connection.execute(settings)).await.map_err(timed_out)?.map_err(unreachable_or_refused)?;
     Ok(connection)
 }

@@ -25,11 +25,22 @@ pub enum OutboxError {
         source: sqlx::Error,
     },
 
-    #[error("PostgreSQL did not answer within {limit:?} while {doing} (setting app.database.timeout)")]
+    #[error(
+        "PostgreSQL did not answer within {limit:?} while {doing}: it is overloaded, or a lock stands in the way (look at pg_stat_activity)"
+    )]
     Timeout { doing: &'static str, limit: std::time::Duration },
 
     #[error("the database URL is not usable: write postgres://user:password@host:5432/database")]
     Url(#[source] sqlx::Error),
+
+    #[error(
+        "a pooler has mixed up prepared statements while {doing}: set app.database.preparedStatements = false, or use PgBouncer 1.21 or newer"
+    )]
+    Pooler {
+        doing: &'static str,
+        #[source]
+        source: sqlx::Error,
+    },
 
     #[error("PostgreSQL refused while {doing}")]
     Database {
@@ -46,6 +57,8 @@ impl OutboxError {
         match (&source, code.as_deref()) {
             // undefined_table, undefined_column, invalid_schema_name
             (_, Some("42P01" | "42703" | "3F000")) => Self::NotMigrated { schema: schema.to_owned(), source: Some(source) },
+            // duplicate_prepared_statement, invalid_sql_statement_name
+            (_, Some("42P05" | "26000")) => Self::Pooler { doing, source },
             (sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed, _) => {
                 Self::Unreachable { doing, source }
             }

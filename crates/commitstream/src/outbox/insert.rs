@@ -10,26 +10,38 @@ const ROWS_PER_STATEMENT: usize = 5_000;
 const BYTES_PER_STATEMENT: usize = 8 << 20;
 
 impl OutboxRepository {
-    /// Inserts the envelopes, in order, in whatever transaction `connection` is in.
+    /// Inserts the envelopes, in order, in whatever transaction `connection` is in. Unless `prepared`, the statement has no name,
+    /// which costs a round trip and works through any pooler.
     ///
     /// # Errors
     /// PostgreSQL refuses the insert; the transaction is then aborted, as after any failed statement.
-    pub async fn insert(&self, connection: &mut PgConnection, envelopes: &[EventEnvelope]) -> Result<(), OutboxError> {
+    pub async fn insert(
+        &self,
+        connection: &mut PgConnection,
+        envelopes: &[EventEnvelope],
+        prepared: bool,
+    ) -> Result<(), OutboxError> {
         for chunk in EventEnvelope::chunks(envelopes, ROWS_PER_STATEMENT, BYTES_PER_STATEMENT) {
             match chunk {
-                [one] => self.insert_one(connection, one).await?,
-                many => self.insert_many(connection, many).await?,
+                [one] => self.insert_one(connection, one, prepared).await?,
+                many => self.insert_many(connection, many, prepared).await?,
             }
         }
         Ok(())
     }
 
-    async fn insert_one(&self, connection: &mut PgConnection, envelope: &EventEnvelope) -> Result<(), OutboxError> {
+    async fn insert_one(
+        &self,
+        connection: &mut PgConnection,
+        envelope: &EventEnvelope,
+        prepared: bool,
+    ) -> Result<(), OutboxError> {
         let sql = self.sql(
             "INSERT INTO {s}.event_outbox (id, event_type, aggregate_type, aggregate_id, occurred_at, payload, headers)
              VALUES ($1, $2, $3, $4, $5, $6::text::jsonb, COALESCE($7::text::jsonb, '{}'))",
         );
         sqlx::query(sql)
+            .persistent(prepared)
             .bind(envelope.id)
             .bind(&envelope.event_type)
             .bind(&envelope.aggregate_type)
@@ -44,7 +56,12 @@ impl OutboxRepository {
     }
 
     /// One statement for many rows. `WITH ORDINALITY` keeps the caller's order in `seq`.
-    async fn insert_many(&self, connection: &mut PgConnection, envelopes: &[EventEnvelope]) -> Result<(), OutboxError> {
+    async fn insert_many(
+        &self,
+        connection: &mut PgConnection,
+        envelopes: &[EventEnvelope],
+        prepared: bool,
+    ) -> Result<(), OutboxError> {
         let sql = self.sql(
             "INSERT INTO {s}.event_outbox (id, event_type, aggregate_type, aggregate_id, occurred_at, payload, headers)
              SELECT id, event_type, aggregate_type, aggregate_id, occurred_at, payload::jsonb, COALESCE(headers::jsonb, '{}')
@@ -55,6 +72,7 @@ impl OutboxRepository {
         let headers: Vec<_> = envelopes.iter().map(EventEnvelope::headers_json).collect();
         let column = |of: fn(&EventEnvelope) -> &str| envelopes.iter().map(of).collect::<Vec<_>>();
         sqlx::query(sql)
+            .persistent(prepared)
             .bind(envelopes.iter().map(|e| e.id).collect::<Vec<Uuid>>())
             .bind(column(|e| &e.event_type))
             .bind(column(|e| &e.aggregate_type))

@@ -15,22 +15,30 @@ WITH free AS (
     ORDER BY partition_no FOR UPDATE
 )
 UPDATE {s}.outbox_lease l
-SET relay_id = $1, epoch = l.epoch + 1, session_pid = pg_backend_pid(), expires_at = clock_timestamp() + $2
-FROM free WHERE l.partition_no = free.partition_no";
+SET relay_id = $1, epoch = (SELECT max(epoch) + 1 FROM {s}.outbox_lease), session_pid = pg_backend_pid(), expires_at = clock_timestamp() + $2
+FROM free WHERE l.partition_no = free.partition_no
+RETURNING l.epoch";
 
 impl OutboxRepository {
-    /// Tries to take all leases for `relay_id`, with this connection as the sign of life. True when it has them all.
+    /// Tries to take all leases for `relay_id`, with this connection as the sign of life. Returns their new epoch when it has
+    /// them all.
     ///
     /// # Errors
     /// PostgreSQL cannot be asked.
-    pub async fn take_leases(&self, connection: &mut PgConnection, relay_id: Uuid, life: Duration) -> Result<bool, OutboxError> {
-        let taken = sqlx::query(self.sql(TAKE))
+    pub async fn take_leases(
+        &self,
+        connection: &mut PgConnection,
+        relay_id: Uuid,
+        life: Duration,
+    ) -> Result<Option<i64>, OutboxError> {
+        let epochs: Vec<i64> = sqlx::query_scalar(self.sql(TAKE))
             .bind(relay_id)
             .bind(interval(life))
-            .execute(connection)
+            .fetch_all(connection)
             .await
             .map_err(self.error("taking the lease"))?;
-        Ok(taken.rows_affected().cast_signed() == PARTITIONS)
+        let all = i64::try_from(epochs.len()).is_ok_and(|taken| taken == PARTITIONS);
+        Ok(epochs.into_iter().max().filter(|_| all))
     }
 
     /// Prolongs the leases of `relay_id`. False when another relay has taken them.

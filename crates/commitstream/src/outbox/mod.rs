@@ -16,7 +16,7 @@ mod stats;
 mod wake;
 
 pub use admin::{FailedEvent, Selection};
-pub use claim::{ClaimRequest, OpenBatch, OutboxEvent, SeqRange};
+pub use claim::{Claim, ClaimRequest, OpenBatch, OutboxEvent, SeqRange};
 pub use connection::connect;
 pub use error::OutboxError;
 pub use migrations::{LATEST_VERSION, Migrated};

@@ -9,12 +9,13 @@ use crate::outbox::OutboxRepository;
 
 /// Writes events into the outbox, inside the caller's transaction. Injected on its own, it forces the outbox for any event.
 ///
-/// Through a pooler in transaction mode that does not know prepared statements (PgBouncer before 1.21), connect the
-/// application with `?statement-cache-capacity=0`.
+/// Through a pooler in transaction mode that does not know prepared statements (PgBouncer before 1.21), set
+/// `app.database.preparedStatements = false`.
 #[derive(Debug, Clone)]
 pub struct PostgresOutboxPublisher {
     outbox: OutboxRepository,
     max_payload_bytes: usize,
+    prepared_statements: bool,
 }
 
 impl PostgresOutboxPublisher {
@@ -24,19 +25,20 @@ impl PostgresOutboxPublisher {
         Self {
             outbox: OutboxRepository::new(&settings.database.schema),
             max_payload_bytes: settings.publishing.max_payload_bytes,
+            prepared_statements: settings.database.prepared_statements,
         }
     }
 
     /// Inserts envelopes that were checked already.
     pub(super) async fn insert(&self, connection: &mut PgConnection, envelopes: &[EventEnvelope]) -> Result<(), PublishError> {
-        Ok(self.outbox.insert(connection, envelopes).await?)
+        Ok(self.outbox.insert(connection, envelopes, self.prepared_statements).await?)
     }
 
     /// The same, in a transaction of its own.
     pub(super) async fn insert_alone(&self, pool: &PgPool, envelopes: &[EventEnvelope]) -> Result<(), PublishError> {
         let doing = "writing held events to the outbox";
         let mut transaction = pool.begin().await.map_err(self.outbox.error(doing))?;
-        self.outbox.insert(&mut transaction, envelopes).await?;
+        self.insert(&mut transaction, envelopes).await?;
         Ok(transaction.commit().await.map_err(self.outbox.error(doing))?)
     }
 }

@@ -81,7 +81,7 @@ impl<'a> UnitOfWork<'a> {
     pub async fn commit(self) -> Result<(), CommitError> {
         let Self { publisher, mut transaction, pool, held } = self;
         // PostgreSQL answers COMMIT in an aborted transaction with ROLLBACK, which the driver takes for success.
-        sqlx::query("SELECT 1").execute(&mut *transaction).await.map_err(CommitError::Commit)?;
+        sqlx::raw_sql("SELECT 1").execute(&mut *transaction).await.map_err(CommitError::Commit)?;
         transaction.commit().await.map_err(CommitError::Commit)?;
         if let Some(waker) = &publisher.waker {
             waker.wake();

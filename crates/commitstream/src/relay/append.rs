@@ -40,7 +40,7 @@ pub async fn append(streams: Streams, settings: Settings, reporter: Reporter, ba
     let refused = match appended.refusal {
         Some(refusal) if refusal.outage => Vec::new(),
         Some(refusal) if refusal.whole_stream => refusals(&batch.events[count..], |_| refusal.error.clone(), &settings),
-        Some(refusal) => refusals(&batch.events[count..=count], |_| refusal.error.clone(), &settings),
+        Some(refusal) => refusals(batch.events.get(count..=count).unwrap_or_default(), |_| refusal.error.clone(), &settings),
         None if count == sendable && sendable < batch.events.len() => {
             let max = settings.publishing.max_payload_bytes;
             refusals(&batch.events[count..=count], |e| too_large(e, max), &settings)

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use crate::outbox::SeqRange;
+use crate::outbox::{Claim, SeqRange};
 
 /// Most holes that are told apart; beyond that, neighbours are looked at as one range, which is slower and as safe.
 const MAX_HOLES: usize = 32;
@@ -34,6 +34,11 @@ impl Cursor {
     pub fn ranges(&self) -> Vec<SeqRange> {
         let holes = self.holes.iter().map(|h| SeqRange { after: h.first - 1, to: h.last });
         holes.chain([SeqRange { after: self.high, to: i64::MAX }]).collect()
+    }
+
+    /// True when `seq` was passed already: to find it is the sweep's merit.
+    pub fn has_passed(&self, seq: i64) -> bool {
+        seq <= self.high
     }
 
     /// True when it would help to know the open writers.
@@ -106,6 +111,16 @@ impl Cursor {
             };
         }
     }
+}
+
+/// What a claim has seen, ascending: its events, and those that it made waiting ones, which from now on keep their order
+/// by themselves. A claim that was cut off by bytes has looked no further than its last event.
+pub fn seen(claim: &Claim) -> Vec<i64> {
+    let last = claim.events.last().map_or(i64::MAX, |e| e.seq);
+    let mut seen: Vec<i64> = claim.events.iter().map(|e| e.seq).collect();
+    seen.extend(claim.waiting.iter().filter(|seq| **seq <= last));
+    seen.sort_unstable();
+    seen
 }
 
 #[cfg(test)]

@@ -11,13 +11,13 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::append::{self, Ended};
-use super::cursor::Cursor;
+use super::cursor::{self, Cursor};
 use super::pipeline::{Batch, Limits, Pipeline, batches_of};
 use super::session::{SessionError, bounded};
 use super::sleep::SleepLock;
 use super::status::Reporter;
 use crate::config::Settings;
-use crate::outbox::{ClaimRequest, OutboxError, OutboxEvent, OutboxRepository, Refusal, SeqRange};
+use crate::outbox::{Claim, ClaimRequest, OutboxError, OutboxRepository, Refusal, SeqRange};
 use crate::streams::{Streams, StreamsError};
 
 /// A claim takes this many batches at most, so that small batches do not mean a commit for each.
@@ -42,6 +42,7 @@ pub(super) struct Parts {
     pub settings: Settings,
     pub reporter: Reporter,
     pub relay_id: Uuid,
+    pub epoch: i64,
     pub claims: PgConnection,
     pub settles: PgConnection,
     pub sleep: SleepLock,
@@ -51,7 +52,7 @@ pub(super) struct Parts {
 type Slot<T> = Option<BoxFuture<'static, T>>;
 
 /// The connection back, the open writers if they were asked for, and what was found.
-type Claimed = (PgConnection, Option<HashSet<String>>, Vec<OutboxEvent>);
+type Claimed = (PgConnection, Option<HashSet<String>>, Claim);
 
 pub(super) struct Engine {
     outbox: OutboxRepository,
@@ -59,17 +60,17 @@ pub(super) struct Engine {
     settings: Settings,
     reporter: Reporter,
     relay_id: Uuid,
+    epoch: i64,
     sleep: SleepLock,
     pipeline: Pipeline,
     cursor: Cursor,
     /// Highest `seq` claimed in this session: below it, events may be in flight.
     highest: i64,
-    /// Mean bytes of the events last claimed, to guess how many fit.
-    mean_bytes: Option<i64>,
     /// Something may be waiting in the table.
     dirty: bool,
     busy_since: Option<Instant>,
     next_sweep: Instant,
+    sweep_again: bool,
     next_writers: Instant,
     claim_started: Instant,
     sweeping: bool,
@@ -94,10 +95,10 @@ impl Engine {
             pipeline: Pipeline::new(limits),
             cursor: Cursor::default(),
             highest: 0,
-            mean_bytes: None,
             dirty: true,
             busy_since: None,
             next_sweep: now,
+            sweep_again: false,
             next_writers: now,
             claim_started: now,
             sweeping: false,
@@ -113,6 +114,7 @@ impl Engine {
             settings: parts.settings,
             reporter: parts.reporter,
             relay_id: parts.relay_id,
+            epoch: parts.epoch,
             sleep: parts.sleep,
         }
     }
@@ -133,7 +135,10 @@ impl Engine {
                 Some(ended) = self.appends.next() => self.on_appended(ended)?,
                 settled = finish(&mut self.settle) => self.on_settled(settled?),
                 expired = finish(&mut self.expire) => self.on_expired(expired),
-                granted = self.sleep.progress() => self.dirty |= granted?,
+                done = self.sleep.progress() => {
+                    done?;
+                    self.dirty = true;
+                }
                 () = wake.notified() => self.dirty = true,
                 () = tokio::time::sleep_until(self.next_sweep), if !self.dirty => self.dirty = true,
             }
@@ -179,6 +184,7 @@ impl Engine {
         self.dirty = false;
         self.claim_started = Instant::now();
         self.sweeping = self.claim_started >= self.next_sweep;
+        self.sweep_again &= !self.sweeping;
         let ask_writers = self.cursor.has_holes() && self.claim_started >= self.next_writers;
         if ask_writers {
             self.next_writers = self.claim_started + WRITERS_EVERY;
@@ -192,8 +198,8 @@ impl Engine {
             } else {
                 None
             };
-            let events = bounded("claiming events", limit, outbox.claim(&mut connection, &request)).await?;
-            Ok((connection, writers.map(|w| w.into_iter().collect()), events))
+            let found = bounded("claiming events", limit, outbox.claim(&mut connection, &request)).await?;
+            Ok((connection, writers.map(|w| w.into_iter().collect()), found))
         };
         self.claim = Some(claim.boxed());
     }
@@ -203,37 +209,32 @@ impl Engine {
         let everything = || vec![SeqRange { after: 0, to: i64::MAX }];
         let ranges = if self.sweeping { everything() } else { self.cursor.ranges() };
         let looks_back = ranges.first().is_some_and(|r| r.after < self.highest);
-        let max_bytes = half(processor.max_in_flight_bytes);
-        let most = per_claim(processor.batch_size);
-        // Until sizes are known, one batch. Then a quarter more than should fit; the statement itself cuts at max_bytes.
-        let fitting = self.mean_bytes.map_or(i64::from(processor.batch_size), |mean| max_bytes / mean.max(1) * 5 / 4);
         ClaimRequest {
             relay_id: self.relay_id,
+            epoch: self.epoch,
             open: if looks_back { self.pipeline.open_batches() } else { Vec::new() },
             ranges,
-            max_events: fitting.clamp(1, most),
-            max_bytes,
+            max_events: per_claim(processor.batch_size),
+            max_bytes: half(processor.max_in_flight_bytes),
             batch_size: i64::from(processor.batch_size),
             max_payload_bytes: i64::try_from(self.settings.publishing.max_payload_bytes).unwrap_or(i64::MAX),
             stream_prefix: self.settings.redis.stream_prefix.clone(),
         }
     }
 
-    fn on_claimed(&mut self, (connection, writers, events): Claimed) {
+    fn on_claimed(&mut self, (connection, writers, claim): Claimed) {
         self.claims = Some(connection);
         let now = Instant::now();
+        let found = cursor::seen(&claim);
         if self.sweeping {
             let pause = self.settings.outbox.processor.poll_interval.max((now - self.claim_started) * SWEEP_SHARE);
-            self.next_sweep = now + pause;
+            let found_something_old = found.first().is_some_and(|seq| self.cursor.has_passed(*seq));
+            self.next_sweep = if found_something_old || self.sweep_again { now } else { now + pause };
         }
-        let found: Vec<i64> = events.iter().map(|e| e.seq).collect();
         self.cursor.observe(&found, writers.as_ref());
         self.highest = self.highest.max(found.last().copied().unwrap_or(0));
-        if !events.is_empty() {
-            self.mean_bytes = Some(events.iter().map(|e| e.bytes).sum::<i64>() / i64::try_from(events.len()).unwrap_or(1));
-        }
-        self.decide_sleep(!events.is_empty(), now);
-        self.pipeline.claimed(batches_of(events));
+        self.decide_sleep(!claim.events.is_empty() || !claim.waiting.is_empty(), now);
+        self.pipeline.claimed(batches_of(claim.events));
     }
 
     /// Found something: look again at once. Found nothing: ask for the sleep lock, and look again when it is granted.
@@ -267,7 +268,12 @@ impl Engine {
         self.reporter.count(done.published, done.refused, done.failed);
         let room = MAX_MARKERS.saturating_sub(self.markers.len());
         self.markers.extend(done.markers.into_iter().take(room));
-        self.dirty |= done.released;
+        self.dirty |= done.released || done.unblocked;
+        if done.unblocked {
+            // What waited behind these is below the cursor. A sweep that is under way may have looked too early.
+            self.sweep_again = true;
+            self.next_sweep = Instant::now();
+        }
     }
 
     fn on_expired(&mut self, expired: Result<(), StreamsError>) {

@@ -22,6 +22,7 @@ mod sleep;
 mod status;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use thiserror::Error;
 use tokio::sync::{Notify, watch};
@@ -91,6 +92,7 @@ impl OutboxProcessor {
             reporter: reporter.clone(),
             wake: wake.clone(),
             stop: stopped,
+            has_tables: AtomicBool::new(false),
         };
         RelayHandle { status: reporter.subscribe(), stop, waker: RelayWaker(wake), task: tokio::spawn(supervise(relay)) }
     }
@@ -108,18 +110,16 @@ impl OutboxProcessor {
 /// Session after session until told to stop. A schema without tables at the first look ends it: waiting would hide a mistake.
 async fn supervise(relay: Relay) -> Result<(), RelayError> {
     let mut backoff = Backoff::default();
-    let mut has_worked = false;
     loop {
         let started = tokio::time::Instant::now();
         let error = match relay.session().await {
             Ok(()) => break,
-            Err(SessionError::Outbox(error)) if error.is_not_migrated() && !has_worked => {
+            Err(SessionError::Outbox(error)) if error.is_not_migrated() && !relay.has_tables.load(Ordering::Relaxed) => {
                 relay.reporter.unable(&error);
                 return Err(error.into());
             }
             Err(error) => error,
         };
-        has_worked = true;
         if started.elapsed() > relay.settings.outbox.processor.lease_duration {
             backoff = Backoff::default();
         }

@@ -75,6 +75,7 @@ struct Outcome {
     stream: String,
     events: usize,
     bytes: i64,
+    was_waiting: bool,
     settlement: Settlement,
 }
 
@@ -85,6 +86,8 @@ pub struct Settled {
     pub markers: Vec<(String, Uuid)>,
     /// Events went back to the table.
     pub released: bool,
+    /// Events that others may have been waiting for are done.
+    pub unblocked: bool,
     pub published: u64,
     pub refused: u64,
     pub failed: u64,
@@ -150,13 +153,16 @@ impl Pipeline {
 
     /// Ends the append of a batch.
     pub fn appended(&mut self, batch: Batch, appended: usize, refusals: Vec<Refusal>) {
-        let short = batch.events.get(appended).map(|e| e.seq);
+        let short = appended < batch.events.len();
+        // A refused event is not due before long; there is nothing to go back to for it.
+        let is_refused = |e: &OutboxEvent| refusals.iter().any(|r| r.event_id == e.id);
+        let released = batch.events.iter().skip(appended).find(|e| !is_refused(e)).map(|e| e.seq);
         let state = self.streams.entry(batch.stream.clone()).or_default();
         state.appending = false;
-        if let Some(seq) = short {
+        if short {
             state.held = true;
             let queue = std::mem::take(&mut state.queue);
-            self.note_release(seq);
+            released.into_iter().for_each(|seq| self.note_release(seq));
             queue.into_iter().for_each(|later| self.release(later));
         }
         self.end(batch, appended, refusals);
@@ -181,6 +187,7 @@ impl Pipeline {
                 state.unsettled.remove(&outcome.settlement.batch_id);
             }
             let settlement = outcome.settlement;
+            done.unblocked |= outcome.was_waiting;
             done.released |= usize::try_from(settlement.appended).is_ok_and(|appended| appended < outcome.events);
             done.published += u64::try_from(settlement.appended).unwrap_or(0);
             done.refused += settlement.refusals.len() as u64;
@@ -208,6 +215,7 @@ impl Pipeline {
         let settlement = Settlement { batch_id: batch.id, appended: i32::try_from(appended).unwrap_or(i32::MAX), refusals };
         self.outcomes.push(Outcome {
             events: batch.events.len(),
+            was_waiting: batch.events.iter().any(|e| e.was_waiting),
             bytes: bytes_of(&batch.events),
             stream: batch.stream,
             settlement,

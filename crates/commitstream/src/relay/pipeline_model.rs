@@ -93,6 +93,7 @@ fn event(batch_id: Uuid, seq: i64, aggregate: i64) -> OutboxEvent {
         headers: String::new(),
         bytes: 2,
         retry_count: 0,
+        was_waiting: false,
     }
 }
 

@@ -1,5 +1,6 @@
 //! One session of a relay: connect, wait for the lease, resolve what was left open, then run until something fails.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use sqlx::PgConnection;
@@ -25,7 +26,7 @@ const STANDBY_LOOK: Duration = Duration::from_millis(500);
 pub(super) enum SessionError {
     #[error(transparent)]
     Outbox(#[from] OutboxError),
-    #[error("another relay has taken the lease over")]
+    #[error("another relay has taken the lease over, or the batch journal was changed by hand")]
     LeaseLost,
 }
 
@@ -39,41 +40,50 @@ pub(super) struct Relay {
     pub reporter: Reporter,
     pub wake: std::sync::Arc<Notify>,
     pub stop: tokio::sync::watch::Receiver<bool>,
+    /// The outbox tables were there once: if they are missing later, that is an outage and not a mistake.
+    pub has_tables: AtomicBool,
 }
 
 impl Relay {
     /// Runs one session. `Ok` means that it was told to stop, and has settled what it could.
     pub async fn session(&self) -> Result<(), SessionError> {
         self.reporter.connecting();
-        let mut lease = self.connect("commitstream relay: lease").await?;
-        self.outbox.check_migrated(&mut lease).await?;
-        if !self.wait_for_lease(&mut lease).await? {
-            return Ok(());
-        }
-        let ended = self.own(&mut lease).await;
+        let connect = async {
+            let mut lease = self.connect("commitstream relay: lease").await?;
+            bounded("looking for the outbox tables", self.timeout(), self.outbox.check_migrated(&mut lease)).await?;
+            Ok::<_, OutboxError>(lease)
+        };
+        let mut lease = tokio::select! {
+            connected = connect => connected?,
+            () = self.stopped() => return Ok(()),
+        };
+        self.has_tables.store(true, Ordering::Relaxed);
+        let Some(epoch) = self.wait_for_lease(&mut lease).await? else { return Ok(()) };
+        let ended = self.own(&mut lease, epoch).await;
         if ended.is_ok() {
             bounded("releasing the lease", self.timeout(), self.outbox.release_leases(&mut lease, self.relay_id)).await?;
         }
         ended
     }
 
-    /// Waits until the lease is this relay's. False when it was told to stop instead.
-    async fn wait_for_lease(&self, lease: &mut PgConnection) -> Result<bool, SessionError> {
+    /// Waits until the lease is this relay's, and returns its epoch; `None` when it was told to stop instead.
+    async fn wait_for_lease(&self, lease: &mut PgConnection) -> Result<Option<i64>, SessionError> {
         let life = self.settings.outbox.processor.lease_duration;
         loop {
-            if bounded("taking the lease", self.timeout(), self.outbox.take_leases(lease, self.relay_id, life)).await? {
-                return Ok(true);
+            let taken = bounded("taking the lease", self.timeout(), self.outbox.take_leases(lease, self.relay_id, life)).await?;
+            if taken.is_some() {
+                return Ok(taken);
             }
             self.reporter.state(RelayState::Standby);
             tokio::select! {
-                () = self.stopped() => return Ok(false),
+                () = self.stopped() => return Ok(None),
                 () = tokio::time::sleep(STANDBY_LOOK.min(life / 4)) => {}
             }
         }
     }
 
     /// The part of the session in which the lease is held: its renewal, the listener and the clean-up run beside the engine.
-    async fn own(&self, lease: &mut PgConnection) -> Result<(), SessionError> {
+    async fn own(&self, lease: &mut PgConnection, epoch: i64) -> Result<(), SessionError> {
         self.reporter.state(RelayState::Recovering);
         let renew = self.renew(lease);
         let work = async {
@@ -91,6 +101,7 @@ impl Relay {
                 settings: self.settings.clone(),
                 reporter: self.reporter.clone(),
                 relay_id: self.relay_id,
+                epoch,
                 claims,
                 settles,
                 sleep: SleepLock::new(self.outbox.clone(), sleep),
@@ -168,14 +179,15 @@ impl Relay {
 
     async fn listener(&self, connection: &mut PgConnection) -> Result<PgListener, OutboxError> {
         let doing = "listening for new events";
-        let channel = self.outbox.wake_channel(connection).await?;
+        let channel = bounded(doing, self.timeout(), self.outbox.wake_channel(connection)).await?;
         let listen = async {
             let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(self.timeout()).connect(&self.url).await?;
             let mut listener = PgListener::connect_with(&pool).await?;
             listener.listen(&channel).await?;
             Ok(listener)
         };
-        listen.await.map_err(|source: sqlx::Error| OutboxError::Unreachable { doing, source })
+        let typed = async { listen.await.map_err(|source: sqlx::Error| OutboxError::Unreachable { doing, source }) };
+        bounded(doing, self.timeout(), typed).await
     }
 
     async fn connect(&self, name: &str) -> Result<PgConnection, OutboxError> {

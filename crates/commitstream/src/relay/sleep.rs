@@ -65,8 +65,10 @@ impl SleepLock {
         matches!(self.state, State::Asleep(_))
     }
 
-    /// Waits for the step under way, if any. True when the lock was granted: look once more. May be dropped at any await.
-    pub async fn progress(&mut self) -> Result<bool, OutboxError> {
+    /// Waits for the step under way, if any; then it is time to look once more. When the lock was granted, nobody is missed after
+    /// that. When it was given back, events may have been committed meanwhile without a notification, and what was asked
+    /// for in between was not heard. May be dropped at any await.
+    pub async fn progress(&mut self) -> Result<(), OutboxError> {
         let (done, granted) = match &mut self.state {
             State::Asking(step) => (step.await, true),
             State::Releasing(step) => (step.await, false),
@@ -75,7 +77,7 @@ impl SleepLock {
         self.state = State::Lost;
         let connection = done?;
         self.state = if granted { State::Asleep(connection) } else { State::Awake(connection) };
-        Ok(granted)
+        Ok(())
     }
 }
 

@@ -82,7 +82,7 @@ impl Streams {
     }
 
     pub(super) fn typed(&self, doing: &'static str, source: RedisError) -> StreamsError {
-        StreamsError::new(&self.server, doing, true, source)
+        StreamsError::new(&self.server, doing, source)
     }
 
     /// A connection of its own with the same settings, for calls that block the connection they run on.
@@ -143,8 +143,10 @@ impl Streams {
 
     /// Types the error, and gives up a connection that broke or stalled.
     async fn judge<T>(&self, doing: &'static str, generation: u64, answer: Result<T, RedisError>) -> Result<T, StreamsError> {
-        let Err(source) = answer else { return answer.map_err(|source| StreamsError::new(&self.server, doing, true, source)) };
-        let error = StreamsError::new(&self.server, doing, true, source);
+        let error = match answer {
+            Ok(answer) => return Ok(answer),
+            Err(source) => self.typed(doing, source),
+        };
         // After READONLY or a time-out the same connection may go on failing while a new one reaches the new master.
         if error.is_outage() {
             let mut slot = self.slot.lock().await;

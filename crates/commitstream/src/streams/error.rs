@@ -45,13 +45,13 @@ pub enum StreamsError {
 }
 
 impl StreamsError {
-    pub(super) fn new(server: &str, doing: &'static str, sent: bool, source: RedisError) -> Self {
+    /// Types an error of a command that was sent.
+    pub(super) fn new(server: &str, doing: &'static str, source: RedisError) -> Self {
         let server = server.to_owned();
         match kind_of(&source) {
             Kind::Refused => Self::Refused { doing, source },
             Kind::Unable => Self::Unavailable { server, doing, source },
-            Kind::Lost if sent => Self::OutcomeUnknown { server, doing, source },
-            Kind::Lost => Self::Unavailable { server, doing, source },
+            Kind::Lost => Self::OutcomeUnknown { server, doing, source },
         }
     }
 

@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use commitstream::outbox::{ClaimRequest, OutboxEvent, Refusal, SeqRange, Settlement};
-use sqlx::PgConnection;
+use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
 use crate::support::World;
@@ -13,6 +13,7 @@ fn everything(relay_id: Uuid) -> ClaimRequest {
     ClaimRequest {
         relay_id,
         ranges: vec![SeqRange { after: 0, to: i64::MAX }],
+        epoch: 0,
         open: Vec::new(),
         max_events: 10_000,
         max_bytes: 1 << 30,
@@ -20,6 +21,13 @@ fn everything(relay_id: Uuid) -> ClaimRequest {
         max_payload_bytes: 1 << 20,
         stream_prefix: "events:".into(),
     }
+}
+
+/// Takes the lease for a request.
+async fn take(world: &World, connection: &mut PgConnection, request: &mut ClaimRequest) -> Result<()> {
+    let epoch = world.outbox.take_leases(connection, request.relay_id, Duration::from_secs(600)).await?;
+    request.epoch = epoch.context("the lease is free")?;
+    Ok(())
 }
 
 /// Settles all batches of a claim as if so many events of each had been appended, without refusals.
@@ -38,8 +46,8 @@ async fn settle(world: &World, connection: &mut PgConnection, claimed: &[OutboxE
 async fn an_event_that_falls_due_during_a_claim_is_not_overtaken() -> Result<()> {
     let world = World::new().await?;
     let mut connection = world.connect().await?;
-    let request = everything(Uuid::now_v7());
-    assert!(world.outbox.take_leases(&mut connection, request.relay_id, Duration::from_secs(600)).await?);
+    let mut request = everything(Uuid::now_v7());
+    take(&world, &mut connection, &mut request).await?;
     // The refused event, much between, and the one that waits behind it.
     world.database.psql(
         "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload)
@@ -47,7 +55,7 @@ async fn an_event_that_falls_due_during_a_claim_is_not_overtaken() -> Result<()>
          FROM generate_series(1, 2000) n;",
     )?;
     let started = Instant::now();
-    let claimed = world.outbox.claim(&mut connection, &request).await?;
+    let claimed = world.outbox.claim(&mut connection, &request).await?.events;
     let taken = started.elapsed();
     assert_eq!(claimed.len(), 2_000);
     settle(&world, &mut connection, &claimed, 0).await?;
@@ -59,7 +67,7 @@ async fn an_event_that_falls_due_during_a_claim_is_not_overtaken() -> Result<()>
         .bind(taken.as_secs_f64() * f64::from(round) / 20.0)
         .execute(&mut connection)
         .await?;
-        let claimed = world.outbox.claim(&mut connection, &request).await?;
+        let claimed = world.outbox.claim(&mut connection, &request).await?.events;
         let of_a: Vec<i64> = claimed.iter().filter(|e| e.aggregate_id == "A").map(|e| e.seq).collect();
         assert!(of_a.is_empty() || of_a == [1, 2_000], "round {round}: {of_a:?} is claimed, the refused event is not");
         settle(&world, &mut connection, &claimed, 0).await?;
@@ -72,10 +80,10 @@ async fn an_event_that_falls_due_during_a_claim_is_not_overtaken() -> Result<()>
 async fn what_an_operator_changed_meanwhile_is_left_as_it_is() -> Result<()> {
     let world = World::new().await?;
     let mut connection = world.connect().await?;
-    let request = everything(Uuid::now_v7());
-    assert!(world.outbox.take_leases(&mut connection, request.relay_id, Duration::from_secs(600)).await?);
+    let mut request = everything(Uuid::now_v7());
+    take(&world, &mut connection, &mut request).await?;
     world.insert(6, 6).await?;
-    let claimed = world.outbox.claim(&mut connection, &request).await?;
+    let claimed = world.outbox.claim(&mut connection, &request).await?.events;
     let ids: Vec<Uuid> = claimed.iter().map(|e| e.id).collect();
     world.database.psql(&format!(
         "DELETE FROM event_outbox WHERE id IN ('{}', '{}');
@@ -97,16 +105,50 @@ async fn what_an_operator_changed_meanwhile_is_left_as_it_is() -> Result<()> {
 async fn a_relay_that_lost_its_lease_claims_nothing() -> Result<()> {
     let world = World::new().await?;
     let (mut old, mut new) = (world.connect().await?, world.connect().await?);
-    let (was, is) = (everything(Uuid::now_v7()), everything(Uuid::now_v7()));
+    let (mut was, mut is) = (everything(Uuid::now_v7()), everything(Uuid::now_v7()));
     world.insert(10, 10).await?;
-    assert!(world.outbox.take_leases(&mut old, was.relay_id, Duration::from_secs(600)).await?);
-    assert!(!world.outbox.take_leases(&mut new, is.relay_id, Duration::from_secs(600)).await?, "the owner lives");
-    assert!(world.outbox.claim(&mut new, &is).await?.is_empty());
+    take(&world, &mut old, &mut was).await?;
+    assert_eq!(world.outbox.take_leases(&mut new, is.relay_id, Duration::from_secs(600)).await?, None, "the owner lives");
+    assert!(world.outbox.claim(&mut new, &is).await?.events.is_empty());
     sqlx::query("UPDATE outbox_lease SET expires_at = now() - interval '1 second'").execute(&mut new).await?;
-    assert!(world.outbox.take_leases(&mut new, is.relay_id, Duration::from_secs(600)).await?);
-    assert!(world.outbox.claim(&mut old, &was).await?.is_empty());
+    take(&world, &mut new, &mut is).await?;
+    assert!(world.outbox.claim(&mut old, &was).await?.events.is_empty());
     assert!(!world.outbox.renew_leases(&mut old, was.relay_id, Duration::from_secs(600)).await?);
     assert!(world.outbox.open_batches(&mut new).await?.is_empty(), "an empty claim leaves no batch");
-    assert_eq!(world.outbox.claim(&mut new, &is).await?.len(), 10);
+    assert_eq!(world.outbox.claim(&mut new, &is).await?.events.len(), 10);
+    Ok(())
+}
+
+/// The same relay in a new session: a claim of the old one that arrives late must not leave a batch that nobody appends.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_claim_of_an_earlier_session_claims_nothing() -> Result<()> {
+    let world = World::new().await?;
+    let (mut old, mut new) = (world.connect().await?, world.connect().await?);
+    let mut late = everything(Uuid::now_v7());
+    world.insert(10, 10).await?;
+    take(&world, &mut old, &mut late).await?;
+    let mut current = late.clone();
+    take(&world, &mut new, &mut current).await?;
+    assert!(world.outbox.claim(&mut old, &late).await?.events.is_empty());
+    assert_eq!(world.outbox.claim(&mut new, &current).await?.events.len(), 10);
+    Ok(())
+}
+
+/// While a claim is under way its lease can be renewed, but not taken.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_claim_lets_the_renewal_pass_and_holds_a_takeover_off() -> Result<()> {
+    let world = World::new().await?;
+    let (mut claims, mut lease, mut other) = (world.connect().await?, world.connect().await?, world.connect().await?);
+    let mut request = everything(Uuid::now_v7());
+    take(&world, &mut lease, &mut request).await?;
+    world.insert(1, 1).await?;
+    let mut open = claims.begin().await?;
+    assert_eq!(world.outbox.claim(&mut open, &request).await?.events.len(), 1);
+    assert!(world.outbox.renew_leases(&mut lease, request.relay_id, Duration::from_millis(1)).await?);
+    sqlx::raw_sql("SET lock_timeout = '200ms'").execute(&mut other).await?;
+    let taken = world.outbox.take_leases(&mut other, Uuid::now_v7(), Duration::from_secs(1)).await;
+    assert!(taken.is_err(), "the claim holds its rows: {taken:?}");
+    open.commit().await?;
+    assert!(world.outbox.take_leases(&mut other, Uuid::now_v7(), Duration::from_secs(1)).await?.is_some());
     Ok(())
 }

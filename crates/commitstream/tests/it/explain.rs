@@ -117,6 +117,7 @@ fn request(ranges: Vec<SeqRange>) -> ClaimRequest {
     ClaimRequest {
         relay_id: Uuid::now_v7(),
         ranges,
+        epoch: 0,
         open: Vec::new(),
         max_events: 1_000,
         max_bytes: 8 << 20,
@@ -131,15 +132,16 @@ async fn the_claim_goes_by_index() -> Result<()> {
     for analyzed in [false, true] {
         let (world, mut connection) = populated(analyzed).await?;
         let mut claim = request(vec![SeqRange { after: 50_500, to: i64::MAX }]);
-        assert!(world.outbox.take_leases(&mut connection, claim.relay_id, Duration::from_secs(60)).await?);
-        let claimed = world.outbox.claim(&mut connection, &claim).await?;
+        let epoch = world.outbox.take_leases(&mut connection, claim.relay_id, Duration::from_secs(60)).await?;
+        claim.epoch = epoch.context("the lease is free")?;
+        let claimed = world.outbox.claim(&mut connection, &claim).await?.events;
         assert!(claimed.len() > 500, "the statement did its work: {}", claimed.len());
         claim.open.extend(claimed.first().map(|e| e.batch_id));
         world.outbox.claim(&mut connection, &claim).await?;
 
         let open = claim.open.iter().map(Uuid::to_string).collect::<Vec<_>>().join(",");
         let of = |ranges: &str, open: &str| {
-            format!("64, '{}', {ranges}, '{{{open}}}', 1000, 8388608, 100, 1048576, 'events:'", claim.relay_id)
+            format!("64, '{}', {ranges}, '{{{open}}}', 1000, 8388608, 100, 1048576, 'events:', {}", claim.relay_id, claim.epoch)
         };
         for (what, values) in [
             ("cursor", of("'{50500}', '{9223372036854775807}'", "")),
@@ -163,9 +165,10 @@ async fn the_claim_goes_by_index() -> Result<()> {
 async fn the_settle_goes_by_index() -> Result<()> {
     for analyzed in [false, true] {
         let (world, mut connection) = populated(analyzed).await?;
-        let claim = request(vec![SeqRange { after: 0, to: i64::MAX }]);
-        assert!(world.outbox.take_leases(&mut connection, claim.relay_id, Duration::from_secs(60)).await?);
-        let claimed = world.outbox.claim(&mut connection, &claim).await?;
+        let mut claim = request(vec![SeqRange { after: 0, to: i64::MAX }]);
+        let epoch = world.outbox.take_leases(&mut connection, claim.relay_id, Duration::from_secs(60)).await?;
+        claim.epoch = epoch.context("the lease is free")?;
+        let claimed = world.outbox.claim(&mut connection, &claim).await?.events;
         let batch_id = claimed.first().context("a claimed event")?.batch_id;
         let settlement = Settlement { batch_id, appended: 3, refusals: Vec::new() };
         assert_eq!(world.outbox.settle(&mut connection, std::slice::from_ref(&settlement)).await?, 1);
@@ -255,7 +258,7 @@ async fn recovery_and_leases_go_by_index() -> Result<()> {
     for analyzed in [false, true] {
         let (world, mut connection) = populated(analyzed).await?;
         let (relay_id, life) = (Uuid::now_v7(), Duration::from_secs(60));
-        assert!(world.outbox.take_leases(&mut connection, relay_id, life).await?);
+        assert!(world.outbox.take_leases(&mut connection, relay_id, life).await?.is_some());
         assert!(world.outbox.renew_leases(&mut connection, relay_id, life).await?);
         assert!(world.outbox.open_batches(&mut connection).await?.is_empty());
         let open = plans(&mut connection, "cardinality(event_ids)", "").await?;

@@ -291,3 +291,20 @@ async fn a_stream_key_of_another_type_is_a_refusal() -> Result<()> {
     assert_eq!(world.streams.len(&world.user_stream()).await?, 2_499);
     Ok(())
 }
+
+/// What a pooler in transaction mode needs: nothing of a publish stays behind in the session.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_prepared_statements_a_publish_leaves_none_in_the_session() -> Result<()> {
+    let mut world = World::new().await?;
+    let mut connection = world.connect().await?;
+    for (prepared, left) in [(false, 0), (true, 2)] {
+        world.settings.database.prepared_statements = prepared;
+        let publisher = PostgresOutboxPublisher::new(&world.settings);
+        let events = (0..3).map(user).collect::<Vec<_>>();
+        publisher.publish(&mut connection, &events[0]).await?;
+        publisher.publish_all(&mut connection, &[&events[1], &events[2]]).await?;
+        let count = sqlx::query_scalar::<_, i64>("SELECT count(*) FROM pg_prepared_statements").persistent(false);
+        assert_eq!(count.fetch_one(&mut connection).await?, left);
+    }
+    Ok(())
+}

@@ -270,3 +270,84 @@ async fn clean_up_removes_what_is_old_in_small_batches() -> Result<()> {
     assert_eq!(world.stats().await?.published, 250);
     Ok(())
 }
+
+/// Thousands of events behind one refused event: they are passed over at once, not a claim a second.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_queue_behind_one_event_does_not_hold_up_the_others() -> Result<()> {
+    let mut world = World::new().await?;
+    world.settings.outbox.processor.poll_interval = Duration::from_secs(60);
+    world.insert(1, 1).await?;
+    let mut connection = world.connect().await?;
+    sqlx::raw_sql("UPDATE event_outbox SET retry_count = 1, next_retry_at = now() + interval '1 hour'")
+        .execute(&mut connection)
+        .await?;
+    world.insert(20_000, 1).await?;
+    sqlx::raw_sql(
+        "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload) VALUES ('E', 'other', '1', '{}')",
+    )
+    .execute(&mut connection)
+    .await?;
+    let relay = world.relay()?;
+    let mut status = relay.watch();
+    tokio::time::timeout(Duration::from_secs(20), status.wait_for(|s| s.published == 1)).await??;
+    // When the first is free, the rest follows in its order.
+    sqlx::raw_sql("UPDATE event_outbox SET next_retry_at = now() WHERE retry_count = 1").execute(&mut connection).await?;
+    relay.stop().await?;
+    let relay = world.relay()?;
+    world.drained().await?;
+    relay.stop().await?;
+    assert_eq!(world.audit().await?, 20_002);
+    Ok(())
+}
+
+/// Payloads that producers wrote with SQL beyond the limit are not even read, so they hold nothing up.
+#[tokio::test(flavor = "multi_thread")]
+async fn huge_payloads_written_with_sql_fail_without_being_read() -> Result<()> {
+    let mut world = World::new().await?;
+    world.settings.outbox.processor.max_retries = 0;
+    let mut connection = world.connect().await?;
+    sqlx::raw_sql(
+        "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload)
+         SELECT 'E', 'huge', n::text, to_jsonb(repeat('x', 20000000)) FROM generate_series(1, 30) n;
+         INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload) VALUES ('E', 'user', '1', '{}')",
+    )
+    .execute(&mut connection)
+    .await?;
+    let relay = world.relay()?;
+    world.drained().await?;
+    relay.stop().await?;
+    let stats = world.stats().await?;
+    assert_eq!((stats.published, stats.failed), (1, 30));
+    let over = "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload)
+                VALUES ('E', 'huge', '1', to_jsonb(repeat('x', 70000000)))";
+    let refused = sqlx::raw_sql(over).execute(&mut connection).await.unwrap_err().to_string();
+    assert!(refused.contains("payload_and_headers_have_at_most_64_mib"), "{refused}");
+    Ok(())
+}
+
+/// Somebody looks at a row with FOR UPDATE and goes to lunch.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_locked_by_somebody_else_stops_no_other_event() -> Result<()> {
+    let world = World::new().await?;
+    world.insert(2, 1).await?;
+    let (mut connection, mut locker) = (world.connect().await?, world.connect().await?);
+    sqlx::raw_sql("UPDATE event_outbox SET next_retry_at = now() + interval '1 hour' WHERE seq = 1")
+        .execute(&mut connection)
+        .await?;
+    let mut locked = locker.begin().await?;
+    sqlx::raw_sql("SELECT id FROM event_outbox WHERE seq = 2 FOR UPDATE").execute(&mut *locked).await?;
+    let relay = world.relay()?;
+    sqlx::raw_sql(
+        "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload) VALUES ('E', 'other', '1', '{}')",
+    )
+    .execute(&mut connection)
+    .await?;
+    let mut status = relay.watch();
+    tokio::time::timeout(Duration::from_secs(5), status.wait_for(|s| s.published == 1)).await??;
+    locked.commit().await?;
+    sqlx::raw_sql("UPDATE event_outbox SET next_retry_at = now() WHERE seq = 1").execute(&mut connection).await?;
+    world.drained().await?;
+    relay.stop().await?;
+    assert_eq!(world.audit().await?, 3);
+    Ok(())
+}
