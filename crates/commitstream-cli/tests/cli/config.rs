@@ -41,6 +41,7 @@ fn settings_in_force_as_people_read_them() -> Result<()> {
     app.database.url                        postgres://app:***@db.example:5432/app  environment    DATABASE_URL
     app.database.schema                     public                                  default        OUTBOX_SCHEMA
     app.database.timeout                    30s                                     default
+    app.database.preparedStatements         true                                    default
     app.redis.url                           redis://:***@cache.example              command line   REDIS_URL
     app.redis.streamPrefix                  shop:                                   people.conf:1  STREAM_PREFIX
     app.redis.connectTimeout                2s                                      default

@@ -26,7 +26,7 @@ pub enum OutboxError {
     },
 
     #[error(
-        "PostgreSQL did not answer within {limit:?} while {doing}: it is overloaded, or a lock stands in the way (look at pg_stat_activity)"
+        "PostgreSQL did not answer within {limit:?} while {doing} (settings app.database.timeout, leaseDuration): it is unreachable, overloaded, or a lock stands in the way"
     )]
     Timeout { doing: &'static str, limit: std::time::Duration },
 
