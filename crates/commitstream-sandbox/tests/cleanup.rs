@@ -8,6 +8,7 @@ use std::net::TcpStream;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use support::{address, processes_mentioning, wait_until};
 
@@ -75,8 +76,19 @@ fn a_parent_killed_by_sigkill_leaves_nothing() {
 #[test]
 fn ctrl_c_leaves_nothing() {
     let mut run = start_waiting_command();
-    signal("INT", &format!("-{}", run.child.id())); // to the whole group, as a terminal does
-    run.child.wait().unwrap();
+    // To the whole group, as a terminal does. A shell that runs the tests in the background makes them ignore SIGINT, and
+    // what they start inherits that; SIGTERM ends it all the same.
+    let group = format!("-{}", run.child.id());
+    for name in ["INT", "TERM"] {
+        if run.child.try_wait().unwrap().is_none() {
+            signal(name, &group);
+            let deadline = Instant::now() + Duration::from_secs(5);
+            while run.child.try_wait().unwrap().is_none() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+    }
+    assert!(run.child.try_wait().unwrap().is_some(), "it outlived both signals");
     wait_until_nothing_is_left(&run);
 }
 
