@@ -1,5 +1,7 @@
 //! Step 2 of the protocol for one batch: append, and find out what came of it, however long that takes.
 
+use std::sync::Arc;
+
 use super::pipeline::Batch;
 use super::retry::{self, Backoff};
 use super::status::Reporter;
@@ -19,7 +21,7 @@ pub enum Ended {
 }
 
 /// Appends one batch. During an outage it keeps trying the same batch; no attempt is counted.
-pub async fn append(streams: Streams, settings: Settings, reporter: Reporter, batch: Batch) -> Ended {
+pub async fn append(streams: Streams, settings: Arc<Settings>, reporter: Reporter, batch: Batch) -> Ended {
     // What cannot be sent ends the batch there, so that what the marker counts stays a prefix.
     let sendable = batch.events.iter().take_while(|e| e.payload.is_some()).count();
     let outcome = if sendable == 0 {

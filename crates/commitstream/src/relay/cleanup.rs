@@ -40,7 +40,7 @@ pub async fn run_once(
 }
 
 /// Cleans up now and then every interval. A failure is logged and tried again at the next interval: it must not stop the relay.
-pub(super) async fn run(outbox: OutboxRepository, settings: Settings, url: String) {
+pub(super) async fn run(outbox: &OutboxRepository, settings: &Settings, url: &str) {
     let cleanup = &settings.outbox.cleanup;
     if !cleanup.enabled {
         return std::future::pending().await;
@@ -50,8 +50,8 @@ pub(super) async fn run(outbox: OutboxRepository, settings: Settings, url: Strin
     loop {
         interval.tick().await;
         let once = async {
-            let mut connection = outbox::connect(&url, "commitstream clean-up", settings.database.timeout).await?;
-            run_once(&outbox, &mut connection, cleanup, |_| ()).await
+            let mut connection = outbox::connect(url, "commitstream clean-up", settings.database.timeout).await?;
+            run_once(outbox, &mut connection, cleanup, |_| ()).await
         };
         match once.await {
             Ok(Cleaned { events: 0, batches: 0 }) => tracing::debug!("clean-up found nothing to remove"),

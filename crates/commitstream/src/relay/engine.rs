@@ -1,6 +1,7 @@
 //! The loop of an active relay: claim, append and settle of different batches overlap, and one task decides what starts.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::{BoxFuture, FutureExt};
@@ -39,7 +40,7 @@ const MAX_MARKERS: usize = 10_000;
 pub(super) struct Parts {
     pub outbox: OutboxRepository,
     pub streams: Streams,
-    pub settings: Settings,
+    pub settings: Arc<Settings>,
     pub reporter: Reporter,
     pub relay_id: Uuid,
     pub epoch: i64,
@@ -57,7 +58,7 @@ type Claimed = (PgConnection, Option<HashSet<String>>, Claim);
 pub(super) struct Engine {
     outbox: OutboxRepository,
     streams: Streams,
-    settings: Settings,
+    settings: Arc<Settings>,
     reporter: Reporter,
     relay_id: Uuid,
     epoch: i64,

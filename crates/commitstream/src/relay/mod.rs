@@ -85,7 +85,7 @@ impl OutboxProcessor {
         let wake = Arc::new(Notify::new());
         let relay = Relay {
             relay_id,
-            settings: self.settings.clone(),
+            settings: Arc::new(self.settings.clone()),
             url: self.url.clone(),
             outbox: self.outbox.clone(),
             streams: self.streams.clone(),

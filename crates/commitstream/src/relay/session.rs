@@ -1,5 +1,6 @@
 //! One session of a relay: connect, wait for the lease, resolve what was left open, then run until something fails.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -33,12 +34,12 @@ pub(super) enum SessionError {
 /// What every session of one relay shares.
 pub(super) struct Relay {
     pub relay_id: Uuid,
-    pub settings: Settings,
+    pub settings: Arc<Settings>,
     pub url: String,
     pub outbox: OutboxRepository,
     pub streams: Streams,
     pub reporter: Reporter,
-    pub wake: std::sync::Arc<Notify>,
+    pub wake: Arc<Notify>,
     pub stop: tokio::sync::watch::Receiver<bool>,
     /// The outbox tables were there once: if they are missing later, that is an outage and not a mistake.
     pub has_tables: AtomicBool,
@@ -109,7 +110,7 @@ impl Relay {
             tokio::select! {
                 ended = engine.run(&self.wake, self.stopped()) => ended,
                 error = sleep::listen(listener, &self.wake) => Err(error.into()),
-                () = cleanup::run(self.outbox.clone(), self.settings.clone(), self.url.clone()) => Ok(()),
+                () = cleanup::run(&self.outbox, &self.settings, &self.url) => Ok(()),
             }
         };
         let deadline = async {
