@@ -13,7 +13,7 @@ use crate::{SandboxError, random};
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// How many ports are tried when others are quicker to take them.
-const PORT_ATTEMPTS: usize = 10;
+pub(crate) const PORT_ATTEMPTS: usize = 10;
 /// What the servers log when they cannot have their port, or when a killed predecessor still holds its shared memory.
 const BUSY: [&str; 2] = ["Address already in use", "is still in use"];
 
