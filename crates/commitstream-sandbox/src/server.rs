@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::guard::Guard;
 use crate::{SandboxError, random};
 
-/// How long a server may take from its start until it serves.
+/// How long a server may take from its start until it serves, and servers until they have come to terms.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// How many ports are tried when others are quicker to take them.
@@ -70,6 +70,10 @@ impl<S: Service> Server<S> {
             }
         }
         Err(SandboxError::NoPort { server: S::NAME, port })
+    }
+
+    pub(crate) fn port(&self) -> u16 {
+        self.port
     }
 
     pub(crate) fn host_and_port(&self) -> String {
@@ -134,6 +138,24 @@ fn start_once<S: Service>(service: &S, guard: &mut Guard, port: u16) -> Result<u
     let log = guard.log_tail(log_start);
     guard.order("kill")?;
     Err(SandboxError::NotReady { server: S::NAME, seconds: READY_TIMEOUT.as_secs(), log }.into())
+}
+
+/// Polls until servers have reached a state that they reach by themselves. Until then, some may not answer yet.
+pub(crate) fn wait_until(
+    what: &'static str,
+    mut condition: impl FnMut() -> Result<bool, SandboxError>,
+) -> Result<(), SandboxError> {
+    let deadline = Instant::now() + READY_TIMEOUT;
+    loop {
+        match condition() {
+            Ok(true) => return Ok(()),
+            Err(error) if Instant::now() >= deadline => return Err(error),
+            Ok(false) if Instant::now() >= deadline => {
+                return Err(SandboxError::InVain { what, seconds: READY_TIMEOUT.as_secs() });
+            }
+            _ => std::thread::sleep(4 * POLL_INTERVAL),
+        }
+    }
 }
 
 /// Settings become lines of a file, so a line break in one would smuggle in another.
