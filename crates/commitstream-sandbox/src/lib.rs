@@ -16,7 +16,7 @@
 //! ```
 //!
 //! Tests that kill, pause or restart a server, or want it set up otherwise, start their own [`Postgres`] or [`Redis`].
-//! Failovers are played with replicas: [`Redis::start_replica_of`].
+//! Failovers are played with replicas: [`Redis::start_replica_of`], [`RedisSentinel`].
 //! A [`FaultProxy`] before a server cuts, stalls or slows its connections, or loses the reply to a write that happened.
 //!
 //! The servers listen on free ports of 127.0.0.1 with random passwords, keep their data in a private temporary
@@ -36,6 +36,7 @@ mod random;
 mod redis;
 mod resp;
 mod sandbox;
+mod sentinel;
 mod server;
 mod url;
 
@@ -45,3 +46,4 @@ pub use postgres::Postgres;
 pub use proxy::FaultProxy;
 pub use redis::Redis;
 pub use sandbox::{POSTGRES_VARIABLE, REDIS_VARIABLE, Sandbox};
+pub use sentinel::RedisSentinel;

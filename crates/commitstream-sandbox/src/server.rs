@@ -158,6 +158,19 @@ pub(crate) fn wait_until(
     }
 }
 
+/// Does several things at the same time, such as starting servers. The first error wins.
+pub(crate) fn in_parallel<T: Send>(
+    count: usize,
+    work: impl Fn(usize) -> Result<T, SandboxError> + Sync,
+) -> Result<Vec<T>, SandboxError> {
+    std::thread::scope(|scope| {
+        let work = &work;
+        let threads: Vec<_> = (0..count).map(|index| scope.spawn(move || work(index))).collect();
+        let results: Vec<_> = threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect();
+        results.into_iter().map(|result| result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+    })
+}
+
 /// Settings become lines of a file, so a line break in one would smuggle in another.
 pub(crate) fn check_settings(settings: &[(&str, &str)]) -> Result<(), SandboxError> {
     match settings.iter().find(|(name, value)| name.contains(['\n', '\r']) || value.contains(['\n', '\r'])) {
