@@ -16,7 +16,7 @@
 //! ```
 //!
 //! Tests that kill, pause or restart a server, or want it set up otherwise, start their own [`Postgres`] or [`Redis`].
-//! Failovers are played with replicas: [`Redis::start_replica_of`], [`RedisSentinel`].
+//! Failovers are played with replicas: [`Redis::start_replica_of`], [`RedisSentinel`], [`RedisCluster`].
 //! A [`FaultProxy`] before a server cuts, stalls or slows its connections, or loses the reply to a write that happened.
 //!
 //! The servers listen on free ports of 127.0.0.1 with random passwords, keep their data in a private temporary
@@ -26,6 +26,7 @@
 
 mod account;
 mod binaries;
+mod cluster;
 mod database;
 mod error;
 mod guard;
@@ -40,6 +41,7 @@ mod sentinel;
 mod server;
 mod url;
 
+pub use cluster::RedisCluster;
 pub use database::TestDatabase;
 pub use error::SandboxError;
 pub use postgres::Postgres;

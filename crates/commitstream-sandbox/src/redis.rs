@@ -54,7 +54,8 @@ impl Redis {
         let binary = binaries::redis_server()?;
         let guard = Guard::new("redis", "TERM")?;
         guard.write("redis.conf", &configuration(guard.directory(), password, settings))?;
-        let service = RedisService { binary, password: password.to_owned() };
+        let in_cluster = settings.contains(&("cluster-enabled", "yes"));
+        let service = RedisService { binary, password: password.to_owned(), in_cluster };
         Ok(Redis { server: Server::start(service, guard)? })
     }
 
@@ -146,6 +147,12 @@ impl Redis {
         self.server.port()
     }
 
+    /// The port where the nodes of a cluster talk with each other: below our range of ports for clients, so that no two
+    /// servers take the same one, where the usual `port + 10000` would reach into the system's ephemeral ports.
+    pub(crate) fn cluster_port(port: u16) -> u16 {
+        port - 12_000
+    }
+
     pub(crate) fn password(&self) -> &str {
         &self.server.service.password
     }
@@ -155,13 +162,19 @@ impl Redis {
 struct RedisService {
     binary: PathBuf,
     password: String,
+    in_cluster: bool,
 }
 
 impl Service for RedisService {
     const NAME: &'static str = "Redis";
 
     fn command(&self, directory: &Path, port: u16) -> Vec<OsString> {
-        vec![self.binary.clone().into(), directory.join("redis.conf").into(), "--port".into(), port.to_string().into()]
+        let mut command =
+            vec![self.binary.clone().into(), directory.join("redis.conf").into(), "--port".into(), port.to_string().into()];
+        if self.in_cluster {
+            command.extend(["--cluster-port".into(), Redis::cluster_port(port).to_string().into()]);
+        }
+        command
     }
 
     /// It takes our password, so it is ours, and answers a command, so it has loaded its data.
