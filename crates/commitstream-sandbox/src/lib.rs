@@ -16,7 +16,8 @@
 //! ```
 //!
 //! Tests that kill, pause or restart a server, or want it set up otherwise, start their own [`Postgres`] or [`Redis`].
-//! Failovers are played with replicas: [`Redis::start_replica_of`], [`RedisSentinel`], [`RedisCluster`].
+//! Failovers are played with replicas: [`Postgres::start_standby_of`], [`Redis::start_replica_of`], [`RedisSentinel`],
+//! [`RedisCluster`].
 //! A [`FaultProxy`] before a server cuts, stalls or slows its connections, or loses the reply to a write that happened.
 //!
 //! The servers listen on free ports of 127.0.0.1 with random passwords, keep their data in a private temporary
