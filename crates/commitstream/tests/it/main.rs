@@ -2,14 +2,17 @@
 
 mod bad_input;
 mod claim;
+mod crash_windows;
 mod docs;
 mod events;
 mod explain;
+mod failover;
 mod publishing;
 mod publishing_outage;
 mod relay;
 mod relay_faults;
 mod relay_process;
 mod schema;
+mod sharing;
 mod sql_acceptance;
 mod support;
