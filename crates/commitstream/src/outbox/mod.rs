@@ -4,6 +4,7 @@
 //! transaction and the relay decides which session does what.
 
 mod admin;
+mod audit;
 mod claim;
 mod cleanup;
 mod connection;
@@ -16,6 +17,7 @@ mod stats;
 mod wake;
 
 pub use admin::{FailedEvent, Selection};
+pub use audit::{Finding, Findings};
 pub use claim::{Claim, ClaimRequest, OpenBatch, OutboxEvent, SeqRange};
 pub use connection::connect;
 pub use error::OutboxError;
