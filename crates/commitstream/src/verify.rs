@@ -105,7 +105,7 @@ pub enum VerifyError {
 /// Audits the outbox against every stream under the prefix of `streams`, and names the first `named` events of each fault.
 ///
 /// The session must be a direct one, not through a pooler in transaction mode, and its user needs the right to create temporary tables
-/// (`TEMP`, which everybody has by default); so a standby cannot be asked. Each entry takes about 120 bytes of temporary space there.
+/// (`TEMP`, which everybody has by default); so a standby cannot be asked. It takes less than 1 KiB of temporary space there for each entry.
 ///
 /// # Errors
 /// PostgreSQL or Redis cannot be asked.
