@@ -16,3 +16,4 @@ mod schema;
 mod sharing;
 mod sql_acceptance;
 mod support;
+mod verify;
