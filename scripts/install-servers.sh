@@ -47,7 +47,7 @@ has_together() {
     )
 }
 
-missing_postgres() { ! has_together initdb postgres; }
+missing_postgres() { ! has_together initdb postgres pg_basebackup; }
 missing_psql() { ! has_together psql; }
 missing_redis() { ! has_together redis-server || ! has_together redis-cli; }
 missing_linker() { ! has cc; }

@@ -27,15 +27,22 @@ pub(crate) fn postgres() -> Result<PostgresBinaries, SandboxError> {
     postgres_in(&postgres_directories())
 }
 
-/// The `psql` beside the server programs, if there is one: the one in `PATH` may be Debian's wrapper script, which takes
-/// longer to start than most of our statements take to run.
+/// The one in `PATH` may be Debian's wrapper script, which takes longer to start than most of our statements take to run.
 pub(crate) fn psql() -> Result<PathBuf, SandboxError> {
+    postgres_client("psql")
+}
+
+pub(crate) fn pg_basebackup() -> Result<PathBuf, SandboxError> {
+    postgres_client("pg_basebackup")
+}
+
+/// A client program, if possible the one beside the server programs or where these are linked to: of the same version.
+fn postgres_client(program: &'static str) -> Result<PathBuf, SandboxError> {
     let directories = postgres_directories();
-    let beside = postgres_in(&directories).ok().map(|binaries| binaries.postgres.with_file_name("psql"));
-    match beside {
-        Some(psql) if is_program(&psql) => Ok(psql),
-        _ => find("psql", "PostgreSQL", &directories),
-    }
+    let server = postgres_in(&directories).ok().map(|binaries| binaries.postgres);
+    let linked = server.as_ref().and_then(|server| server.canonicalize().ok());
+    let beside = [server, linked].into_iter().flatten().map(|server| server.with_file_name(program));
+    beside.into_iter().find(|path| is_program(path)).map_or_else(|| find(program, "PostgreSQL", &directories), Ok)
 }
 
 pub(crate) fn redis_server() -> Result<PathBuf, SandboxError> {

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::url::with_database;
 use crate::{SandboxError, psql, random};
 
 /// An empty database that only its creator knows; it is dropped, with all connections to it, when this value is.
@@ -18,7 +19,7 @@ impl TestDatabase {
         let name = format!("t_{}", random::hex(8)?);
         let expected = "postgres://USER:PASSWORD@HOST:PORT/DATABASE";
         let invalid = SandboxError::InvalidUrl { variable: crate::POSTGRES_VARIABLE, expected };
-        let url = psql::with_database(server_url, &name).ok_or(invalid)?;
+        let url = with_database(server_url, &name).ok_or(invalid)?;
         psql::run(&psql, server_url, &format!("CREATE DATABASE {name} TEMPLATE template0;"))?;
         Ok(TestDatabase { psql, server_url: server_url.to_owned(), name, url })
     }

@@ -56,6 +56,14 @@ pub enum SandboxError {
         /// The last lines of the server's log.
         log: String,
     },
+    /// Several servers did not come to terms in time.
+    #[error("waited {seconds} s in vain until {what}")]
+    InVain {
+        /// What the sandbox waited for.
+        what: &'static str,
+        /// How long the sandbox waited.
+        seconds: u64,
+    },
     /// No free port was found, or the server's own port is taken.
     #[error("{server} found no free port on 127.0.0.1 (last tried: {port})")]
     NoPort {
@@ -71,6 +79,16 @@ pub enum SandboxError {
         command: String,
         /// What it said, or that it said nothing.
         answer: String,
+    },
+    /// Redis answered a command with an error.
+    #[error("the Redis on port {port} answered {command} with: {message}")]
+    Redis {
+        /// The command's first word.
+        command: String,
+        /// The server's port.
+        port: u16,
+        /// The server's words.
+        message: String,
     },
     /// `psql` ended with an error.
     #[error("psql failed: {message}")]

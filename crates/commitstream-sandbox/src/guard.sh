@@ -100,13 +100,14 @@ destroy() {
     server=
 }
 
-# An orderly end; after 10 seconds, SIGKILL.
+# An orderly end; after 10 seconds, SIGKILL. The signal is repeated, since a Redis
+# that has just become a replica refuses to end for a moment and forgets it.
 stop() {
     alive || return 0
     kill -s CONT $(family)
-    kill -s "$stop_signal" "$server"
     tries=0
     while alive && [ "$tries" -lt 500 ]; do
+        [ $((tries % 25)) != 0 ] || kill -s "$stop_signal" "$server"
         tries=$((tries + 1))
         sleep 0.02
     done

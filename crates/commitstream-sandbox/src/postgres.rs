@@ -6,8 +6,8 @@ use std::path::Path;
 
 use crate::binaries::{self, PostgresBinaries};
 use crate::guard::Guard;
-use crate::server::{Server, Service, check_settings};
-use crate::{SandboxError, random};
+use crate::server::{Server, Service, check_settings, wait_until};
+use crate::{SandboxError, psql, random};
 
 /// Made for tests: quick, and forgetful only when the machine itself goes down. A killed server loses nothing.
 const SETTINGS: [(&str, &str); 7] = [
@@ -62,6 +62,65 @@ impl Postgres {
         ])?;
         guard.write("data/sandbox.conf", &configuration(settings))?;
         Ok(Postgres { server: Server::start(PostgresService { binaries }, guard)?, password })
+    }
+
+    /// Starts a hot standby of a running server, with the same settings and password. Returns when the server's changes
+    /// stream to it. They do so asynchronously, unless [`Postgres::set_synchronous_replication`] says otherwise.
+    pub fn start_standby_of(primary: &Postgres) -> Result<Postgres, SandboxError> {
+        let binaries = primary.server.service.binaries.clone();
+        let mut guard = Guard::new("postgres", "INT")?;
+        let name = format!("standby_{}", random::hex(5)?);
+        // In a file, since arguments can be read by every user of the machine. The standby needs it as long as it lives.
+        let password_file = guard.write("password", &format!("*:*:*:postgres:{}\n", primary.password))?;
+        let connection = format!(
+            "host=127.0.0.1 port={} user=postgres application_name={name} passfile='{}'",
+            primary.server.port(),
+            password_file.display().to_string().replace('\\', "\\\\").replace('\'', "\\'")
+        );
+        guard.prepare(&[
+            binaries::pg_basebackup()?.into(),
+            format!("--dbname={connection}").into(),
+            "--pgdata".into(),
+            guard.directory().join("data").into(),
+            "--write-recovery-conf".into(),
+            "--create-slot".into(),
+            format!("--slot={name}").into(),
+            "--checkpoint=fast".into(),
+            "--no-sync".into(),
+        ])?;
+        let password = primary.password.clone();
+        let standby = Postgres { server: Server::start(PostgresService { binaries }, guard)?, password };
+        let streaming =
+            format!("SELECT count(*) FROM pg_stat_replication WHERE application_name = '{name}' AND state = 'streaming';");
+        wait_until("changes stream to the PostgreSQL standby", || Ok(primary.sql(&streaming)?.trim() == "1"))?;
+        Ok(standby)
+    }
+
+    /// With `on`, each commit on this server waits from now on until a standby has written it down, so that a promoted
+    /// standby has everything that was committed; without a standby that answers, commits wait for one. With `on` false,
+    /// commits wait for nobody.
+    pub fn set_synchronous_replication(&self, on: bool) -> Result<(), SandboxError> {
+        let standbys = if on { "*" } else { "" };
+        self.sql(&format!("ALTER SYSTEM SET synchronous_standby_names = '{standbys}'; SELECT pg_reload_conf();"))?;
+        let synchronous = "SELECT current_setting('synchronous_standby_names'),
+            (SELECT count(*) > 0 FROM pg_stat_replication WHERE sync_state = 'sync');";
+        let expected = if on { "*|t" } else { "|f" };
+        wait_until("PostgreSQL replicates as it was told", || Ok(self.sql(synchronous)?.trim() == expected))?;
+        // The process that writes checkpoints tells the others whether to wait, and does so before its next checkpoint.
+        self.sql("CHECKPOINT;")?;
+        Ok(())
+    }
+
+    /// Makes a standby a primary of its own, whose commits wait for nobody. Its former primary is not told: stop or kill
+    /// it before, or both take writes. Returns when it takes writes.
+    pub fn promote(&self) -> Result<(), SandboxError> {
+        self.sql("ALTER SYSTEM RESET synchronous_standby_names; SELECT pg_reload_conf();")?;
+        self.sql("SELECT pg_promote();")?;
+        wait_until("the PostgreSQL standby is promoted", || Ok(self.sql("SELECT pg_is_in_recovery();")?.trim() == "f"))
+    }
+
+    fn sql(&self, sql: &str) -> Result<String, SandboxError> {
+        psql::run(&binaries::psql()?, &self.url(), sql)
     }
 
     /// `postgres://postgres:PASSWORD@127.0.0.1:PORT/postgres`, the superuser's access. It stays the same over restarts.

@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 use crate::guard::Guard;
 use crate::{SandboxError, random};
 
-/// How long a server may take from its start until it serves.
+/// How long a server may take from its start until it serves, and servers until they have come to terms.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// How many ports are tried when others are quicker to take them.
-const PORT_ATTEMPTS: usize = 10;
+pub(crate) const PORT_ATTEMPTS: usize = 10;
 /// What the servers log when they cannot have their port, or when a killed predecessor still holds its shared memory.
 const BUSY: [&str; 2] = ["Address already in use", "is still in use"];
 
@@ -70,6 +70,10 @@ impl<S: Service> Server<S> {
             }
         }
         Err(SandboxError::NoPort { server: S::NAME, port })
+    }
+
+    pub(crate) fn port(&self) -> u16 {
+        self.port
     }
 
     pub(crate) fn host_and_port(&self) -> String {
@@ -134,6 +138,37 @@ fn start_once<S: Service>(service: &S, guard: &mut Guard, port: u16) -> Result<u
     let log = guard.log_tail(log_start);
     guard.order("kill")?;
     Err(SandboxError::NotReady { server: S::NAME, seconds: READY_TIMEOUT.as_secs(), log }.into())
+}
+
+/// Polls until servers have reached a state that they reach by themselves. Until then, some may not answer yet.
+pub(crate) fn wait_until(
+    what: &'static str,
+    mut condition: impl FnMut() -> Result<bool, SandboxError>,
+) -> Result<(), SandboxError> {
+    let deadline = Instant::now() + READY_TIMEOUT;
+    loop {
+        match condition() {
+            Ok(true) => return Ok(()),
+            Err(error) if Instant::now() >= deadline => return Err(error),
+            Ok(false) if Instant::now() >= deadline => {
+                return Err(SandboxError::InVain { what, seconds: READY_TIMEOUT.as_secs() });
+            }
+            _ => std::thread::sleep(4 * POLL_INTERVAL),
+        }
+    }
+}
+
+/// Does several things at the same time, such as starting servers. The first error wins.
+pub(crate) fn in_parallel<T: Send>(
+    count: usize,
+    work: impl Fn(usize) -> Result<T, SandboxError> + Sync,
+) -> Result<Vec<T>, SandboxError> {
+    std::thread::scope(|scope| {
+        let work = &work;
+        let threads: Vec<_> = (0..count).map(|index| scope.spawn(move || work(index))).collect();
+        let results: Vec<_> = threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect();
+        results.into_iter().map(|result| result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+    })
 }
 
 /// Settings become lines of a file, so a line break in one would smuggle in another.

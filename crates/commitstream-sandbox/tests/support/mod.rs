@@ -38,23 +38,32 @@ pub fn psql(url: &str, sql: &str) -> String {
 
 /// A connection that has said its password.
 pub fn redis_connection(url: &str) -> TcpStream {
+    try_redis_connection(url).unwrap()
+}
+
+fn try_redis_connection(url: &str) -> std::io::Result<TcpStream> {
     let password = url.strip_prefix("redis://default:").unwrap().split('@').next().unwrap();
-    let mut connection = TcpStream::connect(address(url)).unwrap();
-    connection.write_all(format!("AUTH {password}\r\n").as_bytes()).unwrap();
+    let mut connection = TcpStream::connect(address(url))?;
+    connection.write_all(format!("AUTH {password}\r\n").as_bytes())?;
     let mut answer = [0; 5];
-    connection.read_exact(&mut answer).unwrap();
+    connection.read_exact(&mut answer)?;
     assert_eq!(&answer, b"+OK\r\n");
-    connection
+    Ok(connection)
 }
 
 /// Sends one command; the lines of the answer, joined by spaces.
 pub fn redis_says(url: &str, command: &str) -> String {
-    let mut connection = redis_connection(url);
-    connection.write_all(format!("{command}\r\nQUIT\r\n").as_bytes()).unwrap();
+    try_redis_says(url, command).unwrap()
+}
+
+/// As [`redis_says`], of a server that may close the connection: Redis does when its role changes.
+pub fn try_redis_says(url: &str, command: &str) -> std::io::Result<String> {
+    let mut connection = try_redis_connection(url)?;
+    connection.write_all(format!("{command}\r\nQUIT\r\n").as_bytes())?;
     let mut answer = String::new();
-    connection.read_to_string(&mut answer).unwrap();
-    let lines: Vec<&str> = answer.strip_suffix("+OK\r\n").unwrap().lines().filter(|line| !line.is_empty()).collect();
-    lines.join(" ")
+    connection.read_to_string(&mut answer)?;
+    let answer = answer.strip_suffix("+OK\r\n").ok_or(std::io::ErrorKind::UnexpectedEof)?;
+    Ok(answer.lines().filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" "))
 }
 
 /// The command lines of all processes that mention a path.
