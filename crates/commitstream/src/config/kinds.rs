@@ -28,7 +28,7 @@ pub(super) enum Kind {
     Size(Field<usize>, RangeInclusive<usize>),
     Time(Field<Duration>, RangeInclusive<Duration>),
     Url(Field<Option<String>>, &'static [&'static str]),
-    /// Never shown.
+    /// Never shown; empty is none.
     Secret(Field<Option<String>>),
     Schema(Field<String>),
     Prefix(Field<String>),
@@ -71,7 +71,7 @@ impl Kind {
             }
             Kind::Time(field, range) => *(field.get_mut)(settings) = parse_time(word, range)?,
             Kind::Url(field, _) => *(field.get_mut)(settings) = Some(word.to_owned()),
-            Kind::Secret(field) => *(field.get_mut)(settings) = Some(text.to_owned()),
+            Kind::Secret(field) => *(field.get_mut)(settings) = (!text.is_empty()).then(|| text.to_owned()),
             Kind::Schema(field) | Kind::Prefix(field) => *(field.get_mut)(settings) = text.to_owned(),
             Kind::Strategy(field) => *(field.get_mut)(settings) = named(word, STRATEGIES)?,
             Kind::Routes(field) => {

@@ -72,8 +72,9 @@ pub struct RedisSettings {
     pub connect_timeout: Duration,
     /// Limit of one command's answer. Default 5 s.
     pub response_timeout: Duration,
-    /// How many replicas must have a batch of the relay before its events are settled: with 1, a failover to a replica that is up
-    /// to date loses none. Default 0, which does not wait; at most 10.
+    /// How many replicas must have a batch of the relay before its events are settled. With all replicas of the master, no failover
+    /// loses what was settled, and the relay pauses while one is away; with fewer, one that has not confirmed may be
+    /// promoted. Default 0, which does not wait; at most 10.
     pub wait_replicas: u32,
     /// How long replicas are waited for at a time, before the relay says that it cannot work. Default 1 s; 10 ms to 1 min.
     pub wait_timeout: Duration,

@@ -122,6 +122,11 @@ impl Node {
         connected.map_err(|source: RedisError| StreamsError::Unavailable { server: self.name.to_string(), doing, source })
     }
 
+    /// Gives the connection up: the next call opens another, which may lead to another server.
+    pub async fn close(&self) {
+        self.slot.lock().await.connection = None;
+    }
+
     /// Types the error, and gives up a connection that broke or stalled.
     async fn judge<T>(&self, doing: &'static str, generation: u64, answer: RedisResult<T>) -> Result<T, StreamsError> {
         let error = match answer {

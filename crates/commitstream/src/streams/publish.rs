@@ -103,6 +103,10 @@ impl Streams {
                     if round < REDIRECTIONS && self.redirected(&error).await.is_some() {
                         left.push(*at);
                     } else {
+                        if error.is_outage() {
+                            // A former master goes on saying READONLY.
+                            node.close().await;
+                        }
                         sent.refused.push((*at, error));
                     }
                 }

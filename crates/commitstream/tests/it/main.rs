@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod claim;
+mod cluster;
 mod docs;
 mod events;
 mod explain;
@@ -11,5 +12,6 @@ mod relay;
 mod relay_faults;
 mod relay_process;
 mod schema;
+mod sentinel;
 mod sql_acceptance;
 mod support;
