@@ -98,7 +98,7 @@ async fn until_known(
                 Err(error) => error,
             },
         };
-        unknown |= matches!(outage, StreamsError::OutcomeUnknown { .. });
+        unknown |= matches!(outage, StreamsError::OutcomeUnknown { .. } | StreamsError::NotReplicated { .. });
         reporter.unable(&outage);
         tokio::time::sleep(backoff.next()).await;
     }

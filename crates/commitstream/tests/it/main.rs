@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod claim;
+mod cluster;
 mod crash_windows;
 mod docs;
 mod events;
@@ -13,6 +14,7 @@ mod relay;
 mod relay_faults;
 mod relay_process;
 mod schema;
+mod sentinel;
 mod sharing;
 mod sql_acceptance;
 mod support;
