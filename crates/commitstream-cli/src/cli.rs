@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::commands::{cleanup, config, demo, failed, migrate, publish, relay, stats, tail, verify};
+use crate::commands::{cleanup, config, demo, failed, migrate, publish, relay, relays, stats, tail, verify};
 
 const ABOUT: &str = "Transactional events from PostgreSQL to Redis Streams: exactly once, in order";
 
@@ -95,6 +95,7 @@ Examples:
     Demo(demo::Args),
     Migrate(migrate::Args),
     Relay(relay::Args),
+    Relays(relays::Args),
     Publish(publish::Args),
     Stats(stats::Args),
     Failed(failed::Args),

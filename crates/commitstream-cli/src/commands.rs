@@ -7,6 +7,7 @@ pub mod failed;
 pub mod migrate;
 pub mod publish;
 pub mod relay;
+pub mod relays;
 pub mod stats;
 pub mod tail;
 pub mod verify;
@@ -21,6 +22,7 @@ pub async fn run(command: Command, context: &Context) -> anyhow::Result<ExitCode
         Command::Demo(args) => demo::run(args, context).await,
         Command::Migrate(args) => migrate::run(args, context).await,
         Command::Relay(args) => relay::run(args, context).await,
+        Command::Relays(args) => relays::run(args, context).await,
         Command::Publish(args) => publish::run(args, context).await,
         Command::Stats(args) => stats::run(args, context).await,
         Command::Failed(args) => failed::run(args, context).await,

@@ -17,8 +17,9 @@ use crate::output::{age, plural};
 
 /// Publish the outbox to Redis Streams, until stopped
 ///
-/// Any number of relays may run: one works, the others stand by and take over when it is gone. SIGINT (Ctrl-C) or SIGTERM stops it
-/// after what is in flight is settled; a second one stops it at once, which loses and duplicates nothing either.
+/// Any number of relays may run, up to 64 of them at work: they share the aggregates evenly and take over from one that is gone.
+/// SIGINT (Ctrl-C) or SIGTERM stops it after what is in flight is settled; a second one stops it at once, which loses and duplicates
+/// nothing either.
 /// Needs a direct connection to PostgreSQL, not a transaction-mode pooler.
 #[derive(clap::Args)]
 #[command(after_help = "\

@@ -4,11 +4,12 @@ use anyhow::Result;
 
 use crate::support::{bare_command, finish};
 
-const COMMANDS: [&[&str]; 14] = [
+const COMMANDS: [&[&str]; 15] = [
     &[],
     &["demo"],
     &["migrate"],
     &["relay"],
+    &["relays"],
     &["publish"],
     &["stats"],
     &["failed"],

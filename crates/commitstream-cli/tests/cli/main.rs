@@ -6,6 +6,7 @@ mod daemon;
 mod flow;
 mod help;
 mod mistakes;
+mod relays;
 mod secrets;
 mod support;
 mod tail;

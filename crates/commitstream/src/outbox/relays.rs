@@ -53,6 +53,8 @@ pub struct RelayRow {
     pub reason: Option<String>,
     pub partitions: i64,
     pub heartbeat_age_ms: i64,
+    /// Since its start.
+    pub age_ms: i64,
     pub published: i64,
     pub failed: i64,
     pub republished: i64,
@@ -152,7 +154,8 @@ impl OutboxRepository {
         let sql = format!(
             "SELECT r.*,
                     (SELECT count(*) FROM {{s}}.outbox_lease l WHERE l.relay_id = r.relay_id) AS partitions,
-                    GREATEST(0, extract(epoch FROM clock_timestamp() - r.heartbeat_at) * 1000)::bigint AS heartbeat_age_ms
+                    GREATEST(0, extract(epoch FROM clock_timestamp() - r.heartbeat_at) * 1000)::bigint AS heartbeat_age_ms,
+                    GREATEST(0, extract(epoch FROM clock_timestamp() - r.started_at) * 1000)::bigint AS age_ms
              FROM (SELECT r.*, {ALIVE} AS alive FROM {{s}}.outbox_relay r) AS r ORDER BY started_at, relay_id"
         );
         let doing = "listing relays";
@@ -174,6 +177,7 @@ fn relay_row(row: &PgRow) -> Result<RelayRow, sqlx::Error> {
         reason: row.try_get("reason")?,
         partitions: row.try_get("partitions")?,
         heartbeat_age_ms: row.try_get("heartbeat_age_ms")?,
+        age_ms: row.try_get("age_ms")?,
         published: row.try_get("published")?,
         failed: row.try_get("failed")?,
         republished: row.try_get("republished")?,

@@ -1,6 +1,7 @@
 //! The relay dies in each window of the protocol; those that follow find out what it had done.
 
 use anyhow::{Result, ensure};
+use commitstream::relay::RelayState;
 use commitstream_sandbox::{Redis, Sandbox};
 
 use crate::relay_process;
@@ -21,6 +22,8 @@ async fn crash(world: &World, window: &str, passes: u32) -> Result<()> {
 
 async fn finish(world: &World, events: usize, what: &str) -> Result<()> {
     let relay = world.relay()?;
+    // Before it is active it may have to make events unsent again.
+    relay.watch().wait_for(|s| s.state == RelayState::Active).await?;
     world.drained().await?;
     relay.stop().await?;
     assert_eq!(world.audit().await?, events, "{what}");
