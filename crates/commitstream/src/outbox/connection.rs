@@ -27,5 +27,12 @@ pub async fn connect(url: &str, application_name: &str, timeout: Duration) -> Re
     let settings = "SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_mergejoin = off; SET enable_hashjoin = off; \
                     SET work_mem = '32MB'; SET jit = off; SET idle_in_transaction_session_timeout = '60s'";
     tokio::time::timeout(timeout, connection.execute(settings)).await.map_err(timed_out)?.map_err(unreachable_or_refused)?;
+    // A session that waits for a lock would otherwise not notice that its process is gone, and stay. Servers on some systems cannot check.
+    let check = connection.execute("SET client_connection_check_interval = '1s'");
+    match tokio::time::timeout(timeout, check).await.map_err(timed_out)? {
+        Err(sqlx::Error::Database(error)) => tracing::debug!(%error, "the server cannot check whether its clients are there"),
+        Err(error) => return Err(unreachable_or_refused(error)),
+        Ok(_) => {}
+    }
     Ok(connection)
 }

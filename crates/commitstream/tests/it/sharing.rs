@@ -105,6 +105,29 @@ async fn a_relay_that_is_alone_goes_on_at_once_after_a_kill() -> Result<()> {
     Ok(())
 }
 
+/// Of idle relays one holds the sleep lock and the others wait for it in PostgreSQL. A session that waits must not outlive its
+/// process: restarts would use up all connections.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_relay_leaves_no_session_behind() -> Result<()> {
+    let world = World::new().await?;
+    let relay = world.relay()?;
+    world.shared_by(1).await?;
+    let mut connection = world.connect().await?;
+    let sql = "SELECT count(*) FROM pg_stat_activity
+               WHERE datname = current_database() AND application_name LIKE 'commitstream relay: sleep%'";
+    let mut sessions = async || -> Result<i64> { Ok(sqlx::query_scalar(sql).fetch_one(&mut connection).await?) };
+    for _ in 0..2 {
+        let mut victim = relay_process::spawn(&world)?;
+        eventually("the second relay to wait for the lock", async || Ok(sessions().await? == 2)).await?;
+        world.shared_by(2).await?;
+        victim.kill()?;
+        victim.wait()?;
+        eventually("its session to end", async || Ok(sessions().await? == 1)).await?;
+    }
+    relay.stop().await?;
+    Ok(())
+}
+
 /// SIGSTOP for longer than the lease is what a vanished host looks like: its sessions stay. When it comes back it must change nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_paused_relay_is_taken_over_and_changes_nothing_when_it_goes_on() -> Result<()> {
