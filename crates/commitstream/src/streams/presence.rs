@@ -2,13 +2,14 @@ use redis::Value;
 use redis::streams::StreamRangeReply;
 use uuid::Uuid;
 
+use super::append::is_appended;
 use super::{Streams, StreamsError, marker_key};
 use crate::outbox::JournalBatch;
 
 /// Whether Redis still has a batch that it had acknowledged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Presence {
-    /// Its marker is there.
+    /// Its marker is there, and does not say that the batch was aborted: who finds a lost batch open may have written that.
     Marked,
     /// Its last entry is there, and its marker is not: that was evicted or deleted.
     Unmarked,
@@ -28,12 +29,12 @@ impl Streams {
         }
         let mut pipeline = redis::pipe();
         for batch in batches {
-            pipeline.cmd("EXISTS").arg(marker_key(stream, batch.batch_id));
+            pipeline.cmd("GET").arg(marker_key(stream, batch.batch_id));
         }
-        let marked: Vec<bool> = self.query_pipeline(doing, &pipeline).await?;
+        let markers: Vec<Option<String>> = self.query_pipeline(doing, &pipeline).await?;
         let mut found = Vec::with_capacity(batches.len());
-        for (batch, marked) in batches.iter().zip(marked) {
-            found.push(match (marked, &batch.last_entry) {
+        for (batch, marker) in batches.iter().zip(markers) {
+            found.push(match (is_appended(marker.as_deref()), &batch.last_entry) {
                 (true, _) => Presence::Marked,
                 (false, Some(entry)) if self.has_entry(stream, entry, batch).await? => Presence::Unmarked,
                 (false, _) => Presence::Lost,
@@ -54,10 +55,10 @@ impl Streams {
             let mut pipeline = redis::pipe();
             let markers: Vec<String> = batches.iter().map(|batch| marker_key(stream, *batch)).collect();
             for marker in &markers {
-                pipeline.cmd("EXISTS").arg(marker);
+                pipeline.cmd("GET").arg(marker);
             }
-            let there: Vec<bool> = self.query_pipeline("looking for recent batches", &pipeline).await?;
-            if let Some((marker, _)) = markers.into_iter().zip(there).find(|(_, there)| !there) {
+            let found: Vec<Option<String>> = self.query_pipeline("looking for recent batches", &pipeline).await?;
+            if let Some((marker, _)) = markers.into_iter().zip(found).find(|(_, found)| !is_appended(found.as_deref())) {
                 return Err(StreamsError::Lost { stream: stream.clone(), marker });
             }
         }
