@@ -46,15 +46,21 @@ const RECENT: &str = "
       AND partitions & $1::bigint & ~lost <> 0";
 
 /// One statement, one transaction: the events of these partitions (`$2`) in the batches (`$1`) are unsent again, and the batches
-/// say so. Rows that an operator has changed meanwhile are left alone.
+/// say so. Of a batch, only those of partitions that it does not name as lost yet: the others were published again since. Rows that an
+/// operator has changed meanwhile are left alone.
 const REQUEUE: &str = "
-WITH lost AS (
-    UPDATE {s}.outbox_batch SET lost = lost | (partitions & $2)
-    WHERE batch_id = ANY ($1) AND partitions & $2 & ~lost <> 0
-    RETURNING event_ids[1:appended] AS ids
+WITH found AS MATERIALIZED (
+    SELECT batch_id, partitions & $2 & ~lost AS partitions FROM {s}.outbox_batch
+    WHERE batch_id = ANY ($1) AND partitions & $2 & ~lost <> 0 FOR UPDATE
+), lost AS (
+    UPDATE {s}.outbox_batch b SET lost = b.lost | found.partitions FROM found
+    WHERE b.batch_id = found.batch_id AND b.batch_id = ANY ($1)
+    RETURNING b.event_ids[1:b.appended] AS ids, found.partitions
 ), again AS (
-    UPDATE {s}.event_outbox SET status = 'PENDING', published_at = NULL
-    WHERE id = ANY (ARRAY(SELECT unnest(ids) FROM lost)) AND status = 'PUBLISHED' AND ($2 >> partition_no::int) & 1 = 1
+    UPDATE {s}.event_outbox e SET status = 'PENDING', published_at = NULL
+    FROM (SELECT unnest(ids) AS id, partitions FROM lost) AS l
+    WHERE e.id = l.id AND e.id = ANY (ARRAY(SELECT unnest(ids) FROM lost)) AND e.status = 'PUBLISHED'
+      AND (l.partitions >> e.partition_no::int) & 1 = 1
     RETURNING 1
 )
 SELECT (SELECT count(*) FROM again) AS unsent,

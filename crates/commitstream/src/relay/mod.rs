@@ -44,6 +44,8 @@ mod cursor;
 mod engine;
 mod membership;
 mod pipeline;
+#[cfg(test)]
+mod protocol_model;
 mod repair;
 mod retry;
 mod session;

@@ -66,22 +66,26 @@ impl Relay {
             match self.presence(std::slice::from_ref(&batch)).await.first() {
                 Some(Presence::Marked) => predecessors.entry(batch.stream).or_default().push(batch.batch_id),
                 Some(Presence::Unmarked) => warn_unmarked(&batch),
-                _ => self.republish(connection, batch, partitions).await?,
+                _ => {
+                    let still_there = self.republish(connection, &batch, partitions).await?;
+                    predecessors.entry(batch.stream).or_default().extend(still_there);
+                }
             }
         }
         Ok(predecessors)
     }
 
-    /// Redis has lost this batch: it and those before it that are gone too are unsent again.
+    /// Redis has lost this batch: it and those before it that are gone too are unsent again. Returns the one before them, which another
+    /// failover may lose.
     async fn republish(
         &self,
         connection: &mut PgConnection,
-        newest: JournalBatch,
+        newest: &JournalBatch,
         partitions: Partitions,
-    ) -> Result<(), SessionError> {
+    ) -> Result<Option<Uuid>, SessionError> {
         let mut lost = vec![newest.batch_id];
         let mut oldest = newest.clone();
-        loop {
+        let still_there = loop {
             let read = self.outbox.batches_before(connection, &oldest, partitions, self.window(), PAGE);
             let page = bounded("reading recent batches", self.timeout(), read).await?;
             let found = self.presence(&page).await;
@@ -89,9 +93,9 @@ impl Relay {
             lost.extend(page[..gone].iter().map(|batch| batch.batch_id));
             match page.last() {
                 Some(last) if gone == page.len() => oldest = last.clone(),
-                _ => break,
+                _ => break page.get(gone).filter(|_| found[gone] == Presence::Marked).map(|batch| batch.batch_id),
             }
-        }
+        };
         crash_window!("republish::before");
         let requeue = self.outbox.requeue_lost(connection, &lost, partitions);
         let Requeued { unsent, gone } = bounded("publishing lost batches again", self.timeout(), requeue).await?;
@@ -109,7 +113,7 @@ impl Relay {
             );
         }
         self.reporter.republished(u64::try_from(unsent).unwrap_or(0));
-        Ok(())
+        Ok(still_there)
     }
 
     /// Whether batches of one stream are still there.

@@ -13,8 +13,8 @@ use crate::outbox::OutboxEvent;
 
 /// Step 2 of the protocol, atomic: the marker and the entries are written together, and a second call changes nothing.
 ///
-/// KEYS[3] and on are the markers of the batches that went before it. Where one is missing, this server has lost a suffix of the
-/// stream: nothing is appended, since what was lost must come first.
+/// KEYS[3] and on are the markers of the batches that went before it. Where one is missing, or says that nothing was appended (a new
+/// owner has resolved it since), this server has lost a suffix of the stream: nothing is appended, since what was lost must come first.
 ///
 /// The marker is written first, because whatever Redis may lack (memory, a disk, the permission) then fails before the first
 /// entry. `pcall` keeps the error's own code; `call` would wrap it on Redis 6.
@@ -25,9 +25,9 @@ static APPEND: LazyLock<Script> = LazyLock::new(|| {
         if type(marker) == 'table' and marker.err then return marker end
         if marker then return {marker, '', ''} end
         for i = 3, #KEYS do
-            local there = redis.pcall('EXISTS', KEYS[i])
-            if type(there) == 'table' then return there end
-            if there == 0 then return {'lost', KEYS[i], ''} end
+            local before = redis.pcall('GET', KEYS[i])
+            if type(before) == 'table' and before.err then return before end
+            if not before or before == 'aborted' then return {'lost', KEYS[i], ''} end
         end
         local last = ''
         local count = tonumber(ARGV[2])
@@ -68,6 +68,14 @@ static RESOLVE: LazyLock<Script> = LazyLock::new(|| {
         ",
     )
 });
+
+/// The marker of a batch that can no longer be appended.
+const ABORTED: &str = "aborted";
+
+/// Whether a marker, if there is one, says that its batch was appended.
+pub(super) fn is_appended(marker: Option<&str>) -> bool {
+    marker.is_some_and(|text| text != ABORTED)
+}
 
 /// What an append came to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -111,7 +119,7 @@ impl Marker {
     fn parse(stream: &str, batch_id: Uuid, text: String) -> Result<Self, StreamsError> {
         match text.parse() {
             Ok(count) => Ok(Self::Appended(count)),
-            Err(_) if text == "aborted" => Ok(Self::Aborted),
+            Err(_) if text == ABORTED => Ok(Self::Aborted),
             Err(_) => Err(StreamsError::StrangeMarker { key: marker_key(stream, batch_id), value: text }),
         }
     }

@@ -2,6 +2,7 @@ use redis::Value;
 use redis::streams::StreamRangeReply;
 use uuid::Uuid;
 
+use super::append::is_appended;
 use super::node::Request;
 use super::{Streams, StreamsError, marker_key};
 use crate::outbox::JournalBatch;
@@ -9,7 +10,7 @@ use crate::outbox::JournalBatch;
 /// Whether Redis still has a batch that it had acknowledged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Presence {
-    /// Its marker is there.
+    /// Its marker is there, and does not say that the batch was aborted: who finds a lost batch open may have written that.
     Marked,
     /// Its last entry is there, and its marker is not: that was evicted or deleted.
     Unmarked,
@@ -29,12 +30,12 @@ impl Streams {
         }
         let mut pipeline = redis::pipe();
         for batch in batches {
-            pipeline.cmd("EXISTS").arg(marker_key(stream, batch.batch_id));
+            pipeline.cmd("GET").arg(marker_key(stream, batch.batch_id));
         }
-        let marked: Vec<bool> = self.send(doing, stream, Request::Pipeline(&pipeline)).await?;
+        let markers: Vec<Option<String>> = self.send(doing, stream, Request::Pipeline(&pipeline)).await?;
         let mut found = Vec::with_capacity(batches.len());
-        for (batch, marked) in batches.iter().zip(marked) {
-            found.push(match (marked, &batch.last_entry) {
+        for (batch, marker) in batches.iter().zip(markers) {
+            found.push(match (is_appended(marker.as_deref()), &batch.last_entry) {
                 (true, _) => Presence::Marked,
                 (false, Some(entry)) if self.has_entry(stream, entry, batch).await? => Presence::Unmarked,
                 (false, _) => Presence::Lost,
@@ -55,10 +56,11 @@ impl Streams {
             let mut pipeline = redis::pipe();
             let markers: Vec<String> = batches.iter().map(|batch| marker_key(stream, *batch)).collect();
             for marker in &markers {
-                pipeline.cmd("EXISTS").arg(marker);
+                pipeline.cmd("GET").arg(marker);
             }
-            let there: Vec<bool> = self.send("looking for recent batches", stream, Request::Pipeline(&pipeline)).await?;
-            if let Some((marker, _)) = markers.into_iter().zip(there).find(|(_, there)| !there) {
+            let found: Vec<Option<String>> =
+                self.send("looking for recent batches", stream, Request::Pipeline(&pipeline)).await?;
+            if let Some((marker, _)) = markers.into_iter().zip(found).find(|(_, found)| !is_appended(found.as_deref())) {
                 return Err(StreamsError::Lost { stream: stream.clone(), marker });
             }
         }

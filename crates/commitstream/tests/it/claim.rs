@@ -1,9 +1,10 @@
 //! The claim by itself, against what may happen beside it.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use commitstream::outbox::{ClaimRequest, Lease, OutboxEvent, Partitions, Refusal, Settlement};
+use commitstream::streams::{Marker, Presence, StreamsError};
 use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
@@ -156,6 +157,50 @@ async fn a_claim_of_an_earlier_epoch_claims_nothing() -> Result<()> {
     let current = everything(&world, &mut new, late.lease.relay_id).await?;
     assert!(!world.outbox.claim(&mut old, &late).await?.held);
     assert_eq!(world.outbox.claim(&mut new, &current).await?.events.len(), 10);
+    Ok(())
+}
+
+/// A batch of several partitions that Redis has lost: the owner of one has published its events again when it becomes the owner of
+/// the others too.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_batch_is_unsent_again_once_per_partition() -> Result<()> {
+    let world = World::new().await?;
+    let mut connection = world.connect().await?;
+    world.insert(100, 100).await?;
+    let request = everything(&world, &mut connection, Uuid::now_v7()).await?;
+    let claimed = world.outbox.claim(&mut connection, &request).await?.events;
+    settle(&world, &mut connection, &claimed, 100).await?;
+    let lost = [claimed[0].batch_id];
+    let some: Partitions = (0..32).collect();
+    let first = world.outbox.requeue_lost(&mut connection, &lost, some).await?.unsent;
+    let again = world.outbox.claim(&mut connection, &request).await?.events;
+    assert!(first > 0 && i64::try_from(again.len())? == first);
+    settle(&world, &mut connection, &again, 100).await?;
+    let others = world.outbox.requeue_lost(&mut connection, &lost, Partitions::ALL).await?.unsent;
+    assert_eq!(first + others, 100, "each once");
+    assert_eq!(world.outbox.requeue_lost(&mut connection, &lost, Partitions::ALL).await?.unsent, 0);
+    Ok(())
+}
+
+/// A failover of Redis has lost a batch, and a new owner that found it open has aborted it since: its marker is there, its entries are not.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_batch_that_was_aborted_since_is_lost() -> Result<()> {
+    let world = World::new().await?;
+    let mut connection = world.connect().await?;
+    world.insert(2, 2).await?;
+    let mut request = everything(&world, &mut connection, Uuid::now_v7()).await?;
+    (request.batch_size, request.stream_prefix) = (1, world.settings.redis.stream_prefix.clone());
+    let claimed = world.outbox.claim(&mut connection, &request).await?.events;
+    let (stream, lost, next) = (&claimed[0].stream, claimed[0].batch_id, claimed[1].batch_id);
+    let life = Duration::from_secs(60);
+    assert_eq!(world.streams.resolve(stream, lost, life).await?, Marker::Aborted);
+    settle(&world, &mut connection, &claimed[..1], 1).await?;
+    let appended = world.streams.append(stream, next, &[lost], &claimed[1..], life).await;
+    assert!(matches!(appended, Err(StreamsError::Lost { .. })), "{appended:?}");
+    let checked = world.streams.check(&[(stream.clone(), vec![lost])]).await;
+    assert!(matches!(checked, Err(StreamsError::Lost { .. })), "{checked:?}");
+    let last = world.outbox.last_batches(&mut connection, Partitions::ALL, life).await?;
+    assert_eq!(world.streams.presence(stream, &last).await?, [Presence::Lost]);
     Ok(())
 }
 
