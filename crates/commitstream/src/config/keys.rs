@@ -60,6 +60,7 @@ pub(super) static KEYS: &[Key] = &[
     key("app.outbox.processor.retryBaseDelay", Kind::Time(field!(outbox.processor.retry_base_delay), MILLISECOND..=DAY))
         .not_above("app.outbox.processor.retryMaxDelay"),
     key("app.outbox.processor.retryMaxDelay", Kind::Time(field!(outbox.processor.retry_max_delay), MILLISECOND..=YEAR)),
+    key("app.outbox.processor.afterFailure", Kind::AfterFailure(field!(outbox.processor.after_failure))),
     key("app.outbox.processor.maxInFlightBytes", Kind::Size(field!(outbox.processor.max_in_flight_bytes), 1 << 20..=1 << 30)),
     key("app.outbox.processor.leaseDuration", Kind::Time(field!(outbox.processor.lease_duration), SECOND..=HOUR)),
     key("app.outbox.processor.shutdownTimeout", Kind::Time(field!(outbox.processor.shutdown_timeout), Duration::ZERO..=HOUR)),

@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use super::units::{parse_size, print_duration, print_number, print_size};
-use super::{Route, Settings, Strategy, redact_url};
+use super::{AfterFailure, Route, Settings, Strategy, redact_url};
 
 /// Where in [`Settings`] a value lives.
 pub(super) struct Field<T> {
@@ -30,6 +30,7 @@ pub(super) enum Kind {
     Schema(Field<String>),
     Prefix(Field<String>),
     Strategy(Field<Strategy>),
+    AfterFailure(Field<AfterFailure>),
     /// An open map: event type to route.
     Routes(Field<BTreeMap<String, Route>>),
 }
@@ -48,6 +49,7 @@ impl Refusal {
 
 const STRATEGIES: &[(&str, Strategy)] =
     &[("hybrid", Strategy::Hybrid), ("outbox", Strategy::Outbox), ("streams", Strategy::Streams)];
+const AFTER_FAILURE: &[(&str, AfterFailure)] = &[("release", AfterFailure::Release), ("hold", AfterFailure::Hold)];
 const ROUTES: &[(&str, Route)] = &[("outbox", Route::Outbox), ("streams", Route::Streams)];
 // As in HOCON; the first of each value is the one that is printed.
 const SWITCHES: &[(&str, bool)] = &[("true", true), ("false", false), ("yes", true), ("no", false), ("on", true), ("off", false)];
@@ -70,6 +72,7 @@ impl Kind {
             Kind::Url(field, _) => *(field.get_mut)(settings) = Some(word.to_owned()),
             Kind::Schema(field) | Kind::Prefix(field) => *(field.get_mut)(settings) = text.to_owned(),
             Kind::Strategy(field) => *(field.get_mut)(settings) = named(word, STRATEGIES)?,
+            Kind::AfterFailure(field) => *(field.get_mut)(settings) = named(word, AFTER_FAILURE)?,
             Kind::Routes(field) => {
                 let route = named(word, ROUTES)?;
                 (field.get_mut)(settings).insert(member.to_owned(), route);
@@ -99,7 +102,7 @@ impl Kind {
                 "must not contain { or }: Redis Cluster takes braces for a hash tag".to_owned(),
             ),
             Kind::Routes(field) => (!(field.get)(settings).contains_key(""), "an event type must not be empty".to_owned()),
-            Kind::Switch(_) | Kind::Strategy(_) => return Ok(()),
+            Kind::Switch(_) | Kind::Strategy(_) | Kind::AfterFailure(_) => return Ok(()),
         };
         if holds { Ok(()) } else { Err(Refusal::new(reason)) }
     }
@@ -114,6 +117,7 @@ impl Kind {
             Kind::Url(field, _) => redact_url((field.get)(settings).as_deref()?),
             Kind::Schema(field) | Kind::Prefix(field) => (field.get)(settings).clone(),
             Kind::Strategy(field) => name_of(*(field.get)(settings), STRATEGIES),
+            Kind::AfterFailure(field) => name_of(*(field.get)(settings), AFTER_FAILURE),
             Kind::Routes(field) => name_of(*(field.get)(settings).get(member)?, ROUTES),
         })
     }

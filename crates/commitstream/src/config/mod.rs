@@ -89,6 +89,8 @@ pub struct ProcessorSettings {
     pub retry_base_delay: Duration,
     /// Longest wait before a retry. Default 5 min.
     pub retry_max_delay: Duration,
+    /// What becomes of the later events of its aggregate when an event is `FAILED`. Default release.
+    pub after_failure: AfterFailure,
     /// Most payload bytes in memory between claim and settle. Default 16 MiB; at least 1 MiB.
     pub max_in_flight_bytes: usize,
     /// Life of a lease without a heartbeat: how long the work of a vanished host waits. Default 10 s; at least 1 s.
@@ -125,6 +127,15 @@ pub struct PublishingSettings {
     pub max_payload_bytes: usize,
     /// When Redis is down: write high-frequency events to the outbox instead of returning an error. Default `false`.
     pub fallback_to_outbox: bool,
+}
+
+/// What a `FAILED` event means for the later ones of its aggregate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AfterFailure {
+    /// They go on without it.
+    Release,
+    /// They wait until an operator has it tried again, or discards it.
+    Hold,
 }
 
 /// Which way events take.
@@ -176,6 +187,7 @@ impl Default for ProcessorSettings {
             max_retries: 3,
             retry_base_delay: Duration::from_secs(1),
             retry_max_delay: Duration::from_secs(5 * 60),
+            after_failure: AfterFailure::Release,
             max_in_flight_bytes: 16 << 20,
             lease_duration: Duration::from_secs(10),
             shutdown_timeout: Duration::from_secs(10),

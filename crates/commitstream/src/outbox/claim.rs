@@ -3,25 +3,24 @@ use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
-use super::{OutboxError, OutboxRepository, PARTITIONS};
-
-/// A range of `seq`: above `after`, up to and including `to`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SeqRange {
-    pub after: i64,
-    pub to: i64,
-}
+use super::{Lease, OutboxError, OutboxRepository};
 
 /// What to claim, and its bounds.
 #[derive(Debug, Clone)]
 pub struct ClaimRequest {
-    pub relay_id: Uuid,
-    /// Of the lease, as [`OutboxRepository::take_leases`] returned it.
-    pub epoch: i64,
-    /// Where to look, lowest first; must not overlap.
-    pub ranges: Vec<SeqRange>,
-    /// Leave out what these batches name while they are open. Needed when the ranges reach below what was claimed before.
+    pub lease: Lease,
+    /// Of what `snapshot` sees, everything up to this `seq` has been looked at. 0 is a look at everything.
+    pub after: i64,
+    /// The snapshot of the claim before, as its answer had it. What has become visible since is found at whatever `seq`.
+    pub snapshot: Option<String>,
+    /// Events that the claim before passed over, to be looked at again.
+    pub skipped: Vec<i64>,
+    /// The relay's batches that are not settled: what they name is on its way.
     pub open: Vec<Uuid>,
+    /// `after` is below what was claimed before, so that events on their way stand behind it.
+    pub looks_back: bool,
+    /// A `FAILED` event holds back the later events of its aggregate.
+    pub hold: bool,
     /// Most events of the claim, at least 1.
     pub max_events: i64,
     /// Most bytes of payload and headers of the claim; the first event is taken whatever its size.
@@ -37,10 +36,18 @@ pub struct ClaimRequest {
 /// What a claim found.
 #[derive(Debug, Clone, Default)]
 pub struct Claim {
+    /// False when the relay no longer holds its lease as it thinks: nothing was claimed.
+    pub held: bool,
     /// In `seq` order, each in the batch that names it.
     pub events: Vec<OutboxEvent>,
-    /// The `seq` of events that were made waiting ones behind an earlier one of their aggregate, ascending.
-    pub waiting: Vec<i64>,
+    /// Events that were made waiting ones behind an earlier one of their aggregate.
+    pub waiting: usize,
+    /// Events that should have become waiting ones, but somebody else has locked their rows. Ascending.
+    pub skipped: Vec<i64>,
+    /// What the claim could see.
+    pub snapshot: Option<String>,
+    /// The last `seq` that was looked at; `None` when the claim came to its end before its bounds.
+    pub cut_at: Option<i64>,
 }
 
 /// The outbox row as a model: one claimed event, in the batch that names it.
@@ -65,69 +72,60 @@ pub struct OutboxEvent {
     pub was_waiting: bool,
 }
 
-/// A batch that is not settled, as the journal has it.
-#[derive(Debug, Clone)]
-pub struct OpenBatch {
-    pub batch_id: Uuid,
-    pub stream: String,
-    pub events: i64,
-}
-
 /// One statement, so that the claim is one round trip and one commit:
 ///
 /// * `lease` locks the relay's lease rows: a takeover either sees this claim or makes it find nothing. The epoch shuts out a claim
-///   of an earlier session of the same relay that arrives late. `KEY SHARE` lets the lease's renewal pass.
-/// * `candidates` are read per range, by index, lowest `seq` first, without their payloads. A waiting event (`next_retry_at` set)
-///   counts when it is due and nothing of its aggregate before it is still undue or in flight: what is due before it is in this
-///   very claim. Both sides of that compare with one instant: with a running clock, an event could become due between the two.
+///   of an earlier takeover of the same relay that arrives late. `KEY SHARE` lets claims of one relay overlap with nothing else.
+/// * `candidates` come, lowest `seq` first and without their payloads, from three places, each by index: behind the cursor; from
+///   transactions that the snapshot before did not see and this one does, at whatever `seq`; and what the claim before passed over.
+///   `seq + 0` keeps the planner from walking up the index by `seq` from its low end, where the dead entries are.
+/// * A waiting event (`next_retry_at` set) counts when it is due and nothing of its aggregate before it is still undue or in flight:
+///   what is due before it is in this very claim. Both sides of that compare with one instant: with a running clock, an event
+///   could become due between the two.
 /// * A fresh event behind a waiting one is `blocked`: it is not claimed, but made a waiting one itself. Then it holds back in
 ///   turn what comes after it, whatever happens to the first, and order per aggregate needs no memory of the relay's. A row that
-///   somebody else has locked is passed over; it stays a hole of the cursor until that transaction has ended.
+///   somebody else has locked cannot be made one; it is passed over and looked at again by every claim.
 /// * `open` goes by `batch_id`: the index of open batches is full of dead entries while a long transaction holds back vacuum.
-/// * `sized` cuts the claim off by bytes, `chunks` cuts it into batches: one journal row per stream and `batch_size` events.
-/// * The answer has the claimed events, and the `seq` of each that became a waiting one.
+/// * `sized` cuts the claim off by bytes, `chunks` cuts it into batches: one journal row per stream and `batch_size` events, numbered
+///   in the order of their first events.
+/// * The first row of the answer says what the claim saw, the others are events: claimed, made waiting (`W`) or passed over (`S`).
 const CLAIM: &str = "
 WITH lease AS MATERIALIZED (
     SELECT count(*) = $1 AS held
-    FROM (SELECT 1 FROM {s}.outbox_lease WHERE relay_id = $2 AND epoch = $11 FOR KEY SHARE) AS l
+    FROM (SELECT 1 FROM {s}.outbox_lease WHERE relay_id = $2 AND epoch = $3 FOR KEY SHARE) AS l
 ), open AS MATERIALIZED (
     SELECT unnest(event_ids) AS id FROM {s}.outbox_batch
-    WHERE cardinality($5::uuid[]) > 0 AND batch_id = ANY ($5) AND COALESCE(settled_at, 'infinity') = 'infinity'
+    WHERE cardinality($8::uuid[]) > 0 AND batch_id = ANY ($8) AND COALESCE(settled_at, 'infinity') = 'infinity'
 ), candidates AS MATERIALIZED (
-    SELECT c.*
-    FROM unnest($3::bigint[], $4::bigint[]) AS r(after, upto)
-    CROSS JOIN LATERAL (
-        SELECT e.seq, e.id, e.event_type, e.aggregate_type, e.aggregate_id, e.retry_count, e.payload, e.headers, e.payload_bytes,
-               COALESCE(e.occurred_at, e.created_at) AS occurred_at, e.next_retry_at IS NOT NULL AS was_waiting,
-               e.next_retry_at IS NULL AND EXISTS (
-                   SELECT 1 FROM {s}.event_outbox b
-                   WHERE b.aggregate_type = e.aggregate_type AND b.aggregate_id = e.aggregate_id AND b.seq < e.seq
-                     AND b.status IN ('PENDING', 'PROCESSING') AND b.next_retry_at IS NOT NULL) AS blocked
-        FROM {s}.event_outbox e
-        WHERE e.status IN ('PENDING', 'PROCESSING') AND e.seq > r.after AND e.seq <= r.upto
-          AND e.id NOT IN (SELECT id FROM open)
-          AND (e.next_retry_at IS NULL OR (e.next_retry_at <= statement_timestamp() AND NOT EXISTS (
-                   SELECT 1 FROM {s}.event_outbox b
-                   WHERE b.aggregate_type = e.aggregate_type AND b.aggregate_id = e.aggregate_id AND b.seq < e.seq
-                     AND b.status IN ('PENDING', 'PROCESSING') AND b.next_retry_at IS NOT NULL
-                     AND (b.next_retry_at > statement_timestamp() OR b.seq <= r.after OR b.id IN (SELECT id FROM open)))))
-        ORDER BY e.seq LIMIT $6
+    SELECT c.* FROM (
+        (SELECT {event} WHERE e.seq > $5 AND (NOT $15 OR {settled}) AND {claimable} ORDER BY e.seq LIMIT $10)
+        UNION ALL
+        (SELECT late.* FROM (
+             SELECT xid, xid AS last FROM pg_snapshot_xip($6::text::pg_snapshot) AS xid
+             WHERE pg_visible_in_snapshot(xid, pg_current_snapshot())
+             UNION ALL SELECT pg_snapshot_xmax($6::text::pg_snapshot), pg_snapshot_xmax(pg_current_snapshot())) AS t
+         CROSS JOIN LATERAL (
+             SELECT {event} WHERE e.txid >= t.xid AND e.txid <= t.last AND e.seq + 0 <= $5 AND {settled} AND {claimable}
+             ORDER BY e.seq + 0 LIMIT $10) AS late)
+        UNION ALL
+        (SELECT {event} WHERE cardinality($7::bigint[]) > 0 AND e.seq = ANY ($7) AND e.seq <= $5 AND {settled} AND {claimable})
     ) AS c
     WHERE (SELECT held FROM lease)
-    ORDER BY c.seq LIMIT $6
+    ORDER BY c.seq LIMIT $10
 ), sized AS (
-    SELECT c.*, sum(LEAST(payload_bytes, $9::int)) OVER (ORDER BY seq) AS running,
+    SELECT c.*, sum(LEAST(payload_bytes, $13::int)) OVER (ORDER BY seq) AS running,
            row_number() OVER (ORDER BY seq) AS n,
-           (row_number() OVER (PARTITION BY aggregate_type ORDER BY seq) - 1) / $8 AS chunk
+           (row_number() OVER (PARTITION BY aggregate_type ORDER BY seq) - 1) / $12 AS chunk
     FROM candidates c WHERE NOT blocked
 ), chunks AS MATERIALIZED (
-    SELECT * FROM sized WHERE running <= $7 OR n = 1
+    SELECT * FROM sized WHERE running <= $11 OR n = 1
 ), batches AS MATERIALIZED (
-    SELECT gen_random_uuid() AS batch_id, aggregate_type, chunk, array_agg(id ORDER BY seq) AS event_ids
+    SELECT gen_random_uuid() AS batch_id, aggregate_type, chunk, array_agg(id ORDER BY seq) AS event_ids, min(seq) AS first_seq,
+           bit_or(1::bigint << partition_no::int) AS partitions
     FROM chunks GROUP BY aggregate_type, chunk
 ), journal AS (
-    INSERT INTO {s}.outbox_batch (batch_id, relay_id, stream, event_ids)
-    SELECT batch_id, $2, $10 || aggregate_type, event_ids FROM batches
+    INSERT INTO {s}.outbox_batch (batch_id, relay_id, epoch, stream, event_ids, partitions)
+    SELECT batch_id, $2, $3, $14 || aggregate_type, event_ids, partitions FROM batches ORDER BY first_seq
 ), waiting AS (
     UPDATE {s}.event_outbox SET next_retry_at = statement_timestamp()
     WHERE id = ANY (ARRAY(
@@ -137,80 +135,92 @@ WITH lease AS MATERIALIZED (
         FOR UPDATE SKIP LOCKED))
     RETURNING id
 )
-SELECT b.batch_id, c.seq, c.id, c.event_type, c.aggregate_type, c.aggregate_id, c.occurred_at, c.retry_count, c.payload_bytes, c.was_waiting,
-       CASE WHEN c.payload_bytes <= $9 THEN c.payload::text END AS payload,
-       CASE WHEN c.payload_bytes <= $9 AND c.headers <> '{}' THEN c.headers::text ELSE '' END AS headers
+SELECT 'H' AS kind, (SELECT held FROM lease) AS held, pg_current_snapshot()::text AS snapshot, NULL::uuid AS batch_id,
+       CASE WHEN (SELECT count(*) FROM sized) > (SELECT count(*) FROM chunks) THEN (SELECT max(seq) FROM chunks)
+            WHEN (SELECT count(*) FROM candidates) >= $10 THEN (SELECT max(seq) FROM candidates) END AS seq,
+       NULL::uuid AS id, NULL AS event_type, NULL AS aggregate_type, NULL AS aggregate_id, NULL::timestamptz AS occurred_at,
+       NULL::int AS retry_count, NULL::int AS payload_bytes, NULL::boolean AS was_waiting, NULL AS payload, '' AS headers
+UNION ALL
+SELECT 'E', NULL, NULL, b.batch_id, c.seq, c.id, c.event_type, c.aggregate_type, c.aggregate_id, c.occurred_at, c.retry_count,
+       c.payload_bytes, c.was_waiting,
+       CASE WHEN c.payload_bytes <= $13 THEN c.payload::text END,
+       CASE WHEN c.payload_bytes <= $13 AND c.headers <> '{}' THEN c.headers::text ELSE '' END
 FROM chunks c JOIN batches b USING (aggregate_type, chunk)
 UNION ALL
-SELECT NULL, seq, id, event_type, aggregate_type, aggregate_id, occurred_at, retry_count, payload_bytes, true, NULL, ''
-FROM candidates WHERE blocked AND id IN (SELECT id FROM waiting)
-ORDER BY seq";
+SELECT CASE WHEN id IN (SELECT id FROM waiting) THEN 'W' ELSE 'S' END, NULL, NULL, NULL, seq, NULL, NULL, NULL, NULL, NULL, NULL,
+       NULL, NULL, NULL, ''
+FROM candidates WHERE blocked
+ORDER BY kind DESC, seq";
+
+/// A row of `candidates`, of the relay's own partitions.
+const EVENT: &str =
+    "e.seq, e.id, e.event_type, e.aggregate_type, e.aggregate_id, e.partition_no, e.retry_count, e.payload, e.headers,
+    e.payload_bytes, COALESCE(e.occurred_at, e.created_at) AS occurred_at, e.next_retry_at IS NOT NULL AS was_waiting,
+    e.next_retry_at IS NULL AND (EXISTS (
+        SELECT 1 FROM {s}.event_outbox b
+        WHERE b.aggregate_type = e.aggregate_type AND b.aggregate_id = e.aggregate_id AND b.seq < e.seq
+          AND b.status IN ('PENDING', 'PROCESSING') AND b.next_retry_at IS NOT NULL)
+      OR ({held})) AS blocked
+    FROM {s}.event_outbox e";
+
+const CLAIMABLE: &str = "e.status IN ('PENDING', 'PROCESSING') AND ($4::bigint >> e.partition_no::int) & 1 = 1
+    AND (e.next_retry_at IS NULL OR (e.next_retry_at <= statement_timestamp() AND NOT ({held}) AND NOT EXISTS (
+        SELECT 1 FROM {s}.event_outbox b
+        WHERE b.aggregate_type = e.aggregate_type AND b.aggregate_id = e.aggregate_id AND b.seq < e.seq
+          AND b.status IN ('PENDING', 'PROCESSING') AND b.next_retry_at IS NOT NULL
+          AND (b.next_retry_at > statement_timestamp() OR b.seq <= $5 OR b.id IN (SELECT id FROM open)))))";
+
+/// Not on its way.
+const SETTLED: &str = "e.id NOT IN (SELECT id FROM open)";
+
+/// An earlier event of the aggregate is `FAILED`, and that holds.
+const HELD: &str = "$9 AND EXISTS (
+        SELECT 1 FROM {s}.event_outbox b
+        WHERE b.aggregate_type = e.aggregate_type AND b.aggregate_id = e.aggregate_id AND b.seq < e.seq AND b.status = 'FAILED')";
 
 impl OutboxRepository {
     /// Step 1 of the protocol: journals up to `max_events` unsent events in open batches and returns them in `seq` order.
-    /// Returns nothing when the relay no longer holds its lease.
     ///
     /// # Errors
     /// When the answer was lost the claim may have been committed: the caller then resolves the open batches.
     pub async fn claim(&self, connection: &mut PgConnection, request: &ClaimRequest) -> Result<Claim, OutboxError> {
-        let rows = sqlx::query(self.sql(CLAIM))
-            .bind(PARTITIONS)
-            .bind(request.relay_id)
-            .bind(request.ranges.iter().map(|r| r.after).collect::<Vec<_>>())
-            .bind(request.ranges.iter().map(|r| r.to).collect::<Vec<_>>())
+        let sql = CLAIM.replace("{event}", EVENT).replace("{claimable}", CLAIMABLE);
+        let sql = sql.replace("{held}", HELD).replace("{settled}", SETTLED);
+        let rows = sqlx::query(self.sql(&sql))
+            .bind(i64::from(request.lease.partitions.len()))
+            .bind(request.lease.relay_id)
+            .bind(request.lease.epoch)
+            .bind(request.lease.partitions.bits())
+            .bind(request.after)
+            .bind(&request.snapshot)
+            .bind(&request.skipped)
             .bind(&request.open)
+            .bind(request.hold)
             .bind(request.max_events)
             .bind(request.max_bytes)
             .bind(request.batch_size)
             .bind(request.max_payload_bytes)
             .bind(&request.stream_prefix)
-            .bind(request.epoch)
+            .bind(request.looks_back)
             .fetch_all(connection)
             .await
             .map_err(self.error("claiming events"))?;
         claim_of(&rows, &request.stream_prefix).map_err(self.error("reading claimed events"))
-    }
-
-    /// The batches that nobody has settled, oldest first.
-    ///
-    /// # Errors
-    /// PostgreSQL cannot be asked.
-    pub async fn open_batches(&self, connection: &mut PgConnection) -> Result<Vec<OpenBatch>, OutboxError> {
-        let sql = self.sql(
-            "SELECT batch_id, stream, cardinality(event_ids)::bigint AS events FROM {s}.outbox_batch
-             WHERE settled_at IS NULL ORDER BY claimed_at, batch_id",
-        );
-        let rows = sqlx::query(sql).fetch_all(connection).await.map_err(self.error("reading open batches"))?;
-        let batch = |row: &PgRow| -> Result<OpenBatch, sqlx::Error> {
-            Ok(OpenBatch { batch_id: row.try_get("batch_id")?, stream: row.try_get("stream")?, events: row.try_get("events")? })
-        };
-        rows.iter().map(batch).collect::<Result<_, _>>().map_err(self.error("reading open batches"))
-    }
-
-    /// The transactions that have written to the outbox, or locked rows of it, and are still open, as virtual transaction ids.
-    /// An INSERT locks the table before it draws its `seq`, so a missing `seq` can only still arrive from one of these.
-    ///
-    /// # Errors
-    /// PostgreSQL cannot be asked.
-    pub async fn open_writers(&self, connection: &mut PgConnection) -> Result<Vec<String>, OutboxError> {
-        sqlx::query_scalar(
-            "SELECT DISTINCT virtualtransaction FROM pg_locks
-             WHERE locktype = 'relation' AND mode IN ('RowExclusiveLock', 'RowShareLock') AND relation = $1::text::regclass
-               AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
-        )
-        .bind(format!("{}.event_outbox", self.quoted))
-        .fetch_all(connection)
-        .await
-        .map_err(self.error("looking for open transactions that wrote to the outbox"))
     }
 }
 
 fn claim_of(rows: &[PgRow], stream_prefix: &str) -> Result<Claim, sqlx::Error> {
     let mut claim = Claim::default();
     for row in rows {
-        match row.try_get("batch_id")? {
-            Some(batch_id) => claim.events.push(event_of(row, batch_id, stream_prefix)?),
-            None => claim.waiting.push(row.try_get("seq")?),
+        match row.try_get("kind")? {
+            "H" => {
+                claim.held = row.try_get("held")?;
+                claim.snapshot = row.try_get("snapshot")?;
+                claim.cut_at = row.try_get("seq")?;
+            }
+            "E" => claim.events.push(event_of(row, row.try_get("batch_id")?, stream_prefix)?),
+            "W" => claim.waiting += 1,
+            _ => claim.skipped.push(row.try_get("seq")?),
         }
     }
     Ok(claim)

@@ -5,7 +5,7 @@ use thiserror::Error;
 #[non_exhaustive]
 pub enum OutboxError {
     #[error(
-        "schema \"{schema}\" has no current outbox tables: run `commitstream migrate`, or apply migrations/V3__create_outbox_table.sql"
+        "schema \"{schema}\" has no current outbox tables: run `commitstream migrate`, or apply the files of migrations/ that are missing"
     )]
     NotMigrated {
         schema: String,

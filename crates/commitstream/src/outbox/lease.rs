@@ -1,77 +1,138 @@
-use std::time::Duration;
-
-use sqlx::PgConnection;
+use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
 use super::{OutboxError, OutboxRepository, PARTITIONS};
 
-/// Takes every partition that is free, expired, or whose owner's backend is gone. All by the database's clock. The rows
-/// are locked in order, so that two relays which try at once take turns instead of deadlocking.
+/// A set of partitions, one bit each.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Partitions(u64);
+
+impl Partitions {
+    /// Every partition.
+    pub const ALL: Self = Self(u64::MAX);
+
+    /// As PostgreSQL has them, in a `bigint`.
+    pub(super) fn bits(self) -> i64 {
+        self.0.cast_signed()
+    }
+
+    #[must_use]
+    pub fn len(self) -> u32 {
+        self.0.count_ones()
+    }
+
+    #[must_use]
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    #[must_use]
+    pub fn contains(self, partition: usize) -> bool {
+        partition < PARTITIONS && self.0 & (1 << partition) != 0
+    }
+
+    /// Adds one; what is no partition is left out.
+    pub fn insert(&mut self, partition: usize) {
+        if partition < PARTITIONS {
+            self.0 |= 1 << partition;
+        }
+    }
+
+    /// All but the `others`.
+    #[must_use]
+    pub fn without(self, others: Self) -> Self {
+        Self(self.0 & !others.0)
+    }
+
+    /// In ascending order.
+    pub fn iter(self) -> impl Iterator<Item = usize> {
+        (0..PARTITIONS).filter(move |partition| self.contains(*partition))
+    }
+}
+
+impl FromIterator<usize> for Partitions {
+    fn from_iter<T: IntoIterator<Item = usize>>(partitions: T) -> Self {
+        let mut set = Self::default();
+        partitions.into_iter().for_each(|partition| set.insert(partition));
+        set
+    }
+}
+
+/// What a relay may claim, and under which takeover.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lease {
+    pub relay_id: Uuid,
+    /// Changes whenever the relay takes partitions: a claim under an earlier one finds nothing.
+    pub epoch: i64,
+    pub partitions: Partitions,
+}
+
+/// Takes partitions whose owner is still the one that the relay saw, and gives all that it owns then one new epoch. The rows are
+/// locked in order, so that relays which try at once take turns instead of deadlocking; `FOR UPDATE` waits for claims under way,
+/// so the new owner finds every batch of the old one in the journal.
 const TAKE: &str = "
 WITH free AS (
-    SELECT partition_no FROM {s}.outbox_lease l
-    WHERE relay_id IS NULL OR relay_id = $1 OR expires_at < clock_timestamp()
-       OR NOT EXISTS (SELECT 1 FROM pg_stat_activity a WHERE a.pid = l.session_pid)
-    ORDER BY partition_no FOR UPDATE
+    SELECT l.partition_no FROM {s}.outbox_lease l
+    LEFT JOIN unnest($2::smallint[], $3::uuid[]) AS wanted(partition_no, owner) USING (partition_no)
+    WHERE l.relay_id = $1 OR (wanted.partition_no IS NOT NULL AND l.relay_id IS NOT DISTINCT FROM wanted.owner)
+    ORDER BY l.partition_no FOR UPDATE OF l
 )
 UPDATE {s}.outbox_lease l
-SET relay_id = $1, epoch = (SELECT max(epoch) + 1 FROM {s}.outbox_lease), session_pid = pg_backend_pid(), expires_at = clock_timestamp() + $2
+SET relay_id = $1, epoch = (SELECT max(epoch) + 1 FROM {s}.outbox_lease)
 FROM free WHERE l.partition_no = free.partition_no
-RETURNING l.epoch";
+RETURNING l.partition_no, l.epoch";
 
 impl OutboxRepository {
-    /// Tries to take all leases for `relay_id`, with this connection as the sign of life. Returns their new epoch when it has
-    /// them all.
+    /// Takes the `wanted` partitions, each with the owner that it was seen with, unless somebody was quicker. Returns all that the
+    /// relay owns now.
     ///
     /// # Errors
-    /// PostgreSQL cannot be asked.
-    pub async fn take_leases(
+    /// PostgreSQL cannot be asked. Part of nothing: all or none was taken.
+    pub async fn take_partitions(
         &self,
         connection: &mut PgConnection,
         relay_id: Uuid,
-        life: Duration,
-    ) -> Result<Option<i64>, OutboxError> {
-        let epochs: Vec<i64> = sqlx::query_scalar(self.sql(TAKE))
+        wanted: &[(usize, Option<Uuid>)],
+    ) -> Result<Lease, OutboxError> {
+        let doing = "taking partitions";
+        let rows = sqlx::query(self.sql(TAKE))
             .bind(relay_id)
-            .bind(interval(life))
+            .bind(wanted.iter().map(|(partition, _)| number(*partition)).collect::<Vec<_>>())
+            .bind(wanted.iter().map(|(_, owner)| *owner).collect::<Vec<_>>())
             .fetch_all(connection)
             .await
-            .map_err(self.error("taking the lease"))?;
-        let all = i64::try_from(epochs.len()).is_ok_and(|taken| taken == PARTITIONS);
-        Ok(epochs.into_iter().max().filter(|_| all))
+            .map_err(self.error(doing))?;
+        let mut lease = Lease { relay_id, epoch: 0, partitions: Partitions::default() };
+        for row in rows {
+            let partition: i16 = row.try_get("partition_no").map_err(self.error(doing))?;
+            lease.epoch = row.try_get("epoch").map_err(self.error(doing))?;
+            lease.partitions.insert(usize::try_from(partition).unwrap_or(usize::MAX));
+        }
+        Ok(lease)
     }
 
-    /// Prolongs the leases of `relay_id`. False when another relay has taken them.
+    /// Gives partitions of `relay_id` back. What it has claimed of them and not settled, the next owner resolves.
     ///
     /// # Errors
     /// PostgreSQL cannot be asked.
-    pub async fn renew_leases(&self, connection: &mut PgConnection, relay_id: Uuid, life: Duration) -> Result<bool, OutboxError> {
-        let renewed =
-            sqlx::query(self.sql("UPDATE {s}.outbox_lease SET expires_at = clock_timestamp() + $2 WHERE relay_id = $1"))
-                .bind(relay_id)
-                .bind(interval(life))
-                .execute(connection)
-                .await
-                .map_err(self.error("renewing the lease"))?;
-        Ok(renewed.rows_affected().cast_signed() == PARTITIONS)
-    }
-
-    /// Gives the leases of `relay_id` back, so that another relay can go on at once.
-    ///
-    /// # Errors
-    /// PostgreSQL cannot be asked; the leases then expire.
-    pub async fn release_leases(&self, connection: &mut PgConnection, relay_id: Uuid) -> Result<(), OutboxError> {
-        sqlx::query(
-            self.sql("UPDATE {s}.outbox_lease SET relay_id = NULL, session_pid = NULL, expires_at = NULL WHERE relay_id = $1"),
-        )
+    pub async fn give_partitions(
+        &self,
+        connection: &mut PgConnection,
+        relay_id: Uuid,
+        partitions: Partitions,
+    ) -> Result<(), OutboxError> {
+        sqlx::query(self.sql(
+            "UPDATE {s}.outbox_lease SET relay_id = NULL WHERE relay_id = $1 AND ($2::bigint >> partition_no::int) & 1 = 1",
+        ))
         .bind(relay_id)
+        .bind(partitions.bits())
         .execute(connection)
         .await
-        .map_err(self.error("releasing the lease"))?;
+        .map_err(self.error("giving partitions back"))?;
         Ok(())
     }
 }
 
-fn interval(life: Duration) -> sqlx::postgres::types::PgInterval {
-    sqlx::postgres::types::PgInterval { months: 0, days: 0, microseconds: i64::try_from(life.as_micros()).unwrap_or(i64::MAX) }
+fn number(partition: usize) -> i16 {
+    i16::try_from(partition).unwrap_or(i16::MAX)
 }

@@ -9,24 +9,30 @@ mod cleanup;
 mod connection;
 mod error;
 mod insert;
+mod journal;
 mod lease;
 mod migrations;
+mod relays;
 mod settle;
 mod stats;
 mod wake;
 
 pub use admin::{FailedEvent, Selection};
-pub use claim::{Claim, ClaimRequest, OpenBatch, OutboxEvent, SeqRange};
+pub use claim::{Claim, ClaimRequest, OutboxEvent};
 pub use connection::connect;
 pub use error::OutboxError;
+pub use journal::{JournalBatch, OpenBatch, Requeued};
+pub use lease::{Lease, Partitions};
 pub use migrations::{LATEST_VERSION, Migrated};
+pub use relays::{Heartbeat, Members, RelayRow};
 pub use settle::{Refusal, Settlement};
 pub use stats::OutboxStats;
+pub(crate) use wake::RELAYS_CHANGED;
 
 use sqlx::AssertSqlSafe;
 
 /// Number of partitions that aggregates are spread over; `outbox_lease` has a row for each.
-pub const PARTITIONS: i64 = 64;
+pub const PARTITIONS: usize = 64;
 
 /// Data access to the outbox of one schema. Cheap to clone; holds no connection.
 #[derive(Debug, Clone)]
@@ -53,4 +59,9 @@ impl OutboxRepository {
         let schema = self.schema.clone();
         move |source| OutboxError::from_sqlx(doing, &schema, source)
     }
+}
+
+/// As statements take durations.
+fn millis(duration: std::time::Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }

@@ -3,7 +3,7 @@ use std::time::Duration;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::{OutboxError, OutboxRepository};
+use super::{OutboxError, OutboxRepository, millis};
 
 /// How one batch ended.
 #[derive(Debug, Clone)]
@@ -11,6 +11,8 @@ pub struct Settlement {
     pub batch_id: Uuid,
     /// How many of its events, from the first, are in the stream. The others are released.
     pub appended: i32,
+    /// Id of its last entry, where it is known.
+    pub last_entry: Option<String>,
     /// Those of the released that were refused.
     pub refusals: Vec<Refusal>,
 }
@@ -31,8 +33,8 @@ pub struct Refusal {
 /// back vacuum; it goes by `batch_id`.
 const SETTLE: &str = "
 WITH settled AS (
-    UPDATE {s}.outbox_batch b SET settled_at = clock_timestamp(), appended = o.appended
-    FROM unnest($1::uuid[], $2::int[]) AS o(batch_id, appended)
+    UPDATE {s}.outbox_batch b SET settled_at = clock_timestamp(), appended = o.appended, last_entry = o.last_entry
+    FROM unnest($1::uuid[], $2::int[], $7::text[]) AS o(batch_id, appended, last_entry)
     WHERE b.batch_id = o.batch_id AND COALESCE(b.settled_at, 'infinity') = 'infinity'
     RETURNING b.batch_id, b.event_ids[1:o.appended] AS sent
 ), published AS (
@@ -66,12 +68,9 @@ impl OutboxRepository {
             .bind(refusals().map(|(_, r)| r.event_id).collect::<Vec<_>>())
             .bind(refusals().map(|(_, r)| r.error.replace('\0', "\u{fffd}")).collect::<Vec<_>>())
             .bind(refusals().map(|(_, r)| r.retry_after.map(millis)).collect::<Vec<_>>())
+            .bind(settlements.iter().map(|s| s.last_entry.as_deref()).collect::<Vec<_>>())
             .fetch_one(connection)
             .await
             .map_err(self.error("settling batches"))
     }
-}
-
-fn millis(duration: Duration) -> i64 {
-    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }

@@ -5,6 +5,9 @@ use super::{OutboxError, OutboxRepository};
 /// First key of the sleep lock, as in the trigger function `outbox_wake_relay`.
 const SLEEP_LOCK: i32 = 1_129_139_027;
 
+/// What is sent on the channel when the list of relays or their shares changed. Producers send nothing but the notification.
+pub(crate) const RELAYS_CHANGED: &str = "relays";
+
 impl OutboxRepository {
     /// Number that stands for this outbox in lock keys and in the channel's name.
     async fn table_oid(&self, connection: &mut PgConnection) -> Result<i64, OutboxError> {
@@ -51,14 +54,27 @@ impl OutboxRepository {
         Ok(())
     }
 
+    /// Lets the other relays look who is there, after one came or left or gave partitions back.
+    ///
+    /// # Errors
+    /// PostgreSQL cannot be asked.
+    pub async fn tell_relays(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
+        self.send(connection, RELAYS_CHANGED).await
+    }
+
     /// Wakes a sleeping relay, for changes that the insert trigger does not see, such as a retry by hand.
     ///
     /// # Errors
     /// PostgreSQL cannot be asked.
     pub async fn notify(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
+        self.send(connection, "").await
+    }
+
+    async fn send(&self, connection: &mut PgConnection, message: &str) -> Result<(), OutboxError> {
         let channel = self.wake_channel(connection).await?;
-        sqlx::query("SELECT pg_notify($1, '')")
+        sqlx::query("SELECT pg_notify($1, $2)")
             .bind(channel)
+            .bind(message)
             .execute(connection)
             .await
             .map_err(self.error("waking the relay"))?;

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use uuid::Uuid;
+
 use super::pipeline::Batch;
 use super::retry::{self, Backoff};
 use super::status::Reporter;
@@ -14,27 +16,37 @@ pub enum Ended {
     Known {
         batch: Batch,
         appended: usize,
+        last_entry: Option<String>,
         refusals: Vec<Refusal>,
     },
+    /// Redis has lost a batch that went before this one.
+    Lost(StreamsError),
     /// The marker says aborted: another relay has taken over and will send these events.
     TakenOver,
 }
 
-/// Appends one batch. During an outage it keeps trying the same batch; no attempt is counted.
-pub async fn append(streams: Streams, settings: Arc<Settings>, reporter: Reporter, batch: Batch) -> Ended {
+/// Appends one batch behind its predecessors. During an outage it keeps trying the same batch; no attempt is counted.
+pub async fn append(
+    streams: Streams,
+    settings: Arc<Settings>,
+    reporter: Reporter,
+    batch: Batch,
+    predecessors: Vec<Uuid>,
+) -> Ended {
     // What cannot be sent ends the batch there, so that what the marker counts stays a prefix.
     let sendable = batch.events.iter().take_while(|e| e.payload.is_some()).count();
     let outcome = if sendable == 0 {
-        Ok(Appended { marker: Marker::Appended(0), refusal: None })
+        Ok(Appended { marker: Marker::Appended(0), last_entry: None, refusal: None })
     } else {
-        until_known(&streams, &settings, &reporter, &batch, sendable).await
+        until_known(&streams, &settings, &reporter, &batch, &predecessors, sendable).await
     };
     let appended = match outcome {
         Ok(appended) => appended,
+        Err(lost @ StreamsError::Lost { .. }) => return Ended::Lost(lost),
         Err(refused) => {
             let error = refused.to_string();
             let refusals = refusals(&batch.events, |_| error.clone(), &settings);
-            return Ended::Known { batch, appended: 0, refusals };
+            return Ended::Known { batch, appended: 0, last_entry: None, refusals };
         }
     };
     let Marker::Appended(count) = appended.marker else { return Ended::TakenOver };
@@ -49,7 +61,7 @@ pub async fn append(streams: Streams, settings: Arc<Settings>, reporter: Reporte
         }
         None => Vec::new(),
     };
-    Ended::Known { batch, appended: count, refusals: refused }
+    Ended::Known { batch, appended: count, last_entry: appended.last_entry, refusals: refused }
 }
 
 /// Repeats the append until Redis says what became of the batch. An error means that the call itself was refused, and that
@@ -59,23 +71,28 @@ async fn until_known(
     settings: &Settings,
     reporter: &Reporter,
     batch: &Batch,
+    predecessors: &[Uuid],
     sendable: usize,
 ) -> Result<Appended, StreamsError> {
     let life = settings.outbox.processor.marker_life;
     let mut backoff = Backoff::default();
     let mut unknown = false;
     loop {
-        let outage = match streams.append(&batch.stream, batch.id, &batch.events[..sendable], life).await {
+        let outage = match streams.append(&batch.stream, batch.id, predecessors, &batch.events[..sendable], life).await {
             Ok(appended) => {
                 reporter.able();
                 return Ok(appended);
             }
             Err(outage) if outage.is_outage() => outage,
+            // The script looks for the batch's own marker first, so an earlier call has written nothing either.
+            Err(lost @ StreamsError::Lost { .. }) => return Err(lost),
             Err(refused) if !unknown => return Err(refused),
             // An earlier call may have been carried out before this one was refused: only the marker knows.
             Err(_) => match streams.resolve(&batch.stream, batch.id, life).await {
-                Ok(Marker::Aborted) => return Ok(Appended { marker: Marker::Appended(0), refusal: None }),
-                Ok(marker) => return Ok(Appended { marker, refusal: None }),
+                Ok(Marker::Aborted) => {
+                    return Ok(Appended { marker: Marker::Appended(0), last_entry: None, refusal: None });
+                }
+                Ok(marker) => return Ok(Appended { marker, last_entry: None, refusal: None }),
                 Err(error) => error,
             },
         };

@@ -1,5 +1,6 @@
 //! Removes what was published long ago.
 
+use std::convert::Infallible;
 use std::time::Duration;
 
 use sqlx::PgConnection;
@@ -40,7 +41,7 @@ pub async fn run_once(
 }
 
 /// Cleans up now and then every interval. A failure is logged and tried again at the next interval: it must not stop the relay.
-pub(super) async fn run(outbox: &OutboxRepository, settings: &Settings, url: &str) {
+pub(super) async fn run(outbox: &OutboxRepository, settings: &Settings, url: &str) -> Infallible {
     let cleanup = &settings.outbox.cleanup;
     if !cleanup.enabled {
         return std::future::pending().await;

@@ -1,6 +1,5 @@
 //! The loop of an active relay: claim, append and settle of different batches overlap, and one task decides what starts.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,13 +11,15 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::append::{self, Ended};
-use super::cursor::{self, Cursor};
+use super::chain::Chains;
+use super::cursor::Cursor;
 use super::pipeline::{Batch, Limits, Pipeline, batches_of};
+use super::repair::Predecessors;
 use super::session::{SessionError, bounded};
 use super::sleep::SleepLock;
 use super::status::Reporter;
-use crate::config::Settings;
-use crate::outbox::{Claim, ClaimRequest, OutboxError, OutboxRepository, Refusal, SeqRange};
+use crate::config::{AfterFailure, Settings};
+use crate::outbox::{Claim, ClaimRequest, Lease, OutboxError, OutboxRepository, Refusal};
 use crate::streams::{Streams, StreamsError};
 
 /// A claim takes this many batches at most, so that small batches do not mean a commit for each.
@@ -31,8 +32,8 @@ const CLAIMS_IN_FLIGHT: i64 = 3;
 const AWAKE_AFTER: Duration = Duration::from_millis(20);
 /// The sweep takes one part in so many of the time at most, however long it is.
 const SWEEP_SHARE: u32 = 20;
-/// How often open writers are asked for while there are holes.
-const WRITERS_EVERY: Duration = Duration::from_millis(100);
+/// How often Redis is asked for the last batches while nothing is appended: a failover is noticed without waiting for an event.
+const PULSE_EVERY: Duration = Duration::from_secs(1);
 /// Markers whose life waits to be shortened; more are left to expire by themselves.
 const MAX_MARKERS: usize = 10_000;
 
@@ -42,8 +43,14 @@ pub(super) struct Parts {
     pub streams: Streams,
     pub settings: Arc<Settings>,
     pub reporter: Reporter,
-    pub relay_id: Uuid,
-    pub epoch: i64,
+    pub lease: Lease,
+    pub predecessors: Predecessors,
+    /// How long after it was appended a batch is looked for.
+    pub window: Duration,
+}
+
+/// Sessions that outlive an engine.
+pub(super) struct Connections {
     pub claims: PgConnection,
     pub settles: PgConnection,
     pub sleep: SleepLock,
@@ -52,40 +59,36 @@ pub(super) struct Parts {
 /// At most one of a kind under way.
 type Slot<T> = Option<BoxFuture<'static, T>>;
 
-/// The connection back, the open writers if they were asked for, and what was found.
-type Claimed = (PgConnection, Option<HashSet<String>>, Claim);
-
 pub(super) struct Engine {
     outbox: OutboxRepository,
     streams: Streams,
     settings: Arc<Settings>,
     reporter: Reporter,
-    relay_id: Uuid,
-    epoch: i64,
+    lease: Lease,
     sleep: SleepLock,
     pipeline: Pipeline,
     cursor: Cursor,
-    /// Highest `seq` claimed in this session: below it, events may be in flight.
-    highest: i64,
+    chains: Chains,
     /// Something may be waiting in the table.
     dirty: bool,
     busy_since: Option<Instant>,
     next_sweep: Instant,
     sweep_again: bool,
-    next_writers: Instant,
+    next_pulse: Instant,
     claim_started: Instant,
     sweeping: bool,
     claims: Option<PgConnection>,
     settles: Option<PgConnection>,
-    claim: Slot<Result<Claimed, OutboxError>>,
+    claim: Slot<Result<(PgConnection, Claim), OutboxError>>,
     appends: FuturesUnordered<BoxFuture<'static, Ended>>,
     settle: Slot<Result<PgConnection, SessionError>>,
     expire: Slot<Result<(), StreamsError>>,
+    pulse: Slot<Result<(), StreamsError>>,
     markers: Vec<(String, Uuid)>,
 }
 
 impl Engine {
-    pub fn new(parts: Parts) -> Self {
+    pub fn new(parts: Parts, connections: Connections) -> Self {
         let now = Instant::now();
         let processor = &parts.settings.outbox.processor;
         let limits = Limits {
@@ -95,53 +98,56 @@ impl Engine {
         Self {
             pipeline: Pipeline::new(limits),
             cursor: Cursor::default(),
-            highest: 0,
+            chains: Chains::new(parts.predecessors, parts.window, now),
             dirty: true,
             busy_since: None,
             next_sweep: now,
             sweep_again: false,
-            next_writers: now,
+            next_pulse: now + PULSE_EVERY,
             claim_started: now,
             sweeping: false,
-            claims: Some(parts.claims),
-            settles: Some(parts.settles),
+            claims: Some(connections.claims),
+            settles: Some(connections.settles),
             claim: None,
             appends: FuturesUnordered::new(),
             settle: None,
             expire: None,
+            pulse: None,
             markers: Vec::new(),
             outbox: parts.outbox,
             streams: parts.streams,
             settings: parts.settings,
             reporter: parts.reporter,
-            relay_id: parts.relay_id,
-            epoch: parts.epoch,
-            sleep: parts.sleep,
+            lease: parts.lease,
+            sleep: connections.sleep,
         }
     }
 
     /// Runs until `stop` is done and everything in flight is settled, or until something fails. A failure leaves batches
     /// open; the next session finds out what became of them.
-    pub async fn run(&mut self, wake: &Notify, stop: impl Future<Output = ()>) -> Result<(), SessionError> {
+    pub async fn run(mut self, wake: &Notify, stop: impl Future<Output = ()>) -> Result<Connections, SessionError> {
         let mut stop = std::pin::pin!(stop.fuse());
         let mut stopping = false;
         loop {
             self.start(stopping);
             if stopping && self.pipeline.is_empty() && self.expire.is_none() {
-                return Ok(());
+                let (claims, settles) = self.claims.zip(self.settles).ok_or(SessionError::LeaseLost)?;
+                return Ok(Connections { claims, settles, sleep: self.sleep });
             }
             tokio::select! {
                 () = &mut stop, if !stopping => stopping = true,
-                claimed = finish(&mut self.claim) => self.on_claimed(claimed?),
+                claimed = finish(&mut self.claim) => self.on_claimed(claimed?)?,
                 Some(ended) = self.appends.next() => self.on_appended(ended)?,
                 settled = finish(&mut self.settle) => self.on_settled(settled?),
                 expired = finish(&mut self.expire) => self.on_expired(expired),
+                alive = finish(&mut self.pulse) => self.on_pulse(alive)?,
                 done = self.sleep.progress() => {
                     done?;
                     self.dirty = true;
                 }
                 () = wake.notified() => self.dirty = true,
                 () = tokio::time::sleep_until(self.next_sweep), if !self.dirty => self.dirty = true,
+                () = tokio::time::sleep_until(self.next_pulse), if self.is_quiet() => self.start_pulse(),
             }
         }
     }
@@ -156,7 +162,9 @@ impl Engine {
             self.start_claim(connection);
         }
         while let Some(batch) = self.pipeline.next_append() {
-            self.appends.push(append::append(self.streams.clone(), self.settings.clone(), self.reporter.clone(), batch).boxed());
+            let behind = self.chains.behind(&batch.stream, Instant::now());
+            let (streams, settings, reporter) = (self.streams.clone(), self.settings.clone(), self.reporter.clone());
+            self.appends.push(append::append(streams, settings, reporter, batch, behind).boxed());
         }
         if self.settles.is_some()
             && let Some(settlements) = self.pipeline.take_settlements()
@@ -186,56 +194,52 @@ impl Engine {
         self.claim_started = Instant::now();
         self.sweeping = self.claim_started >= self.next_sweep;
         self.sweep_again &= !self.sweeping;
-        let ask_writers = self.cursor.has_holes() && self.claim_started >= self.next_writers;
-        if ask_writers {
-            self.next_writers = self.claim_started + WRITERS_EVERY;
+        if self.sweeping {
+            self.cursor.rewind();
         }
         let request = self.request();
         let (outbox, limit) = (self.outbox.clone(), self.settings.database.timeout);
         let claim = async move {
-            // Before the claim: what these transactions committed meanwhile, the claim sees.
-            let writers = if ask_writers {
-                Some(bounded("asking for open writers", limit, outbox.open_writers(&mut connection)).await?)
-            } else {
-                None
-            };
             let found = bounded("claiming events", limit, outbox.claim(&mut connection, &request)).await?;
-            Ok((connection, writers.map(|w| w.into_iter().collect()), found))
+            Ok((connection, found))
         };
         self.claim = Some(claim.boxed());
     }
 
     fn request(&self) -> ClaimRequest {
         let processor = &self.settings.outbox.processor;
-        let everything = || vec![SeqRange { after: 0, to: i64::MAX }];
-        let ranges = if self.sweeping { everything() } else { self.cursor.ranges() };
-        let looks_back = ranges.first().is_some_and(|r| r.after < self.highest);
-        ClaimRequest {
-            relay_id: self.relay_id,
-            epoch: self.epoch,
-            open: if looks_back { self.pipeline.open_batches() } else { Vec::new() },
-            ranges,
+        let mut request = ClaimRequest {
+            lease: self.lease,
+            after: 0,
+            snapshot: None,
+            skipped: Vec::new(),
+            open: self.pipeline.open_batches(),
+            looks_back: false,
+            hold: processor.after_failure == AfterFailure::Hold,
             max_events: per_claim(processor.batch_size),
             max_bytes: half(processor.max_in_flight_bytes),
             batch_size: i64::from(processor.batch_size),
             max_payload_bytes: i64::try_from(self.settings.publishing.max_payload_bytes).unwrap_or(i64::MAX),
             stream_prefix: self.settings.redis.stream_prefix.clone(),
-        }
+        };
+        self.cursor.aim(&mut request);
+        request
     }
 
-    fn on_claimed(&mut self, (connection, writers, claim): Claimed) {
+    fn on_claimed(&mut self, (connection, claim): (PgConnection, Claim)) -> Result<(), SessionError> {
         self.claims = Some(connection);
+        if !claim.held {
+            return Err(SessionError::LeaseLost);
+        }
         let now = Instant::now();
-        let found = cursor::seen(&claim);
         if self.sweeping {
             let pause = self.settings.outbox.processor.poll_interval.max((now - self.claim_started) * SWEEP_SHARE);
-            let found_something_old = found.first().is_some_and(|seq| self.cursor.has_passed(*seq));
-            self.next_sweep = if found_something_old || self.sweep_again { now } else { now + pause };
+            self.next_sweep = if self.sweep_again { now } else { now + pause };
         }
-        self.cursor.observe(&found, writers.as_ref());
-        self.highest = self.highest.max(found.last().copied().unwrap_or(0));
-        self.decide_sleep(!claim.events.is_empty() || !claim.waiting.is_empty(), now);
+        self.decide_sleep(!claim.events.is_empty() || claim.waiting > 0, now);
+        self.cursor.advance(&claim);
         self.pipeline.claimed(batches_of(claim.events));
+        Ok(())
     }
 
     /// Found something: look again at once. Found nothing: ask for the sleep lock, and look again when it is granted.
@@ -254,13 +258,40 @@ impl Engine {
 
     fn on_appended(&mut self, ended: Ended) -> Result<(), SessionError> {
         match ended {
-            Ended::Known { batch, appended, refusals } => {
+            Ended::Known { batch, appended, last_entry, refusals } => {
                 refusals.iter().for_each(|refusal| log_refusal(&batch, refusal));
-                self.pipeline.appended(batch, appended, refusals);
+                if appended > 0 {
+                    self.chains.appended(&batch.stream, batch.id, Instant::now());
+                }
+                self.pipeline.appended(batch, appended, last_entry, refusals);
                 Ok(())
             }
+            Ended::Lost(error) => Err(SessionError::Lost(error)),
             Ended::TakenOver => Err(SessionError::LeaseLost),
         }
+    }
+
+    /// Nothing is being asked of Redis.
+    fn is_quiet(&self) -> bool {
+        self.pulse.is_none() && self.appends.is_empty()
+    }
+
+    fn start_pulse(&mut self) {
+        let now = Instant::now();
+        self.next_pulse = now + PULSE_EVERY;
+        let (streams, chains) = (self.streams.clone(), self.chains.all(now));
+        self.pulse = Some(async move { streams.check(&chains).await }.boxed());
+    }
+
+    fn on_pulse(&mut self, alive: Result<(), StreamsError>) -> Result<(), SessionError> {
+        match alive {
+            // Whether Redis takes what is being appended, that append will tell.
+            Ok(()) if self.appends.is_empty() => self.reporter.able(),
+            Ok(()) => {}
+            Err(lost @ StreamsError::Lost { .. }) => return Err(SessionError::Lost(lost)),
+            Err(error) => self.reporter.unable(&error),
+        }
+        Ok(())
     }
 
     fn on_settled(&mut self, connection: PgConnection) {

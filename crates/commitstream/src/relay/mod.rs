@@ -1,21 +1,42 @@
 //! The relay: claims committed events from the outbox, appends them to Redis Streams, and settles.
 //!
 //! ```text
-//!            lease taken         open batches resolved            stop
-//!  Connecting ─────► Recovering ─────────────────────► Active ─────────► Stopped
-//!      │  ▲                                             │  ▲
-//!      │  │ session lost: back off, start again         │  │ Redis answers again
-//!      ▼  │                                             ▼  │
-//!   Standby (another relay holds the lease)            Unable (keeps its batches and keeps trying)
+//!             partitions taken            open batches resolved,
+//!                                         lost ones unsent again            stop
+//!  Connecting ──────────────► Recovering ────────────────────────► Active ───────► Stopped
+//!      │  ▲  │                    ▲                                  │ │ ▲
+//!      │  │  │ none is free       └── partitions come or go ─────────┘ │ │ Redis answers again
+//!      │  │  ▼                                                         ▼ │
+//!      │  │ Standby                             Unable (keeps its batches and keeps trying)
+//!      ▼  │ session lost: back off, start again
+//!     Unable
 //! ```
+//!
+//! | file | what | I/O |
+//! |---|---|---|
+//! | `assignment` | which partitions to give and to take | none |
+//! | `chain` | what must stand in a stream before the next batch | none |
+//! | `cursor` | where the next claim has to look | none |
+//! | `pipeline` | what is between claim and settle, and what may start next | none |
+//! | `retry` | when to try again | none (dice) |
+//! | `append` | one batch: append it and find out what came of it | Redis |
+//! | `engine` | the loop that starts and ends claims, appends and settles | both |
+//! | `membership` | heartbeat, giving and taking partitions | PostgreSQL |
+//! | `repair` | open batches of earlier owners, and what a failover of Redis lost | both |
+//! | `session` | connect, join, recover, run the engine | both |
+//! | `sleep` | the sleep lock: how an idle relay is woken | PostgreSQL |
 //!
 //! The protocol and why it is safe: ARCHITECTURE.md.
 
 mod append;
+mod assignment;
+mod chain;
 pub mod cleanup;
 mod cursor;
 mod engine;
+mod membership;
 mod pipeline;
+mod repair;
 mod retry;
 mod session;
 mod sleep;
@@ -79,12 +100,10 @@ impl OutboxProcessor {
     /// every outage; what it is doing is in [`RelayHandle::status`].
     #[must_use]
     pub fn start(&self) -> RelayHandle {
-        let relay_id = Uuid::now_v7();
-        let reporter = Reporter::new(relay_id);
+        let reporter = Reporter::new(Uuid::now_v7());
         let (stop, stopped) = watch::channel(false);
         let wake = Arc::new(Notify::new());
         let relay = Relay {
-            relay_id,
             settings: Arc::new(self.settings.clone()),
             url: self.url.clone(),
             outbox: self.outbox.clone(),

@@ -151,8 +151,8 @@ impl Pipeline {
         Some(batch)
     }
 
-    /// Ends the append of a batch.
-    pub fn appended(&mut self, batch: Batch, appended: usize, refusals: Vec<Refusal>) {
+    /// Ends the append of a batch. `last_entry` is the id of what was appended last, where that is known.
+    pub fn appended(&mut self, batch: Batch, appended: usize, last_entry: Option<String>, refusals: Vec<Refusal>) {
         let short = appended < batch.events.len();
         // A refused event is not due before long; there is nothing to go back to for it.
         let is_refused = |e: &OutboxEvent| refusals.iter().any(|r| r.event_id == e.id);
@@ -165,7 +165,7 @@ impl Pipeline {
             released.into_iter().for_each(|seq| self.note_release(seq));
             queue.into_iter().for_each(|later| self.release(later));
         }
-        self.end(batch, appended, refusals);
+        self.end(batch, appended, last_entry, refusals);
     }
 
     /// What to settle next: all that has ended, in one transaction.
@@ -204,15 +204,16 @@ impl Pipeline {
         if let Some(first) = batch.events.first() {
             self.note_release(first.seq);
         }
-        self.end(batch, 0, Vec::new());
+        self.end(batch, 0, None, Vec::new());
     }
 
     fn note_release(&mut self, seq: i64) {
         self.rewind = Some(self.rewind.map_or(seq, |lowest| lowest.min(seq)));
     }
 
-    fn end(&mut self, batch: Batch, appended: usize, refusals: Vec<Refusal>) {
-        let settlement = Settlement { batch_id: batch.id, appended: i32::try_from(appended).unwrap_or(i32::MAX), refusals };
+    fn end(&mut self, batch: Batch, appended: usize, last_entry: Option<String>, refusals: Vec<Refusal>) {
+        let appended = i32::try_from(appended).unwrap_or(i32::MAX);
+        let settlement = Settlement { batch_id: batch.id, appended, last_entry, refusals };
         self.outcomes.push(Outcome {
             events: batch.events.len(),
             was_waiting: batch.events.iter().any(|e| e.was_waiting),

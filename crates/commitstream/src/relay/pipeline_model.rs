@@ -137,7 +137,7 @@ fn run(mut rng: StdRng) {
                     world.stream.extend(batch.events[..sent].iter().map(|e| e.seq));
                     let refused = short.filter(|_| rng.random_bool(0.8)).map(|at| batch.events[at].id);
                     let refusals = refused.map(|event_id| Refusal { event_id, error: "no".into(), retry_after: None });
-                    pipeline.appended(batch, sent, refusals.into_iter().collect());
+                    pipeline.appended(batch, sent, None, refusals.into_iter().collect());
                 }
                 None => {}
             },

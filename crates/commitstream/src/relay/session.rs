@@ -1,4 +1,4 @@
-//! One session of a relay: connect, wait for the lease, resolve what was left open, then run until something fails.
+//! One session of a relay: connect, join the others, and work on the partitions that are its own until something fails.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,32 +8,35 @@ use sqlx::PgConnection;
 use sqlx::postgres::{PgListener, PgPoolOptions};
 use thiserror::Error;
 use tokio::sync::Notify;
-use uuid::Uuid;
 
 use super::cleanup;
-use super::engine::{Engine, Parts};
+use super::engine::{Connections, Engine, Parts};
+use super::membership::Membership;
 use super::retry::Backoff;
 use super::sleep::{self, SleepLock};
 use super::status::{RelayState, Reporter};
 use crate::config::Settings;
-use crate::outbox::{self, OpenBatch, OutboxError, OutboxRepository, Settlement};
-use crate::streams::Streams;
+use crate::outbox::{self, Lease, OutboxError, OutboxRepository};
+use crate::streams::{Streams, StreamsError};
 
-/// How often a relay that stands by looks whether the lease is free, at least.
-const STANDBY_LOOK: Duration = Duration::from_millis(500);
+/// The owner of this partition cleans up for all.
+const CLEANS_UP: usize = 0;
 
 /// Why a session ended before it was told to.
 #[derive(Debug, Error)]
 pub(super) enum SessionError {
     #[error(transparent)]
     Outbox(#[from] OutboxError),
-    #[error("another relay has taken the lease over, or the batch journal was changed by hand")]
+    #[error(transparent)]
+    Lost(StreamsError),
+    #[error("another relay has taken partitions over, or the batch journal was changed by hand")]
     LeaseLost,
+    #[error("this relay cannot use Redis and another one can: its partitions are for the others")]
+    SteppedDown,
 }
 
 /// What every session of one relay shares.
 pub(super) struct Relay {
-    pub relay_id: Uuid,
     pub settings: Arc<Settings>,
     pub url: String,
     pub outbox: OutboxRepository,
@@ -49,133 +52,125 @@ impl Relay {
     /// Runs one session. `Ok` means that it was told to stop, and has settled what it could.
     pub async fn session(&self) -> Result<(), SessionError> {
         self.reporter.connecting();
-        let connect = async {
-            let mut lease = self.connect("commitstream relay: lease").await?;
-            bounded("looking for the outbox tables", self.timeout(), self.outbox.check_migrated(&mut lease)).await?;
-            Ok::<_, OutboxError>(lease)
+        let news = Arc::new(Notify::new());
+        let enter = async {
+            let mut connection = self.connect("commitstream relay: heartbeat").await?;
+            bounded("looking for the outbox tables", self.timeout(), self.outbox.check_migrated(&mut connection)).await?;
+            self.has_tables.store(true, Ordering::Relaxed);
+            let listener = self.listener(&mut connection).await?;
+            Ok::<_, OutboxError>((connection, listener))
         };
-        let mut lease = tokio::select! {
-            connected = connect => connected?,
+        let (connection, listener) = tokio::select! {
+            entered = enter => entered?,
             () = self.stopped() => return Ok(()),
         };
-        self.has_tables.store(true, Ordering::Relaxed);
-        let Some(epoch) = self.wait_for_lease(&mut lease).await? else { return Ok(()) };
-        let ended = self.own(&mut lease, epoch).await;
+        let (outbox, settings) = (self.outbox.clone(), self.settings.clone());
+        let mut membership = Membership::new(outbox, settings, self.reporter.clone(), connection, news.clone());
+        let ended = tokio::select! {
+            ended = self.take_part(&mut membership) => ended,
+            error = sleep::listen(listener, &self.wake, &news) => Err(error.into()),
+            () = self.deadline() => {
+                tracing::warn!("stopped before everything in flight was settled: the next owners resolve the open batches");
+                Ok(())
+            }
+        };
         if ended.is_ok() {
-            bounded("releasing the lease", self.timeout(), self.outbox.release_leases(&mut lease, self.relay_id)).await?;
+            membership.leave().await?;
         }
         ended
     }
 
-    /// Waits until the lease is this relay's, and returns its epoch; `None` when it was told to stop instead.
-    async fn wait_for_lease(&self, lease: &mut PgConnection) -> Result<Option<i64>, SessionError> {
-        let life = self.settings.outbox.processor.lease_duration;
-        loop {
-            let taken = bounded("taking the lease", self.timeout(), self.outbox.take_leases(lease, self.relay_id, life)).await?;
-            if taken.is_some() {
-                return Ok(taken);
-            }
-            self.reporter.state(RelayState::Standby);
-            tokio::select! {
-                () = self.stopped() => return Ok(None),
-                () = tokio::time::sleep(STANDBY_LOOK.min(life / 4)) => {}
-            }
-        }
-    }
-
-    /// The part of the session in which the lease is held: its renewal, the listener and the clean-up run beside the engine.
-    async fn own(&self, lease: &mut PgConnection, epoch: i64) -> Result<(), SessionError> {
-        self.reporter.state(RelayState::Recovering);
-        let renew = self.renew(lease);
-        let work = async {
-            let mut claims = self.connect("commitstream relay: claims").await?;
-            let settles = self.connect("commitstream relay: settles").await?;
-            let mut sleep = self.connect("commitstream relay: sleep lock").await?;
-            let listener = self.listener(&mut sleep).await?;
-            if !self.recover(&mut claims).await? {
-                return Ok(());
-            }
-            self.reporter.state(RelayState::Active);
-            let mut engine = Engine::new(Parts {
-                outbox: self.outbox.clone(),
-                streams: self.streams.clone(),
-                settings: self.settings.clone(),
-                reporter: self.reporter.clone(),
-                relay_id: self.relay_id,
-                epoch,
-                claims,
-                settles,
-                sleep: SleepLock::new(self.outbox.clone(), sleep),
-            });
-            tokio::select! {
-                ended = engine.run(&self.wake, self.stopped()) => ended,
-                error = sleep::listen(listener, &self.wake) => Err(error.into()),
-                () = cleanup::run(&self.outbox, &self.settings, &self.url) => Ok(()),
-            }
-        };
-        let deadline = async {
-            self.stopped().await;
-            tokio::time::sleep(self.settings.outbox.processor.shutdown_timeout).await;
-        };
+    async fn take_part(&self, membership: &mut Membership) -> Result<(), SessionError> {
         tokio::select! {
-            ended = work => ended,
-            lost = renew => Err(lost),
-            () = deadline => {
-                tracing::warn!("stopped before everything in flight was settled: the next relay resolves the open batches");
-                Ok(())
-            }
+            ready = self.wait_for_redis(membership) => ready?,
+            () = self.stopped() => return Ok(()),
         }
-    }
-
-    /// Renews the lease for as long as it can.
-    async fn renew(&self, lease: &mut PgConnection) -> SessionError {
-        let life = self.settings.outbox.processor.lease_duration;
-        loop {
-            tokio::time::sleep(life / 3).await;
-            match bounded("renewing the lease", life, self.outbox.renew_leases(lease, self.relay_id, life)).await {
-                Ok(true) => {}
-                Ok(false) => return SessionError::LeaseLost,
-                Err(error) => return error.into(),
-            }
-        }
-    }
-
-    /// Recovery: every batch that is not settled was left open by an earlier owner, or by an earlier session of this relay
-    /// whose commit or append went unanswered. Its marker says what became of it; where there is none it is aborted, and can no
-    /// longer be appended by anybody. False when told to stop instead.
-    async fn recover(&self, connection: &mut PgConnection) -> Result<bool, SessionError> {
-        let open = bounded("reading open batches", self.timeout(), self.outbox.open_batches(connection)).await?;
-        if !open.is_empty() {
-            tracing::info!(batches = open.len(), "resolving open batches");
-        }
-        for batch in open {
-            tokio::select! {
-                () = self.stopped() => return Ok(false),
-                recovered = self.recover_batch(connection, &batch) => recovered?,
-            }
-        }
-        Ok(true)
-    }
-
-    async fn recover_batch(&self, connection: &mut PgConnection, batch: &OpenBatch) -> Result<(), SessionError> {
-        let life = self.settings.outbox.processor.marker_life;
-        let mut backoff = Backoff::default();
-        let marker = loop {
-            match self.streams.resolve(&batch.stream, batch.batch_id, life).await {
-                Ok(marker) => break marker,
-                Err(error) => {
-                    self.reporter.unable(&error);
-                    tokio::time::sleep(backoff.next()).await;
+        membership.join().await?;
+        let mut connections = None;
+        while !self.is_stopped() {
+            membership.rebalance().await?;
+            let lease = membership.lease();
+            if lease.partitions.is_empty() {
+                self.reporter.state(RelayState::Standby);
+                tokio::select! {
+                    () = membership.wait() => {}
+                    () = self.stopped() => {}
                 }
+                continue;
+            }
+            let change = Notify::new();
+            tokio::select! {
+                worked = self.work(lease, connections.take(), &change) => connections = worked?,
+                error = membership.keep(&change) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// A relay that cannot use Redis takes no partition: another one might.
+    async fn wait_for_redis(&self, membership: &mut Membership) -> Result<(), SessionError> {
+        let mut backoff = Backoff::default();
+        while let Err(error) = self.streams.ping().await {
+            self.reporter.unable(&error);
+            membership.announce().await?;
+            tokio::time::sleep(backoff.next()).await;
+        }
+        Ok(())
+    }
+
+    /// Resolves what earlier owners left, then runs the engine until it is told to stop or partitions come or go; then everything in
+    /// flight is settled. Returns the connections for the next time, unless it was told to stop before it came to need them.
+    async fn work(
+        &self,
+        lease: Lease,
+        connections: Option<Connections>,
+        change: &Notify,
+    ) -> Result<Option<Connections>, SessionError> {
+        self.reporter.state(RelayState::Recovering);
+        let mut connections = match connections {
+            Some(connections) => connections,
+            None => self.connections().await?,
+        };
+        let prepare = async {
+            self.recover(&mut connections.claims, lease.partitions).await?;
+            self.look_up(&mut connections.claims, lease.partitions).await
+        };
+        let predecessors = tokio::select! {
+            prepared = prepare => prepared?,
+            () = self.stopped() => return Ok(None),
+        };
+        self.reporter.state(RelayState::Active);
+        let parts = Parts {
+            outbox: self.outbox.clone(),
+            streams: self.streams.clone(),
+            settings: self.settings.clone(),
+            reporter: self.reporter.clone(),
+            lease,
+            predecessors,
+            window: self.window(),
+        };
+        let until = async {
+            tokio::select! {
+                () = self.stopped() => {}
+                () = change.notified() => {}
             }
         };
-        let events = usize::try_from(batch.events).unwrap_or(0);
-        let appended = i32::try_from(marker.count(events)).unwrap_or(i32::MAX);
-        let settlement = Settlement { batch_id: batch.batch_id, appended, refusals: Vec::new() };
-        tracing::info!(batch = %batch.batch_id, stream = batch.stream, events, appended, "open batch resolved");
-        bounded("settling a recovered batch", self.timeout(), self.outbox.settle(connection, &[settlement])).await?;
-        self.reporter.count(u64::try_from(appended).unwrap_or(0), 0, 0);
-        Ok(())
+        let engine = Engine::new(parts, connections);
+        if !lease.partitions.contains(CLEANS_UP) {
+            return engine.run(&self.wake, until).await.map(Some);
+        }
+        tokio::select! {
+            ended = engine.run(&self.wake, until) => ended.map(Some),
+            never = cleanup::run(&self.outbox, &self.settings, &self.url) => match never {},
+        }
+    }
+
+    async fn connections(&self) -> Result<Connections, OutboxError> {
+        Ok(Connections {
+            claims: self.connect("commitstream relay: claims").await?,
+            settles: self.connect("commitstream relay: settles").await?,
+            sleep: SleepLock::new(self.outbox.clone(), self.connect("commitstream relay: sleep lock").await?),
+        })
     }
 
     async fn listener(&self, connection: &mut PgConnection) -> Result<PgListener, OutboxError> {
@@ -202,7 +197,17 @@ impl Relay {
         drop(stop.wait_for(|stop| *stop).await);
     }
 
-    fn timeout(&self) -> Duration {
+    fn is_stopped(&self) -> bool {
+        *self.stop.borrow() || self.stop.has_changed().is_err()
+    }
+
+    /// Waits until a stop has taken too long.
+    async fn deadline(&self) {
+        self.stopped().await;
+        tokio::time::sleep(self.settings.outbox.processor.shutdown_timeout).await;
+    }
+
+    pub fn timeout(&self) -> Duration {
         self.settings.database.timeout
     }
 }

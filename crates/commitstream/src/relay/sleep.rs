@@ -9,6 +9,9 @@
 //!
 //! From *Asking* on, every producer's commit notifies. When the lock is granted, no producer that did not notify is between
 //! insert and commit; so one look after that misses nobody.
+//!
+//! With several relays one holds the lock and the others wait for it, asleep as well: as long as one holds it, producers notify.
+//! Whoever is granted it tells the others, because a look at that moment is what they need, too.
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -16,7 +19,7 @@ use sqlx::PgConnection;
 use sqlx::postgres::PgListener;
 use tokio::sync::Notify;
 
-use crate::outbox::{OutboxError, OutboxRepository};
+use crate::outbox::{OutboxError, OutboxRepository, RELAYS_CHANGED};
 
 type Step = BoxFuture<'static, Result<PgConnection, OutboxError>>;
 
@@ -44,7 +47,12 @@ impl SleepLock {
         self.state = match std::mem::replace(&mut self.state, State::Lost) {
             State::Awake(mut connection) => {
                 let outbox = self.outbox.clone();
-                State::Asking(async move { outbox.lock_sleep(&mut connection).await.map(|()| connection) }.boxed())
+                let asked = async move {
+                    outbox.lock_sleep(&mut connection).await?;
+                    outbox.notify(&mut connection).await?;
+                    Ok(connection)
+                };
+                State::Asking(asked.boxed())
             }
             other => other,
         };
@@ -81,11 +89,17 @@ impl SleepLock {
     }
 }
 
-/// Passes notifications on for as long as the session lives. A reconnect may have missed some, so it wakes too.
-pub(super) async fn listen(mut listener: PgListener, wake: &Notify) -> OutboxError {
+/// Passes notifications on for as long as the session lives: to the engine, and what concerns the list of relays to the membership. A
+/// reconnect may have missed some, so it wakes both.
+pub(super) async fn listen(mut listener: PgListener, wake: &Notify, news: &Notify) -> OutboxError {
     loop {
         match listener.try_recv().await {
-            Ok(_) => wake.notify_one(),
+            Ok(Some(notification)) if notification.payload() == RELAYS_CHANGED => news.notify_one(),
+            Ok(Some(_)) => wake.notify_one(),
+            Ok(None) => {
+                wake.notify_one();
+                news.notify_one();
+            }
             Err(source) => return OutboxError::Unreachable { doing: "listening for new events", source },
         }
     }

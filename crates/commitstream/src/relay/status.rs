@@ -11,9 +11,9 @@ use uuid::Uuid;
 pub enum RelayState {
     /// Opening its sessions.
     Connecting,
-    /// Another relay holds the lease; this one takes over when that one is gone.
+    /// Has no partition now: others have them all, or have yet to give some.
     Standby,
-    /// Finding out what became of the batches that an earlier owner left open.
+    /// Has partitions, and finds out what became of the batches that an earlier owner left open.
     Recovering,
     /// Publishing, or asleep until there is something to publish.
     Active,
@@ -23,18 +23,37 @@ pub enum RelayState {
     Stopped,
 }
 
+impl RelayState {
+    /// One word, as `commitstream relays` shows it.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Connecting => "connecting",
+            Self::Standby => "standby",
+            Self::Recovering => "recovering",
+            Self::Active => "active",
+            Self::Unable { .. } => "unable",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
 /// The relay's state, and what it did since it was started.
 #[derive(Debug, Clone)]
 pub struct RelayStatus {
     /// Changes with every start.
     pub relay_id: Uuid,
     pub state: RelayState,
+    /// Of the 64 partitions, how many this relay works on.
+    pub partitions: u32,
     /// Events marked `PUBLISHED`.
     pub published: u64,
     /// Refused attempts.
     pub refused: u64,
     /// Events marked `FAILED`.
     pub failed: u64,
+    /// Events that Redis had acknowledged and lost, and that were made unsent again.
+    pub republished: u64,
 }
 
 /// Publishes the status, and logs each change of state once.
@@ -43,7 +62,15 @@ pub(super) struct Reporter(Arc<watch::Sender<RelayStatus>>);
 
 impl Reporter {
     pub fn new(relay_id: Uuid) -> Self {
-        let status = RelayStatus { relay_id, state: RelayState::Connecting, published: 0, refused: 0, failed: 0 };
+        let status = RelayStatus {
+            relay_id,
+            state: RelayState::Connecting,
+            partitions: 0,
+            published: 0,
+            refused: 0,
+            failed: 0,
+            republished: 0,
+        };
         Self(Arc::new(watch::Sender::new(status)))
     }
 
@@ -81,6 +108,25 @@ impl Reporter {
         self.state(RelayState::Unable { reason: chain(error) });
     }
 
+    pub fn status(&self) -> RelayStatus {
+        self.0.borrow().clone()
+    }
+
+    pub fn partitions(&self, partitions: u32) {
+        self.0.send_if_modified(|status| {
+            let changed = status.partitions != partitions;
+            if changed {
+                tracing::info!(relay = %status.relay_id, partitions, before = status.partitions, "share of the 64 partitions changed");
+            }
+            status.partitions = partitions;
+            changed
+        });
+    }
+
+    pub fn republished(&self, events: u64) {
+        self.0.send_modify(|status| status.republished += events);
+    }
+
     pub fn count(&self, published: u64, refused: u64, failed: u64) {
         self.0.send_modify(|status| {
             status.published += published;
@@ -94,8 +140,8 @@ fn log(relay: &Uuid, state: &RelayState) {
     match state {
         RelayState::Unable { reason } => tracing::warn!(%relay, reason, "relay cannot work, and keeps trying"),
         RelayState::Connecting => tracing::debug!(%relay, "relay connects"),
-        RelayState::Standby => tracing::info!(%relay, "relay stands by: another one holds the lease"),
-        RelayState::Recovering => tracing::info!(%relay, "relay holds the lease and resolves open batches"),
+        RelayState::Standby => tracing::info!(%relay, "relay stands by: it has no partition"),
+        RelayState::Recovering => tracing::info!(%relay, "relay has partitions and resolves open batches"),
         RelayState::Active => tracing::info!(%relay, "relay is active"),
         RelayState::Stopped => tracing::info!(%relay, "relay has stopped"),
     }

@@ -11,6 +11,9 @@ use crate::outbox::OutboxEvent;
 
 /// Step 2 of the protocol, atomic: the marker and the entries are written together, and a second call changes nothing.
 ///
+/// KEYS[3] and on are the markers of the batches that went before it. Where one is missing, this server has lost a suffix of the
+/// stream: nothing is appended, since what was lost must come first.
+///
 /// The marker is written first, because whatever Redis may lack (memory, a disk, the permission) then fails before the first
 /// entry. `pcall` keeps the error's own code; `call` would wrap it on Redis 6.
 static APPEND: LazyLock<Script> = LazyLock::new(|| {
@@ -18,7 +21,13 @@ static APPEND: LazyLock<Script> = LazyLock::new(|| {
         r"
         local marker = redis.pcall('GET', KEYS[2])
         if type(marker) == 'table' and marker.err then return marker end
-        if marker then return {marker, ''} end
+        if marker then return {marker, '', ''} end
+        for i = 3, #KEYS do
+            local there = redis.pcall('EXISTS', KEYS[i])
+            if type(there) == 'table' then return there end
+            if there == 0 then return {'lost', KEYS[i], ''} end
+        end
+        local last = ''
         local count = tonumber(ARGV[2])
         local set = redis.pcall('SET', KEYS[2], count, 'PX', ARGV[1])
         if set.err then return set end
@@ -35,10 +44,11 @@ static APPEND: LazyLock<Script> = LazyLock::new(|| {
             end
             if type(reply) == 'table' and reply.err then
                 redis.call('SET', KEYS[2], i, 'PX', ARGV[1])
-                return {tostring(i), reply.err}
+                return {tostring(i), reply.err, last}
             end
+            last = reply
         end
-        return {ARGV[2], ''}
+        return {ARGV[2], '', last}
         ",
     )
 });
@@ -61,6 +71,8 @@ static RESOLVE: LazyLock<Script> = LazyLock::new(|| {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Appended {
     pub marker: Marker,
+    /// Id of the last entry, when this very call appended it.
+    pub last_entry: Option<String>,
     /// Why the event after the last appended was refused.
     pub refusal: Option<StreamRefusal>,
 }
@@ -104,31 +116,41 @@ impl Marker {
 }
 
 impl Streams {
-    /// Appends a batch to its stream, or learns from its marker what became of it. Calling it again is safe.
+    /// Appends a batch to its stream, or learns from its marker what became of it. Calling it again is safe. `predecessors` are batches
+    /// that this stream must hold already.
     ///
     /// # Errors
     /// An outage ([`StreamsError::is_outage`]): call again. A refusal of the call itself (`NOPERM` on a key, a marker of another
-    /// type): nothing of this call was written.
+    /// type), or [`StreamsError::Lost`]: nothing of this call was written.
     pub async fn append(
         &self,
         stream: &str,
         batch_id: Uuid,
+        predecessors: &[Uuid],
         events: &[OutboxEvent],
         marker_life: Duration,
     ) -> Result<Appended, StreamsError> {
         let mut call = APPEND.prepare_invoke();
-        call.key(stream).key(marker_key(stream, batch_id)).arg(millis(marker_life)).arg(events.len());
+        call.key(stream).key(marker_key(stream, batch_id));
+        for batch in predecessors {
+            call.key(marker_key(stream, *batch));
+        }
+        call.arg(millis(marker_life)).arg(events.len());
         call.arg(events.first().map_or("", |e| e.aggregate_type.as_str()));
         for event in events {
             call.arg(event.id.hyphenated().to_string()).arg(&event.event_type).arg(&event.aggregate_id);
             call.arg(rfc3339(event.occurred_at)).arg(event.payload.as_deref().unwrap_or_default()).arg(&event.headers);
         }
-        let (marker, error): (String, String) = self.invoke("appending a batch", &call).await?;
+        let (marker, error, last): (String, String, String) = self.invoke("appending a batch", &call).await?;
+        if marker == "lost" {
+            return Err(StreamsError::Lost { stream: stream.to_owned(), marker: error });
+        }
         let refusal = (!error.is_empty()).then(|| {
             let code = error.split(' ').next().unwrap_or_default();
             StreamRefusal { whole_stream: concerns_whole_stream(code), outage: is_unable_code(code), error: error.clone() }
         });
-        Ok(Appended { marker: Marker::parse(stream, batch_id, marker)?, refusal })
+        let last_entry = (!last.is_empty()).then_some(last);
+        Ok(Appended { marker: Marker::parse(stream, batch_id, marker)?, last_entry, refusal })
     }
 
     /// Recovery: what became of a batch. If nothing is known of it, it is aborted.

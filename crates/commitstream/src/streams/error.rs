@@ -40,6 +40,11 @@ pub enum StreamsError {
     #[error("the marker {key} holds {value:?}, which this relay did not write: delete the key if its batch is in no stream")]
     StrangeMarker { key: String, value: String },
 
+    /// A batch that Redis had acknowledged is gone: a failover has lost the end of the stream, or somebody deleted keys. What is
+    /// lost has to be appended again before anything newer.
+    #[error("Redis has lost what it had acknowledged of {stream}: {marker} is gone")]
+    Lost { stream: String, marker: String },
+
     #[error("the Redis URL is not usable: write redis://[user:password@]host:port[/db] or rediss://…")]
     Url(#[source] RedisError),
 }

@@ -3,6 +3,7 @@
 mod append;
 mod connection;
 mod error;
+mod presence;
 mod publish;
 mod read;
 mod remove;
@@ -10,6 +11,7 @@ mod remove;
 pub use append::{Appended, Marker, StreamRefusal};
 pub use connection::Streams;
 pub use error::StreamsError;
+pub use presence::Presence;
 pub use publish::NotPublished;
 pub use read::{Entry, StreamTail};
 

@@ -1,33 +1,40 @@
 //! The claim by itself, against what may happen beside it.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Context, Result};
-use commitstream::outbox::{ClaimRequest, OutboxEvent, Refusal, SeqRange, Settlement};
+use anyhow::{Result, ensure};
+use commitstream::outbox::{ClaimRequest, Lease, OutboxEvent, Partitions, Refusal, Settlement};
 use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
 use crate::support::World;
 
-fn everything(relay_id: Uuid) -> ClaimRequest {
-    ClaimRequest {
-        relay_id,
-        ranges: vec![SeqRange { after: 0, to: i64::MAX }],
-        epoch: 0,
+/// A look at all that is there, by a relay that owns every partition.
+async fn everything(world: &World, connection: &mut PgConnection, relay_id: Uuid) -> Result<ClaimRequest> {
+    Ok(ClaimRequest {
+        lease: take_all(world, connection, relay_id).await?,
+        after: 0,
+        snapshot: None,
+        skipped: Vec::new(),
         open: Vec::new(),
+        looks_back: false,
+        hold: false,
         max_events: 10_000,
         max_bytes: 1 << 30,
         batch_size: 10_000,
         max_payload_bytes: 1 << 20,
         stream_prefix: "events:".into(),
-    }
+    })
 }
 
-/// Takes the lease for a request.
-async fn take(world: &World, connection: &mut PgConnection, request: &mut ClaimRequest) -> Result<()> {
-    let epoch = world.outbox.take_leases(connection, request.relay_id, Duration::from_secs(600)).await?;
-    request.epoch = epoch.context("the lease is free")?;
-    Ok(())
+/// Takes every partition from whoever has it.
+async fn take_all(world: &World, connection: &mut PgConnection, relay_id: Uuid) -> Result<Lease> {
+    let owners: Vec<Option<Uuid>> =
+        sqlx::query_scalar("SELECT relay_id FROM outbox_lease ORDER BY partition_no").fetch_all(&mut *connection).await?;
+    let wanted: Vec<_> = owners.into_iter().enumerate().collect();
+    let lease = world.outbox.take_partitions(connection, relay_id, &wanted).await?;
+    ensure!(lease.partitions == Partitions::ALL, "{lease:?}");
+    Ok(lease)
 }
 
 /// Settles all batches of a claim as if so many events of each had been appended, without refusals.
@@ -35,7 +42,7 @@ async fn settle(world: &World, connection: &mut PgConnection, claimed: &[OutboxE
     let mut batches: Vec<Uuid> = claimed.iter().map(|e| e.batch_id).collect();
     batches.dedup();
     let settlements: Vec<_> =
-        batches.into_iter().map(|batch_id| Settlement { batch_id, appended, refusals: Vec::new() }).collect();
+        batches.into_iter().map(|batch_id| Settlement { batch_id, appended, last_entry: None, refusals: Vec::new() }).collect();
     world.outbox.settle(connection, &settlements).await?;
     Ok(())
 }
@@ -46,8 +53,7 @@ async fn settle(world: &World, connection: &mut PgConnection, claimed: &[OutboxE
 async fn an_event_that_falls_due_during_a_claim_is_not_overtaken() -> Result<()> {
     let world = World::new().await?;
     let mut connection = world.connect().await?;
-    let mut request = everything(Uuid::now_v7());
-    take(&world, &mut connection, &mut request).await?;
+    let request = everything(&world, &mut connection, Uuid::now_v7()).await?;
     // The refused event, much between, and the one that waits behind it.
     world.database.psql(
         "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload)
@@ -80,8 +86,7 @@ async fn an_event_that_falls_due_during_a_claim_is_not_overtaken() -> Result<()>
 async fn what_an_operator_changed_meanwhile_is_left_as_it_is() -> Result<()> {
     let world = World::new().await?;
     let mut connection = world.connect().await?;
-    let mut request = everything(Uuid::now_v7());
-    take(&world, &mut connection, &mut request).await?;
+    let request = everything(&world, &mut connection, Uuid::now_v7()).await?;
     world.insert(6, 6).await?;
     let claimed = world.outbox.claim(&mut connection, &request).await?.events;
     let ids: Vec<Uuid> = claimed.iter().map(|e| e.id).collect();
@@ -91,12 +96,16 @@ async fn what_an_operator_changed_meanwhile_is_left_as_it_is() -> Result<()> {
         ids[0], ids[4], ids[1], ids[5]
     ))?;
     let refusal = |n: usize| Refusal { event_id: ids[n], error: "refused\0".into(), retry_after: None };
-    let settlement =
-        Settlement { batch_id: claimed[0].batch_id, appended: 3, refusals: vec![refusal(3), refusal(4), refusal(5)] };
+    let settlement = Settlement {
+        batch_id: claimed[0].batch_id,
+        appended: 3,
+        last_entry: None,
+        refusals: vec![refusal(3), refusal(4), refusal(5)],
+    };
     assert_eq!(world.outbox.settle(&mut connection, &[settlement]).await?, 1);
     let rows = world.database.psql("SELECT seq, status, last_error, published_at IS NOT NULL FROM event_outbox ORDER BY seq;")?;
     assert_eq!(rows, "2|FAILED|by hand|f\n3|PUBLISHED||t\n4|FAILED|refused\u{fffd}|f\n6|FAILED|by hand|f\n");
-    assert!(world.outbox.open_batches(&mut connection).await?.is_empty());
+    assert!(world.outbox.open_batches(&mut connection, Partitions::ALL).await?.is_empty());
     Ok(())
 }
 
@@ -105,50 +114,109 @@ async fn what_an_operator_changed_meanwhile_is_left_as_it_is() -> Result<()> {
 async fn a_relay_that_lost_its_lease_claims_nothing() -> Result<()> {
     let world = World::new().await?;
     let (mut old, mut new) = (world.connect().await?, world.connect().await?);
-    let (mut was, mut is) = (everything(Uuid::now_v7()), everything(Uuid::now_v7()));
     world.insert(10, 10).await?;
-    take(&world, &mut old, &mut was).await?;
-    assert_eq!(world.outbox.take_leases(&mut new, is.relay_id, Duration::from_secs(600)).await?, None, "the owner lives");
-    assert!(world.outbox.claim(&mut new, &is).await?.events.is_empty());
-    sqlx::query("UPDATE outbox_lease SET expires_at = now() - interval '1 second'").execute(&mut new).await?;
-    take(&world, &mut new, &mut is).await?;
-    assert!(world.outbox.claim(&mut old, &was).await?.events.is_empty());
-    assert!(!world.outbox.renew_leases(&mut old, was.relay_id, Duration::from_secs(600)).await?);
-    assert!(world.outbox.open_batches(&mut new).await?.is_empty(), "an empty claim leaves no batch");
+    let was = everything(&world, &mut old, Uuid::now_v7()).await?;
+    let is = everything(&world, &mut new, Uuid::now_v7()).await?;
+    let claim = world.outbox.claim(&mut old, &was).await?;
+    assert!(!claim.held && claim.events.is_empty());
+    assert!(world.outbox.open_batches(&mut new, Partitions::ALL).await?.is_empty(), "an empty claim leaves no batch");
     assert_eq!(world.outbox.claim(&mut new, &is).await?.events.len(), 10);
     Ok(())
 }
 
-/// The same relay in a new session: a claim of the old one that arrives late must not leave a batch that nobody appends.
+/// A relay that lost part of its partitions must not claim the others either, before it knows: its batches would name both.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_claim_of_an_earlier_session_claims_nothing() -> Result<()> {
+async fn a_relay_that_lost_one_partition_claims_nothing_until_it_knows() -> Result<()> {
     let world = World::new().await?;
     let (mut old, mut new) = (world.connect().await?, world.connect().await?);
-    let mut late = everything(Uuid::now_v7());
+    world.insert(100, 100).await?;
+    let mut request = everything(&world, &mut old, Uuid::now_v7()).await?;
+    let taken = world.outbox.take_partitions(&mut new, Uuid::now_v7(), &[(5, Some(request.lease.relay_id))]).await?;
+    assert_eq!(taken.partitions.iter().collect::<Vec<_>>(), [5]);
+    assert!(!world.outbox.claim(&mut old, &request).await?.held);
+    request.lease.partitions = request.lease.partitions.without(taken.partitions);
+    let of_old = world.outbox.claim(&mut old, &request).await?;
+    request.lease = taken;
+    let of_new = world.outbox.claim(&mut new, &request).await?;
+    assert!(of_old.held && of_new.held);
+    assert_eq!(of_old.events.len() + of_new.events.len(), 100);
+    let sql = "SELECT count(*) FROM event_outbox WHERE partition_no = 5";
+    assert_eq!(sqlx::query_scalar::<_, i64>(sql).fetch_one(&mut new).await?, i64::try_from(of_new.events.len())?);
+    Ok(())
+}
+
+/// The same relay after it took partitions once more: a claim under the earlier epoch that arrives late must not leave a batch that
+/// nobody appends.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_claim_of_an_earlier_epoch_claims_nothing() -> Result<()> {
+    let world = World::new().await?;
+    let (mut old, mut new) = (world.connect().await?, world.connect().await?);
     world.insert(10, 10).await?;
-    take(&world, &mut old, &mut late).await?;
-    let mut current = late.clone();
-    take(&world, &mut new, &mut current).await?;
-    assert!(world.outbox.claim(&mut old, &late).await?.events.is_empty());
+    let late = everything(&world, &mut old, Uuid::now_v7()).await?;
+    let current = everything(&world, &mut new, late.lease.relay_id).await?;
+    assert!(!world.outbox.claim(&mut old, &late).await?.held);
     assert_eq!(world.outbox.claim(&mut new, &current).await?.events.len(), 10);
     Ok(())
 }
 
-/// While a claim is under way its lease can be renewed, but not taken.
+/// While a claim is under way heartbeats pass, and its partitions cannot be taken.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_claim_lets_the_renewal_pass_and_holds_a_takeover_off() -> Result<()> {
+async fn a_claim_holds_a_takeover_off() -> Result<()> {
     let world = World::new().await?;
-    let (mut claims, mut lease, mut other) = (world.connect().await?, world.connect().await?, world.connect().await?);
-    let mut request = everything(Uuid::now_v7());
-    take(&world, &mut lease, &mut request).await?;
+    let (mut claims, mut other) = (world.connect().await?, world.connect().await?);
+    let request = everything(&world, &mut claims, Uuid::now_v7()).await?;
     world.insert(1, 1).await?;
     let mut open = claims.begin().await?;
     assert_eq!(world.outbox.claim(&mut open, &request).await?.events.len(), 1);
-    assert!(world.outbox.renew_leases(&mut lease, request.relay_id, Duration::from_millis(1)).await?);
     sqlx::raw_sql("SET lock_timeout = '200ms'").execute(&mut other).await?;
-    let taken = world.outbox.take_leases(&mut other, Uuid::now_v7(), Duration::from_secs(1)).await;
+    let taken = take_all(&world, &mut other, Uuid::now_v7()).await;
     assert!(taken.is_err(), "the claim holds its rows: {taken:?}");
     open.commit().await?;
-    assert!(world.outbox.take_leases(&mut other, Uuid::now_v7(), Duration::from_secs(1)).await?.is_some());
+    take_all(&world, &mut other, Uuid::now_v7()).await?;
+    assert_eq!(world.outbox.open_batches(&mut other, Partitions::ALL).await?.len(), 1);
+    Ok(())
+}
+
+/// Of two relays that saw the same owner, one gets the partition.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_partition_is_taken_by_whoever_comes_first() -> Result<()> {
+    let world = World::new().await?;
+    let mut connection = world.connect().await?;
+    let [dead, first, second] = [1, 2, 3].map(Uuid::from_u128);
+    world.outbox.take_partitions(&mut connection, dead, &[(3, None), (4, None)]).await?;
+    let taken = world.outbox.take_partitions(&mut connection, first, &[(3, Some(dead))]).await?;
+    assert_eq!(taken.partitions.iter().collect::<Vec<_>>(), [3]);
+    let late = world.outbox.take_partitions(&mut connection, second, &[(3, Some(dead)), (4, Some(dead)), (7, None)]).await?;
+    assert_eq!(late.partitions.iter().collect::<Vec<_>>(), [4, 7]);
+    Ok(())
+}
+
+/// A transaction drew its `seq` before one that the relay has seen, and commits after it. It is found by its transaction, with and
+/// without anything newer, and not twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_commits_late_is_found_by_its_transaction() -> Result<()> {
+    let world = World::new().await?;
+    let (mut connection, mut late, mut other) = (world.connect().await?, world.connect().await?, world.connect().await?);
+    let mut request = everything(&world, &mut connection, Uuid::now_v7()).await?;
+    let insert = "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload) VALUES ('E', 'user', $1, '{}')";
+    for newer in [false, true] {
+        let mut open = late.begin().await?;
+        sqlx::query(insert).bind("late").execute(&mut *open).await?;
+        sqlx::query(insert).bind("early").execute(&mut other).await?;
+        let seen = world.outbox.claim(&mut connection, &request).await?;
+        assert_eq!(seen.events.iter().map(|e| e.aggregate_id.as_str()).collect::<Vec<_>>(), ["early"]);
+        (request.after, request.snapshot) = (seen.events[0].seq, seen.snapshot);
+        open.commit().await?;
+        if newer {
+            sqlx::query(insert).bind("newer").execute(&mut other).await?;
+        }
+        let found = world.outbox.claim(&mut connection, &request).await?;
+        let expected: &[&str] = if newer { &["late", "newer"] } else { &["late"] };
+        assert_eq!(found.events.iter().map(|e| e.aggregate_id.as_str()).collect::<Vec<_>>(), expected);
+        (request.after, request.snapshot) = (i64::MAX, found.snapshot);
+        let again = world.outbox.claim(&mut connection, &request).await?;
+        assert!(again.events.is_empty() && again.cut_at.is_none());
+        request.snapshot = again.snapshot;
+    }
     Ok(())
 }

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use commitstream::outbox::{self, ClaimRequest, Selection, SeqRange, Settlement};
+use commitstream::outbox::{self, ClaimRequest, Heartbeat, JournalBatch, Lease, Partitions, Selection, Settlement};
 use serde_json::Value;
 use sqlx::{AssertSqlSafe, PgConnection};
 use uuid::Uuid;
@@ -16,7 +16,9 @@ use crate::support::World;
 
 const TABLE: &str = "event_outbox";
 const PENDING: &str = "idx_outbox_pending_for_processing";
+const TXID: &str = "idx_outbox_txid";
 const WAITING: &str = "idx_outbox_waiting";
+const FAILED_AGGREGATE: &str = "idx_outbox_failed_aggregate";
 const FAILED: &str = "idx_outbox_failed";
 const PUBLISHED: &str = "idx_outbox_published";
 const KEY: &str = "event_outbox_pkey";
@@ -42,7 +44,7 @@ async fn populated(analyzed: bool) -> Result<(World, PgConnection)> {
     let world = World::new().await?;
     world.database.psql(POPULATE)?;
     if analyzed {
-        world.database.psql("VACUUM ANALYZE event_outbox, outbox_batch, outbox_lease;")?;
+        world.database.psql("VACUUM ANALYZE event_outbox, outbox_batch, outbox_lease, outbox_relay;")?;
     }
     let connection = outbox::connect(world.database.url(), "explain", Duration::from_secs(10)).await?;
     Ok((world, connection))
@@ -95,67 +97,86 @@ fn collect(plan: &Value, scans: &mut BTreeSet<Scan>) {
     }
 }
 
-/// Every read of `table`, in both plans, is by one of these indexes, each index is used, and it is searched by the named column,
-/// or read in full where that is empty.
+fn is_by(scan: &Scan, (index, column): (&str, &str)) -> bool {
+    scan.index == index
+        && scan.node.starts_with("Index")
+        && scan.condition.contains(column)
+        && scan.condition.is_empty() == column.is_empty()
+}
+
+/// Every read of `table`, in each plan, is by one of these indexes, searched by the named column, or read in full where that is
+/// empty.
 #[track_caller]
-fn assert_indexes(plans: &[(&str, BTreeSet<Scan>)], table: &str, expected: &[(&str, &str)]) {
+fn assert_only_indexes(plans: &[(&str, BTreeSet<Scan>)], table: &str, expected: &[(&str, &str)]) {
     for (mode, scans) in plans {
-        let of_table: Vec<_> = scans.iter().filter(|s| s.table == table).collect();
-        let matches = |s: &Scan, (index, column): (&str, &str)| {
-            s.index == index
-                && s.node.starts_with("Index")
-                && s.condition.contains(column)
-                && s.condition.is_empty() == column.is_empty()
-        };
-        let known = of_table.iter().all(|s| expected.iter().any(|e| matches(s, *e)));
-        let used = expected.iter().all(|e| of_table.iter().any(|s| matches(s, *e)));
-        assert!(known && used, "{mode}: expected {expected:?}, but {table} is read by {of_table:#?}");
+        let stray: Vec<_> = scans.iter().filter(|s| s.table == table && !expected.iter().any(|e| is_by(s, *e))).collect();
+        assert!(stray.is_empty(), "{mode}: expected {expected:?}, but {table} is read by {stray:#?}");
     }
 }
 
-fn request(ranges: Vec<SeqRange>) -> ClaimRequest {
-    ClaimRequest {
-        relay_id: Uuid::now_v7(),
-        ranges,
-        epoch: 0,
+/// The same, and each of the indexes is used.
+#[track_caller]
+fn assert_indexes(plans: &[(&str, BTreeSet<Scan>)], table: &str, expected: &[(&str, &str)]) {
+    assert_only_indexes(plans, table, expected);
+    for (mode, scans) in plans {
+        let unused: Vec<_> = expected.iter().filter(|e| !scans.iter().any(|s| s.table == table && is_by(s, **e))).collect();
+        assert!(unused.is_empty(), "{mode}: {unused:?} of {table} is not used: {scans:#?}");
+    }
+}
+
+/// A claim by a relay that has just taken every partition.
+async fn request(world: &World, connection: &mut PgConnection, after: i64) -> Result<ClaimRequest> {
+    let wanted: Vec<_> = (0..64).map(|partition| (partition, None)).collect();
+    Ok(ClaimRequest {
+        lease: world.outbox.take_partitions(connection, Uuid::now_v7(), &wanted).await?,
+        after,
+        snapshot: None,
+        skipped: Vec::new(),
         open: Vec::new(),
+        looks_back: false,
+        hold: false,
         max_events: 1_000,
         max_bytes: 8 << 20,
         batch_size: 100,
         max_payload_bytes: 1 << 20,
         stream_prefix: "events:".into(),
-    }
+    })
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_claim_goes_by_index() -> Result<()> {
     for analyzed in [false, true] {
         let (world, mut connection) = populated(analyzed).await?;
-        let mut claim = request(vec![SeqRange { after: 50_500, to: i64::MAX }]);
-        let epoch = world.outbox.take_leases(&mut connection, claim.relay_id, Duration::from_secs(60)).await?;
-        claim.epoch = epoch.context("the lease is free")?;
-        let claimed = world.outbox.claim(&mut connection, &claim).await?.events;
-        assert!(claimed.len() > 500, "the statement did its work: {}", claimed.len());
-        claim.open.extend(claimed.first().map(|e| e.batch_id));
+        let mut claim = request(&world, &mut connection, 50_500).await?;
+        let claimed = world.outbox.claim(&mut connection, &claim).await?;
+        assert!(claimed.events.len() > 500, "the statement did its work: {}", claimed.events.len());
+        claim.open.extend(claimed.events.first().map(|e| e.batch_id));
+        claim.snapshot = claimed.snapshot;
         world.outbox.claim(&mut connection, &claim).await?;
 
         let open = claim.open.iter().map(Uuid::to_string).collect::<Vec<_>>().join(",");
-        let of = |ranges: &str, open: &str| {
-            format!("64, '{}', {ranges}, '{{{open}}}', 1000, 8388608, 100, 1048576, 'events:', {}", claim.relay_id, claim.epoch)
+        let Lease { relay_id, epoch, .. } = claim.lease;
+        let of = |place: &str, open: &str, hold: bool, back: bool| {
+            format!(
+                "64, '{relay_id}', {epoch}, -1, {place}, '{{{open}}}', {hold}, 1000, 8388608, 100, 1048576, 'events:', {back}"
+            )
         };
-        for (what, values) in [
-            ("cursor", of("'{50500}', '{9223372036854775807}'", "")),
-            ("cursor with holes", of("'{50100,50200,50500}', '{50110,50230,9223372036854775807}'", &open)),
-            ("sweep", of("'{0}', '{9223372036854775807}'", &open)),
+        for (what, hold, values) in [
+            ("cursor", false, of("50500, '700:720:705,710', '{}'", &open, false, false)),
+            ("cursor with events passed over", false, of("50500, '700:720:705,710', '{50100,50200}'", &open, false, true)),
+            ("at the end, failed events hold", true, of("9223372036854775807, '700:700:', '{}'", &open, true, false)),
+            ("sweep", false, of("0, NULL, '{}'", &open, false, true)),
         ] {
             println!("{what}, analyzed: {analyzed}");
             let plans = plans(&mut connection, "candidates AS MATERIALIZED", &values).await?;
-            assert_indexes(&plans, TABLE, &[(PENDING, "seq > "), (WAITING, "aggregate_id = "), (KEY, "id = ANY")]);
-            let used: Vec<_> =
-                plans.iter().filter(|(_, scans)| scans.iter().any(|s| s.table == "outbox_batch")).cloned().collect();
-            // Where open batches need not be left out, the plan for the values does not read them.
-            assert_eq!(used.len(), if what == "cursor" { 1 } else { 2 });
-            assert_indexes(&used, "outbox_batch", &[("outbox_batch_pkey", "batch_id = ANY")]);
+            let by_aggregate = [(WAITING, "aggregate_id = "), (FAILED_AGGREGATE, "aggregate_id = ")];
+            let expected = [(PENDING, "seq > "), (PENDING, "seq = ANY"), (TXID, "txid >= "), (KEY, "id = ANY")];
+            let allowed: Vec<_> = expected.into_iter().chain(by_aggregate).collect();
+            assert_only_indexes(&plans, TABLE, &allowed);
+            // The plan for the values leaves out what the values exclude; the generic one has everything.
+            assert_indexes(&plans[..1], TABLE, &allowed);
+            assert_eq!(hold, plans[1].1.iter().any(|scan| scan.index == FAILED_AGGREGATE), "{what}");
+            assert_indexes(&plans, "outbox_batch", &[("outbox_batch_pkey", "batch_id = ANY")]);
         }
     }
     Ok(())
@@ -165,22 +186,21 @@ async fn the_claim_goes_by_index() -> Result<()> {
 async fn the_settle_goes_by_index() -> Result<()> {
     for analyzed in [false, true] {
         let (world, mut connection) = populated(analyzed).await?;
-        let mut claim = request(vec![SeqRange { after: 0, to: i64::MAX }]);
-        let epoch = world.outbox.take_leases(&mut connection, claim.relay_id, Duration::from_secs(60)).await?;
-        claim.epoch = epoch.context("the lease is free")?;
+        let claim = request(&world, &mut connection, 0).await?;
         let claimed = world.outbox.claim(&mut connection, &claim).await?.events;
         let batch_id = claimed.first().context("a claimed event")?.batch_id;
-        let settlement = Settlement { batch_id, appended: 3, refusals: Vec::new() };
+        let settlement = Settlement { batch_id, appended: 3, last_entry: Some("1-2".into()), refusals: Vec::new() };
         assert_eq!(world.outbox.settle(&mut connection, std::slice::from_ref(&settlement)).await?, 1);
         assert_eq!(world.outbox.settle(&mut connection, &[settlement]).await?, 0);
 
         let many = claimed.iter().map(|e| e.batch_id.to_string()).collect::<BTreeSet<_>>();
         let counts = vec!["100"; many.len()].join(",");
+        let entries = vec!["1-2"; many.len()].join(",");
         let batches = many.into_iter().collect::<Vec<_>>().join(",");
         let event = claimed[0].id;
         for values in [
-            format!("'{{{batch_id}}}', '{{3}}', '{{}}', '{{}}', '{{}}', '{{}}'"),
-            format!("'{{{batches}}}', '{{{counts}}}', '{{{batch_id}}}', '{{{event}}}', '{{why}}', '{{1000}}'"),
+            format!("'{{{batch_id}}}', '{{3}}', '{{}}', '{{}}', '{{}}', '{{}}', '{{NULL}}'"),
+            format!("'{{{batches}}}', '{{{counts}}}', '{{{batch_id}}}', '{{{event}}}', '{{why}}', '{{1000}}', '{{{entries}}}'"),
         ] {
             let plans = plans(&mut connection, "WITH settled AS", &values).await?;
             assert_indexes(&plans, TABLE, &[(KEY, "id = ")]);
@@ -196,9 +216,9 @@ async fn the_settle_goes_by_index() -> Result<()> {
 async fn the_settle_finds_its_batches_by_key() -> Result<()> {
     for analyzed in [false, true] {
         let (world, mut connection) = populated(analyzed).await?;
-        let settlement = Settlement { batch_id: Uuid::nil(), appended: 1, refusals: Vec::new() };
+        let settlement = Settlement { batch_id: Uuid::nil(), appended: 1, last_entry: None, refusals: Vec::new() };
         world.outbox.settle(&mut connection, &[settlement]).await?;
-        let values = format!("'{{{}}}', '{{1}}', '{{}}', '{{}}', '{{}}', '{{}}'", Uuid::nil());
+        let values = format!("'{{{}}}', '{{1}}', '{{}}', '{{}}', '{{}}', '{{}}', '{{NULL}}'", Uuid::nil());
         let plans = plans(&mut connection, "WITH settled AS", &values).await?;
         assert_indexes(&plans, "outbox_batch", &[("outbox_batch_pkey", "batch_id = ")]);
     }
@@ -213,7 +233,8 @@ async fn the_statistics_and_the_list_of_failed_events_go_by_index() -> Result<()
         assert_eq!((stats.pending, stats.published, stats.failed), (1_972, 50_000, 28));
         let plan = plans(&mut connection, "unsent AS", "").await?;
         // Counting the published rows may read their index in full, but not the table.
-        assert_indexes(&plan, TABLE, &[(PENDING, ""), (PUBLISHED, ""), (FAILED, "")]);
+        let whole = [PENDING, TXID, PUBLISHED, FAILED, FAILED_AGGREGATE].map(|index| (index, ""));
+        assert_only_indexes(&plan, TABLE, &whole);
         assert_indexes(&plan, "outbox_batch", &[("idx_outbox_batch_open", "")]);
 
         let listed = plans(&mut connection, "ORDER BY created_at DESC LIMIT", "NULL, NULL, 10").await?;
@@ -224,10 +245,10 @@ async fn the_statistics_and_the_list_of_failed_events_go_by_index() -> Result<()
         let one = Selection::Ids(vec![Uuid::nil()]);
         world.outbox.retry_failed(&mut connection, &one).await?;
         let retry = plans(&mut connection, "UPDATE \"public\".event_outbox SET status = 'PENDING'", "NULL, 'E'").await?;
-        assert_indexes(&retry, TABLE, &[(FAILED, "")]);
+        assert_only_indexes(&retry, TABLE, &[(FAILED, ""), (FAILED_AGGREGATE, "")]);
         world.outbox.discard_failed(&mut connection, &one).await?;
         let discard = plans(&mut connection, "DELETE FROM \"public\".event_outbox WHERE status = 'FAILED'", "NULL, 'E'").await?;
-        assert_indexes(&discard, TABLE, &[(FAILED, "")]);
+        assert_only_indexes(&discard, TABLE, &[(FAILED, ""), (FAILED_AGGREGATE, "")]);
     }
     Ok(())
 }
@@ -257,19 +278,64 @@ async fn the_clean_up_goes_by_index() -> Result<()> {
 async fn recovery_and_leases_go_by_index() -> Result<()> {
     for analyzed in [false, true] {
         let (world, mut connection) = populated(analyzed).await?;
-        let (relay_id, life) = (Uuid::now_v7(), Duration::from_secs(60));
-        assert!(world.outbox.take_leases(&mut connection, relay_id, life).await?.is_some());
-        assert!(world.outbox.renew_leases(&mut connection, relay_id, life).await?);
-        assert!(world.outbox.open_batches(&mut connection).await?.is_empty());
-        let open = plans(&mut connection, "cardinality(event_ids)", "").await?;
+        let lease = request(&world, &mut connection, 0).await?.lease;
+        world.outbox.beat(&mut connection, &heartbeat(lease.relay_id)).await?;
+        assert!(world.outbox.open_batches(&mut connection, Partitions::ALL).await?.is_empty());
+        let open = plans(&mut connection, "cardinality(event_ids)::bigint", "-1").await?;
         assert_indexes(&open, "outbox_batch", &[("idx_outbox_batch_open", "")]);
-        for (part, values) in
-            [("WITH free AS", format!("'{relay_id}', '10 s'")), ("SET expires_at", format!("'{relay_id}', '10 s'"))]
-        {
-            let lease = plans(&mut connection, part, &values).await?;
-            assert_indexes(&lease, TABLE, &[]);
-            assert_indexes(&lease, "outbox_batch", &[]);
+        for (part, values) in [
+            ("WITH free AS", format!("'{}', '{{1}}', '{{NULL}}'", lease.relay_id)),
+            ("WITH beat AS", format!("'{}', 'h', 1, 'v', 10000, true, 's', NULL, 1, 2, 3, 4", lease.relay_id)),
+        ] {
+            let statement = plans(&mut connection, part, &values).await?;
+            assert_indexes(&statement, TABLE, &[]);
+            assert_indexes(&statement, "outbox_batch", &[]);
         }
     }
     Ok(())
+}
+
+/// The look-up after a failover of Redis.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_look_up_goes_by_index() -> Result<()> {
+    for analyzed in [false, true] {
+        let (world, mut connection) = populated(analyzed).await?;
+        let window = Duration::from_secs(150);
+        let last = world.outbox.last_batches(&mut connection, Partitions::ALL, window).await?;
+        assert_eq!(last.len(), 1_001, "one relay for each batch");
+        let than = JournalBatch { batch_no: 10_000, ..last[0].clone() };
+        assert_eq!(world.outbox.batches_before(&mut connection, &than, Partitions::ALL, window, 10).await?.len(), 1);
+        let requeued = world.outbox.requeue_lost(&mut connection, &[than.batch_id], Partitions::ALL).await?;
+        assert!(requeued.unsent > 0 && requeued.gone == 0, "{requeued:?}");
+        let requeued = world.outbox.requeue_lost(&mut connection, &[than.batch_id], Partitions::ALL).await?;
+        assert_eq!((requeued.unsent, requeued.gone), (0, 0), "once only");
+
+        let before = format!("-1, 150000, '{}', 0, 'events:user', 100, 500", than.relay_id);
+        for (part, values) in [("SELECT DISTINCT ON", "-1, 150000".to_owned()), ("AND batch_no <", before)] {
+            let read = plans(&mut connection, part, &values).await?;
+            assert_indexes(&read, "outbox_batch", &[("idx_outbox_batch_settled", "settled_at > ")]);
+            assert_indexes(&read, TABLE, &[]);
+        }
+        let requeue = plans(&mut connection, "WITH lost AS", &format!("'{{{}}}', -1", than.batch_id)).await?;
+        assert_indexes(&requeue, "outbox_batch", &[("outbox_batch_pkey", "batch_id = ANY")]);
+        assert_only_indexes(&requeue, TABLE, &[(KEY, "id = ")]);
+    }
+    Ok(())
+}
+
+fn heartbeat(relay_id: Uuid) -> Heartbeat {
+    Heartbeat {
+        relay_id,
+        host: "here".into(),
+        pid: 1,
+        version: "0",
+        life: Duration::from_secs(10),
+        shares: true,
+        state: "active",
+        reason: None,
+        published: 0,
+        failed: 0,
+        republished: 0,
+        events_per_second: 0.0,
+    }
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
+use commitstream::outbox::Partitions;
 use commitstream::relay::{RelayState, cleanup};
 use sqlx::Connection;
 
@@ -233,7 +234,7 @@ async fn a_graceful_stop_settles_what_is_in_flight() -> Result<()> {
         let mut status = relay.watch();
         status.wait_for(|s| s.published > 0).await?;
         relay.stop().await?;
-        let open = world.outbox.open_batches(&mut world.connect().await?).await?;
+        let open = world.outbox.open_batches(&mut world.connect().await?, Partitions::ALL).await?;
         assert!(open.is_empty(), "{open:?}");
     }
     let relay = world.relay()?;

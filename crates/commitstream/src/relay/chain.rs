@@ -1,0 +1,59 @@
+//! What must stand in each stream before the next batch may. Pure.
+//!
+//! Every append names the relay's last batch in that stream, and Redis refuses it, in the same script, when that batch's marker is gone. So
+//! a server that has lost the end of a stream is noticed before anything newer is written to it.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use super::repair::Predecessors;
+
+pub struct Chains {
+    /// How long a batch must be there; after that its marker may expire.
+    window: Duration,
+    streams: HashMap<String, (Vec<Uuid>, Instant)>,
+}
+
+impl Chains {
+    /// Starts behind what was settled lately, by whichever relay.
+    pub fn new(predecessors: Predecessors, window: Duration, now: Instant) -> Self {
+        Self { window, streams: predecessors.into_iter().map(|(stream, batches)| (stream, (batches, now))).collect() }
+    }
+
+    /// What must be there before another batch of this stream.
+    pub fn behind(&self, stream: &str, now: Instant) -> Vec<Uuid> {
+        self.streams.get(stream).filter(|(_, at)| now - *at < self.window).map(|(batches, _)| batches.clone()).unwrap_or_default()
+    }
+
+    /// All that must be there now, stream by stream. Forgets what need not be any more.
+    pub fn all(&mut self, now: Instant) -> Vec<(String, Vec<Uuid>)> {
+        self.streams.retain(|_, (_, at)| now - *at < self.window);
+        self.streams.iter().map(|(stream, (batches, _))| (stream.clone(), batches.clone())).collect()
+    }
+
+    pub fn appended(&mut self, stream: &str, batch: Uuid, now: Instant) {
+        self.streams.insert(stream.to_owned(), (vec![batch], now));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_next_batch_stands_behind_the_last_one_while_its_marker_lives() {
+        let (start, window) = (Instant::now(), Duration::from_secs(60));
+        let [others, first, second] = [1, 2, 3].map(Uuid::from_u128);
+        let mut chains = Chains::new(Predecessors::from([("a".to_owned(), vec![others, first])]), window, start);
+        assert_eq!(chains.behind("a", start), [others, first]);
+        assert!(chains.behind("b", start).is_empty());
+        let later = start + Duration::from_secs(30);
+        chains.appended("a", second, later);
+        assert_eq!(chains.behind("a", start + window), [second]);
+        assert_eq!(chains.all(start + window), [("a".to_owned(), vec![second])]);
+        assert!(chains.behind("a", later + window).is_empty() && chains.all(later + window).is_empty());
+    }
+}

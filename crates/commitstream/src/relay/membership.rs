@@ -1,0 +1,196 @@
+//! A relay among relays: its heartbeat, and the partitions that it has. Everything here runs on one connection, whose session is the
+//! relay's sign of life: when the process dies the session is gone, and the others see that with their next heartbeat.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::PgConnection;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::assignment::{self, Plan};
+use super::session::{SessionError, bounded};
+use super::status::{RelayState, Reporter};
+use crate::config::Settings;
+use crate::outbox::{Heartbeat, Lease, OutboxError, OutboxRepository, Partitions};
+
+/// How often a relay looks who is there, at least. What a killed relay had is taken over within this and one round trip.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// The rate is that of the last so many seconds.
+const RATE_OVER: Duration = Duration::from_secs(10);
+
+pub(super) struct Membership {
+    outbox: OutboxRepository,
+    settings: Arc<Settings>,
+    reporter: Reporter,
+    connection: PgConnection,
+    /// Somebody came, left or gave partitions back.
+    news: Arc<Notify>,
+    lease: Lease,
+    /// Since when the relay cannot work.
+    unable_since: Option<Instant>,
+    counts: VecDeque<(Instant, u64)>,
+}
+
+impl Membership {
+    pub fn new(
+        outbox: OutboxRepository,
+        settings: Arc<Settings>,
+        reporter: Reporter,
+        connection: PgConnection,
+        news: Arc<Notify>,
+    ) -> Self {
+        let lease = Lease { relay_id: reporter.status().relay_id, epoch: 0, partitions: Partitions::default() };
+        Self { outbox, settings, reporter, connection, news, lease, unable_since: None, counts: VecDeque::new() }
+    }
+
+    /// What the relay may claim now.
+    pub fn lease(&self) -> Lease {
+        self.lease
+    }
+
+    /// Puts the relay on the list without a claim to partitions: nobody leaves any to it.
+    pub async fn announce(&mut self) -> Result<(), OutboxError> {
+        let heartbeat = self.heartbeat(false);
+        let members = bounded("sending a heartbeat", self.timeout(), self.outbox.beat(&mut self.connection, &heartbeat)).await?;
+        // What an earlier session of this relay had is for others, until this one can work.
+        let mine = assignment::owned(self.lease.relay_id, &members);
+        if !mine.is_empty() && !members.others.is_empty() {
+            self.give(mine).await?;
+        }
+        Ok(())
+    }
+
+    /// Joins: takes what is free of the relay's share, and all that an earlier session of it has left, under a new epoch.
+    pub async fn join(&mut self) -> Result<(), OutboxError> {
+        let heartbeat = self.heartbeat(true);
+        let members = bounded("sending a heartbeat", self.timeout(), self.outbox.beat(&mut self.connection, &heartbeat)).await?;
+        bounded("forgetting dead relays", self.timeout(), self.outbox.forget_relays(&mut self.connection)).await?;
+        self.take(&assignment::plan(self.lease.relay_id, &members)).await?;
+        self.tell().await
+    }
+
+    /// Gives what is too much and takes what is free. Nothing of the relay's may be on its way.
+    pub async fn rebalance(&mut self) -> Result<(), SessionError> {
+        let plan = self.look().await?;
+        if !plan.give.is_empty() {
+            self.give(plan.give).await?;
+        }
+        if !plan.take.is_empty() {
+            self.take(&plan).await?;
+        }
+        Ok(())
+    }
+
+    /// Sends heartbeats until something fails, and says so whenever there is something to give or to take.
+    pub async fn keep(&mut self, change: &Notify) -> SessionError {
+        loop {
+            self.wait().await;
+            match self.look().await {
+                Ok(plan) if plan.is_empty() => {}
+                Ok(_) => change.notify_one(),
+                Err(error) => return error,
+            }
+        }
+    }
+
+    /// Waits until it is time to look again.
+    pub async fn wait(&self) {
+        let interval = LOOK_EVERY.min(self.settings.outbox.processor.lease_duration / 4);
+        tokio::select! {
+            () = tokio::time::sleep(interval) => {}
+            () = self.news.notified() => {}
+        }
+    }
+
+    /// Takes the relay off the list and gives all it has back.
+    pub async fn leave(&mut self) -> Result<(), OutboxError> {
+        let leave = self.outbox.leave(&mut self.connection, self.lease.relay_id);
+        bounded("leaving the list of relays", self.settings.database.timeout, leave).await?;
+        self.reporter.partitions(0);
+        self.tell().await
+    }
+
+    /// One heartbeat: renews the relay's life, and compares what it has with what it should have.
+    async fn look(&mut self) -> Result<Plan, SessionError> {
+        let heartbeat = self.heartbeat(true);
+        let members = bounded("sending a heartbeat", self.timeout(), self.outbox.beat(&mut self.connection, &heartbeat)).await?;
+        if assignment::owned(self.lease.relay_id, &members) != self.lease.partitions {
+            return Err(SessionError::LeaseLost);
+        }
+        if members.others_able && self.is_unable_for_long() {
+            return Err(SessionError::SteppedDown);
+        }
+        Ok(assignment::plan(self.lease.relay_id, &members))
+    }
+
+    async fn give(&mut self, partitions: Partitions) -> Result<(), OutboxError> {
+        let give = self.outbox.give_partitions(&mut self.connection, self.lease.relay_id, partitions);
+        bounded("giving partitions back", self.settings.database.timeout, give).await?;
+        self.lease.partitions = self.lease.partitions.without(partitions);
+        self.reporter.partitions(self.lease.partitions.len());
+        self.tell().await
+    }
+
+    async fn take(&mut self, plan: &Plan) -> Result<(), OutboxError> {
+        let take = self.outbox.take_partitions(&mut self.connection, self.lease.relay_id, &plan.take);
+        self.lease = bounded("taking partitions", self.settings.database.timeout, take).await?;
+        self.reporter.partitions(self.lease.partitions.len());
+        Ok(())
+    }
+
+    /// Lets the other relays look at once.
+    async fn tell(&mut self) -> Result<(), OutboxError> {
+        let tell = self.outbox.tell_relays(&mut self.connection);
+        bounded("telling the other relays", self.settings.database.timeout, tell).await
+    }
+
+    fn is_unable_for_long(&mut self) -> bool {
+        if !matches!(self.reporter.status().state, RelayState::Unable { .. }) {
+            self.unable_since = None;
+            return false;
+        }
+        let since = *self.unable_since.get_or_insert_with(Instant::now);
+        since.elapsed() > self.settings.outbox.processor.lease_duration
+    }
+
+    fn heartbeat(&mut self, shares: bool) -> Heartbeat {
+        let status = self.reporter.status();
+        let reason = if let RelayState::Unable { reason } = &status.state { Some(reason.clone()) } else { None };
+        Heartbeat {
+            relay_id: status.relay_id,
+            host: whoami::hostname().unwrap_or_else(|_| "unknown".to_owned()),
+            pid: i32::try_from(std::process::id()).unwrap_or_default(),
+            version: env!("CARGO_PKG_VERSION"),
+            life: self.settings.outbox.processor.lease_duration,
+            shares,
+            state: status.state.name(),
+            reason,
+            published: count(status.published),
+            failed: count(status.failed),
+            republished: count(status.republished),
+            events_per_second: self.rate(status.published),
+        }
+    }
+
+    fn rate(&mut self, published: u64) -> f32 {
+        let now = Instant::now();
+        self.counts.push_back((now, published));
+        while self.counts.len() > 1 && self.counts.front().is_some_and(|(at, _)| now - *at > RATE_OVER) {
+            self.counts.pop_front();
+        }
+        let Some((at, before)) = self.counts.front() else { return 0.0 };
+        let seconds = (now - *at).as_secs_f32();
+        if seconds > 0.0 { u32::try_from(published - before).map_or(f32::MAX, |events| events as f32) / seconds } else { 0.0 }
+    }
+
+    /// A heartbeat that takes longer than the relay's life is none.
+    fn timeout(&self) -> Duration {
+        self.settings.outbox.processor.lease_duration.min(self.settings.database.timeout)
+    }
+}
+
+fn count(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}

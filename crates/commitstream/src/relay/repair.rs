@@ -1,0 +1,142 @@
+//! Finds out what became of what was done before: batches that were left open, and batches that Redis had acknowledged and may have lost.
+//!
+//! A failover of Redis loses the end of a stream, entries and markers together, when its replication is asynchronous. What was lost
+//! is an end of every relay's own sequence of batches too, since each appends one batch of a stream at a time. So it is enough to look
+//! each sequence's last batch up; only where that is gone, those before it are looked at, until one is found.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use super::retry::Backoff;
+use super::session::{Relay, SessionError, bounded};
+use crate::outbox::{JournalBatch, OpenBatch, Partitions, Requeued, Settlement};
+use crate::streams::{Marker, Presence, StreamsError};
+
+/// Batches looked up at a time, on the way back to the first that is there.
+const PAGE: i64 = 500;
+
+/// Stream key → batches that must be there before another is appended.
+pub(super) type Predecessors = HashMap<String, Vec<Uuid>>;
+
+impl Relay {
+    /// Resolves every batch with events of these partitions that is not settled: it was left open by an earlier owner, or by an
+    /// earlier session of this relay whose commit or append went unanswered. Its marker says what became of it; where there is none it
+    /// is aborted, and can no longer be appended by anybody.
+    pub async fn recover(&self, connection: &mut PgConnection, partitions: Partitions) -> Result<(), SessionError> {
+        let open = bounded("reading open batches", self.timeout(), self.outbox.open_batches(connection, partitions)).await?;
+        if !open.is_empty() {
+            tracing::info!(batches = open.len(), "resolving open batches");
+        }
+        for batch in open {
+            self.recover_batch(connection, &batch).await?;
+        }
+        Ok(())
+    }
+
+    async fn recover_batch(&self, connection: &mut PgConnection, batch: &OpenBatch) -> Result<(), SessionError> {
+        let life = self.settings.outbox.processor.marker_life;
+        let mut backoff = Backoff::default();
+        let marker: Marker = loop {
+            match self.streams.resolve(&batch.stream, batch.batch_id, life).await {
+                Ok(marker) => break marker,
+                Err(error) => self.wait_out(&error, &mut backoff).await,
+            }
+        };
+        let events = usize::try_from(batch.events).unwrap_or(0);
+        let appended = i32::try_from(marker.count(events)).unwrap_or(i32::MAX);
+        let settlement = Settlement { batch_id: batch.batch_id, appended, last_entry: None, refusals: Vec::new() };
+        tracing::info!(batch = %batch.batch_id, stream = batch.stream, events, appended, "open batch resolved");
+        bounded("settling a recovered batch", self.timeout(), self.outbox.settle(connection, &[settlement])).await?;
+        self.reporter.count(u64::try_from(appended).unwrap_or(0), 0, 0);
+        Ok(())
+    }
+
+    /// Looks up what was settled lately of these partitions, and makes unsent again what Redis has lost, before anything newer is
+    /// claimed. Returns what the next batch of each stream must find.
+    pub async fn look_up(&self, connection: &mut PgConnection, partitions: Partitions) -> Result<Predecessors, SessionError> {
+        let read = self.outbox.last_batches(connection, partitions, self.window());
+        let last = bounded("reading the last batches", self.timeout(), read).await?;
+        let mut predecessors = Predecessors::new();
+        for batch in last {
+            match self.presence(std::slice::from_ref(&batch)).await.first() {
+                Some(Presence::Marked) => predecessors.entry(batch.stream).or_default().push(batch.batch_id),
+                Some(Presence::Unmarked) => warn_unmarked(&batch),
+                _ => self.republish(connection, batch, partitions).await?,
+            }
+        }
+        Ok(predecessors)
+    }
+
+    /// Redis has lost this batch: it and those before it that are gone too are unsent again.
+    async fn republish(
+        &self,
+        connection: &mut PgConnection,
+        newest: JournalBatch,
+        partitions: Partitions,
+    ) -> Result<(), SessionError> {
+        let mut lost = vec![newest.batch_id];
+        let mut oldest = newest.clone();
+        loop {
+            let read = self.outbox.batches_before(connection, &oldest, partitions, self.window(), PAGE);
+            let page = bounded("reading recent batches", self.timeout(), read).await?;
+            let found = self.presence(&page).await;
+            let gone = found.iter().take_while(|presence| **presence == Presence::Lost).count();
+            lost.extend(page[..gone].iter().map(|batch| batch.batch_id));
+            match page.last() {
+                Some(last) if gone == page.len() => oldest = last.clone(),
+                _ => break,
+            }
+        }
+        let requeue = self.outbox.requeue_lost(connection, &lost, partitions);
+        let Requeued { unsent, gone } = bounded("publishing lost batches again", self.timeout(), requeue).await?;
+        tracing::error!(
+            stream = newest.stream,
+            batches = lost.len(),
+            events = unsent,
+            "Redis has lost batches that it had acknowledged (a failover, or deleted keys): their events are published again"
+        );
+        if gone > 0 {
+            tracing::error!(
+                stream = newest.stream,
+                events = gone,
+                "lost events whose rows were cleaned up cannot be published again"
+            );
+        }
+        self.reporter.republished(u64::try_from(unsent).unwrap_or(0));
+        Ok(())
+    }
+
+    /// Whether batches of one stream are still there.
+    async fn presence(&self, batches: &[JournalBatch]) -> Vec<Presence> {
+        let Some(first) = batches.first() else { return Vec::new() };
+        let mut backoff = Backoff::default();
+        loop {
+            match self.streams.presence(&first.stream, batches).await {
+                Ok(found) => return found,
+                Err(error) => self.wait_out(&error, &mut backoff).await,
+            }
+        }
+    }
+
+    /// Redis is asked until it answers. Who is told to stop meanwhile drops this.
+    async fn wait_out(&self, error: &StreamsError, backoff: &mut Backoff) {
+        self.reporter.unable(error);
+        tokio::time::sleep(backoff.next()).await;
+    }
+
+    /// How far back what was settled is looked up. Markers of settled batches live twice as long: the clocks of PostgreSQL and of the
+    /// servers of Redis may differ by the rest.
+    pub fn window(&self) -> Duration {
+        self.settings.outbox.processor.settled_marker_life / 2
+    }
+}
+
+fn warn_unmarked(batch: &JournalBatch) {
+    tracing::warn!(
+        batch = %batch.batch_id, stream = batch.stream,
+        "the marker of a batch is gone, though its entries are there: does Redis evict (maxmemory-policy must be noeviction)?"
+    );
+}
