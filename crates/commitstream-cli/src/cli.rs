@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::commands::{cleanup, config, demo, failed, migrate, publish, relay, stats, tail};
+use crate::commands::{cleanup, config, demo, failed, migrate, publish, relay, stats, tail, verify};
 
 const ABOUT: &str = "Transactional events from PostgreSQL to Redis Streams: exactly once, in order";
 
@@ -100,6 +100,7 @@ Examples:
     Failed(failed::Args),
     Cleanup(cleanup::Args),
     Tail(tail::Args),
+    Verify(verify::Args),
     Config(config::Args),
 }
 

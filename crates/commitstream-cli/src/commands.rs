@@ -9,6 +9,7 @@ pub mod publish;
 pub mod relay;
 pub mod stats;
 pub mod tail;
+pub mod verify;
 
 use std::process::ExitCode;
 
@@ -25,6 +26,7 @@ pub async fn run(command: Command, context: &Context) -> anyhow::Result<ExitCode
         Command::Failed(args) => failed::run(args, context).await,
         Command::Cleanup(args) => cleanup::run(args, context).await,
         Command::Tail(args) => tail::run(args, context).await,
+        Command::Verify(args) => verify::run(args, context).await,
         Command::Config(args) => config::run(args, context).await,
     }
 }

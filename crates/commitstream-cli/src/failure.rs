@@ -10,6 +10,7 @@ use commitstream::outbox::OutboxError;
 use commitstream::publisher::PublishError;
 use commitstream::relay::RelayError;
 use commitstream::streams::StreamsError;
+use commitstream::verify::VerifyError;
 use sqlx::postgres::PgDatabaseError;
 
 use crate::cli::Color;
@@ -122,13 +123,15 @@ fn is_wrong_use(cause: &(dyn std::error::Error + 'static)) -> bool {
 fn outbox_error<'a>(cause: &'a (dyn std::error::Error + 'static)) -> Option<&'a OutboxError> {
     let published = || if let PublishError::Outbox(error) = cause.downcast_ref()? { Some(error) } else { None };
     let relayed = || if let RelayError::Outbox(error) = cause.downcast_ref()? { Some(error) } else { None };
-    cause.downcast_ref().or_else(published).or_else(relayed)
+    let verified = || if let VerifyError::Outbox(error) = cause.downcast_ref()? { Some(error) } else { None };
+    cause.downcast_ref().or_else(published).or_else(relayed).or_else(verified)
 }
 
 fn streams_error<'a>(cause: &'a (dyn std::error::Error + 'static)) -> Option<&'a StreamsError> {
     let published = || if let PublishError::Streams(error) = cause.downcast_ref()? { Some(error) } else { None };
     let relayed = || if let RelayError::Streams(error) = cause.downcast_ref()? { Some(error) } else { None };
-    cause.downcast_ref().or_else(published).or_else(relayed)
+    let verified = || if let VerifyError::Streams(error) = cause.downcast_ref()? { Some(error) } else { None };
+    cause.downcast_ref().or_else(published).or_else(relayed).or_else(verified)
 }
 
 /// SQLSTATE of what PostgreSQL answered.

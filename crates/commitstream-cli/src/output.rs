@@ -1,5 +1,6 @@
 //! What commands print: results on standard output, remarks on standard error.
 
+mod progress;
 mod table;
 mod words;
 
@@ -8,6 +9,7 @@ use std::io::{self, IsTerminal, Write};
 use serde::Serialize;
 use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
+pub use progress::Progress;
 pub use table::Table;
 pub use words::{age, count, plural};
 

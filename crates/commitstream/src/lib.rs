@@ -9,6 +9,7 @@
 //! * [`publisher`]: an application publishes inside its own transaction.
 //! * [`relay`]: [`OutboxProcessor`](relay::OutboxProcessor) moves committed events to Redis Streams, in the application or as the daemon
 //!   `commitstream relay`.
+//! * [`verify`] audits the outbox against the streams.
 //! * [`outbox`] holds all SQL, [`streams`] all Redis commands, [`config`] all settings.
 //!
 //! The library opens no files and reads no environment but what it is handed in [`config`], and writes to no terminal; it logs
@@ -53,6 +54,7 @@ pub mod outbox;
 pub mod publisher;
 pub mod relay;
 pub mod streams;
+pub mod verify;
 
 pub use commitstream_macros::DomainEvent;
 pub use event::{DomainEvent, EventEnvelope, EventError, Lane};

@@ -1,17 +1,13 @@
 //! `commitstream cleanup`
 
-use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use commitstream::relay::cleanup::{self, Cleaned};
 use serde_json::json;
 
 use crate::context::{self, Context};
-use crate::output::{age, plural};
-
-/// How often progress is told.
-const TELL_EVERY: Duration = Duration::from_millis(500);
+use crate::output::{Progress, age, plural};
 
 /// Delete events that were published long ago
 ///
@@ -32,9 +28,12 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
     let settings = context.load(&[("app.outbox.cleanup.retentionDays", args.retention_days.as_ref())])?.settings;
     let mut connection = context::migrated(&settings, "cleanup").await?;
     let started = Instant::now();
-    let mut progress = Progress { told: started, is_terminal: io::stderr().is_terminal() };
+    let mut progress = Progress::start();
     let outbox = context::repository(&settings);
-    let cleaned = cleanup::run_once(&outbox, &mut connection, &settings.outbox.cleanup, |cleaned| progress.tell(cleaned)).await;
+    let cleaned = cleanup::run_once(&outbox, &mut connection, &settings.outbox.cleanup, |cleaned| {
+        progress.tell(|| format!("deleted {} so far", plural(cleaned.events, "event")));
+    })
+    .await;
     progress.clear();
     let cleaned = cleaned?;
     if context.output.json {
@@ -54,29 +53,4 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
         }
     })?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// Progress on standard error: one line that is written over on a terminal, a line now and then elsewhere. That nobody
-/// reads it must not stop the work.
-struct Progress {
-    told: Instant,
-    is_terminal: bool,
-}
-
-impl Progress {
-    fn tell(&mut self, cleaned: Cleaned) {
-        if self.told.elapsed() < TELL_EVERY {
-            return;
-        }
-        self.told = Instant::now();
-        let text = format!("deleted {} so far", plural(cleaned.events, "event"));
-        let text = if self.is_terminal { format!("\r\x1b[K{text}") } else { format!("{text}\n") };
-        io::stderr().write_all(text.as_bytes()).ok();
-    }
-
-    fn clear(&self) {
-        if self.is_terminal {
-            io::stderr().write_all(b"\r\x1b[K").ok();
-        }
-    }
 }

@@ -30,9 +30,14 @@ pub fn count(number: u64) -> String {
     grouped
 }
 
-/// `1 event`, `2 events`.
+/// `1 event`, `2 events`, `2 entries`.
 pub fn plural(number: u64, noun: &str) -> String {
-    format!("{} {noun}{}", count(number), if number == 1 { "" } else { "s" })
+    match (number, noun.strip_suffix('y')) {
+        (1, _) => format!("1 {noun}"),
+        // All nouns of ours that end in y have a consonant before it, but for days.
+        (_, Some(stem)) if !stem.ends_with('a') => format!("{} {stem}ies", count(number)),
+        _ => format!("{} {noun}s", count(number)),
+    }
 }
 
 #[cfg(test)]
@@ -59,6 +64,10 @@ mod tests {
     #[test]
     fn numbers_are_grouped() {
         assert_eq!((count(999), count(1_000), count(1_234_567)), ("999".into(), "1,000".into(), "1,234,567".into()));
-        assert_eq!((plural(1, "event"), plural(0, "event")), ("1 event".into(), "0 events".into()));
+        for (number, noun, expected) in
+            [(1, "event", "1 event"), (0, "event", "0 events"), (7, "day", "7 days"), (1_000, "entry", "1,000 entries")]
+        {
+            assert_eq!(plural(number, noun), expected);
+        }
     }
 }

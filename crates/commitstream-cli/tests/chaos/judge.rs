@@ -3,6 +3,10 @@
 use std::collections::{HashMap, HashSet};
 
 use anyhow::Result;
+use commitstream::config::Settings;
+use commitstream::outbox::OutboxRepository;
+use commitstream::streams::Streams;
+use commitstream::verify;
 use serde::Deserialize;
 use sqlx::{PgConnection, Row as _};
 use uuid::Uuid;
@@ -12,6 +16,8 @@ use crate::world::{PREFIX, World};
 
 /// Rows or entries of one page.
 const PAGE: usize = 5_000;
+/// Events that `verify` names of each kind of fault.
+const NAMED: u32 = 5;
 
 /// An event as the outbox has it.
 #[derive(Debug)]
@@ -56,6 +62,8 @@ pub struct Judgement {
     pub entries: u64,
     /// Commits without an answer that had been carried out.
     pub in_doubt_committed: u64,
+    /// Events that relays found lost by Redis and published again.
+    pub republished: u64,
     pub faulty: Faulty,
     /// Everything else that is wrong, one sentence each.
     pub findings: Vec<String>,
@@ -89,7 +97,29 @@ pub async fn judge(world: &World, ledger: &Ledger) -> Result<Judgement> {
     let mut judgement = judge.finish();
     judgement.findings.extend(world.findings.all());
     judgement.findings.extend(miscounted(&mut connection).await?);
+    judgement.findings.extend(verified(&mut connection, &streams, judgement.entries).await?);
+    judgement.republished = republished(&mut connection).await?;
     Ok(judgement)
+}
+
+/// What `commitstream verify` finds, which knows nothing of the producers.
+async fn verified(connection: &mut PgConnection, streams: &Streams, entries: u64) -> Result<Vec<String>> {
+    let outbox = OutboxRepository::new(&Settings::default().database.schema);
+    let report = verify::run(&outbox, connection, streams, NAMED, |_| {}).await?;
+    let faults = report.faults();
+    let faults = faults.into_iter().filter(|(_, findings)| findings.count > 0);
+    let mut found: Vec<String> = faults.map(|(kind, findings)| format!("verify: {kind}: {findings:?}")).collect();
+    let (open, unknown) = (report.open_batches, report.unknown);
+    if report.entries != entries || open > 0 || unknown > 0 {
+        found.push(format!("verify: {open} open batches, {unknown} unknown of {} entries, of which {entries} were read", report.entries));
+    }
+    Ok(found)
+}
+
+async fn republished(connection: &mut PgConnection) -> Result<u64> {
+    let sql = "SELECT count(*) FROM outbox_batch b, unnest(event_ids[1:appended]) AS lost_id
+               JOIN event_outbox e ON e.id = lost_id WHERE lost & (1::bigint << e.partition_no::int) <> 0";
+    Ok(sqlx::query_scalar::<_, i64>(sql).fetch_one(connection).await?.unsigned_abs())
 }
 
 async fn read_outbox(connection: &mut PgConnection, judge: &mut Judge) -> Result<()> {

@@ -47,6 +47,7 @@ impl fmt::Display for Report {
         row(f, "of these carried out", count(judgement.in_doubt_committed))?;
         row(f, "relays started", count(self.relays))?;
         row(f, "entries lost by Redis, at least", count(self.redis_lost))?;
+        row(f, "events published again for that", count(judgement.republished))?;
         row(f, "longest without progress", age(watched.longest))?;
         row(f, "the same, all servers being there", age(watched.longest_without_outage))?;
         let recovery = |index: usize| recoveries.get(index).map_or_else(|| "-".to_owned(), |recovery| age(*recovery));

@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use crate::support::{bare_command, finish};
 
-const COMMANDS: [&[&str]; 13] = [
+const COMMANDS: [&[&str]; 14] = [
     &[],
     &["demo"],
     &["migrate"],
@@ -17,6 +17,7 @@ const COMMANDS: [&[&str]; 13] = [
     &["failed", "discard"],
     &["cleanup"],
     &["tail"],
+    &["verify"],
     &["config"],
 ];
 

@@ -9,3 +9,4 @@ mod mistakes;
 mod secrets;
 mod support;
 mod tail;
+mod verify;

@@ -39,6 +39,7 @@ fn no_output_shows_a_password() -> Result<()> {
         &["migrate", "--json"],
         &["relay", "--until-empty", "-v"],
         &["tail", "--no-follow"],
+        &["verify"],
         &["config"],
         &["config", "--json"],
         &publish,

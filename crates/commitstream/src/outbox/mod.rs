@@ -4,6 +4,7 @@
 //! transaction and the relay decides which session does what.
 
 mod admin;
+mod audit;
 mod claim;
 mod cleanup;
 mod connection;
@@ -18,6 +19,7 @@ mod stats;
 mod wake;
 
 pub use admin::{FailedEvent, Selection};
+pub use audit::{Finding, Findings};
 pub use claim::{Claim, ClaimRequest, OutboxEvent};
 pub use connection::connect;
 pub use error::OutboxError;

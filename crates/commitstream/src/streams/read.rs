@@ -33,6 +33,11 @@ impl Entry {
         EventEnvelope::from_fields(&self.id, |name| self.fields.get(name).map(String::as_str))
     }
 
+    /// Bytes of all fields and their names.
+    pub(crate) fn bytes(&self) -> usize {
+        self.fields.iter().map(|(name, value)| name.len() + value.len()).sum()
+    }
+
     /// A field as it stands in the entry.
     #[must_use]
     pub fn field(&self, name: &str) -> Option<&str> {
@@ -66,8 +71,13 @@ impl Streams {
     /// # Errors
     /// Redis is not reachable or refuses.
     pub async fn range(&self, stream: &str, after: &str, count: usize) -> Result<Vec<Entry>, StreamsError> {
+        self.between(stream, after, "+", count).await
+    }
+
+    /// As [`range`](Self::range), up to and including the entry id `last`.
+    pub(crate) async fn between(&self, stream: &str, after: &str, last: &str, count: usize) -> Result<Vec<Entry>, StreamsError> {
         let mut command = redis::cmd("XRANGE");
-        command.arg(stream).arg(format!("({after}")).arg("+").arg("COUNT").arg(count);
+        command.arg(stream).arg(format!("({after}")).arg(last).arg("COUNT").arg(count);
         let reply: StreamRangeReply = self.query("reading a stream", &command).await?;
         Ok(reply.ids.iter().map(|entry| Entry::new(stream, entry)).collect())
     }
@@ -91,10 +101,54 @@ impl Streams {
         self.query("measuring a stream", redis::cmd("XLEN").arg(stream)).await
     }
 
+    /// How a stream stands; `None` when there is none.
+    ///
+    /// # Errors
+    /// Redis is not reachable or refuses.
+    pub(crate) async fn info(&self, stream: &str) -> Result<Option<StreamInfo>, StreamsError> {
+        match self.query("looking at a stream", redis::cmd("XINFO").arg("STREAM").arg(stream)).await {
+            Ok(info) => Ok(Some(info)),
+            Err(StreamsError::Refused { source, .. }) if source.detail() == Some("no such key") => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Follows streams on a connection of its own. `positions` maps each stream to the entry id after which to start.
     #[must_use]
     pub fn tail(&self, positions: BTreeMap<String, String>) -> StreamTail {
         StreamTail { streams: self.dedicated(self.read_timeout()), positions }
+    }
+}
+
+/// What Redis says of a stream as a whole.
+#[derive(Debug)]
+pub(crate) struct StreamInfo {
+    length: u64,
+    /// Redis 7 counts them; earlier versions do not.
+    entries_added: Option<u64>,
+    pub(crate) first_id: Option<String>,
+    /// Of the last entry there ever was.
+    pub(crate) last_id: String,
+}
+
+impl StreamInfo {
+    /// Entries may have been trimmed or deleted. Before Redis 7 nobody knows.
+    pub(crate) fn is_trimmed(&self) -> bool {
+        self.entries_added.is_none_or(|added| added > self.length)
+    }
+}
+
+impl redis::FromRedisValue for StreamInfo {
+    fn from_redis_value(value: redis::Value) -> Result<Self, redis::ParsingError> {
+        let mut fields: HashMap<String, redis::Value> = redis::from_redis_value(value)?;
+        let mut field = |name: &str| fields.remove(name).unwrap_or(redis::Value::Nil);
+        let first: Option<(String, redis::Value)> = redis::from_redis_value(field("first-entry"))?;
+        Ok(Self {
+            length: redis::from_redis_value(field("length"))?,
+            entries_added: redis::from_redis_value(field("entries-added"))?,
+            first_id: first.map(|(id, _)| id),
+            last_id: redis::from_redis_value(field("last-generated-id"))?,
+        })
     }
 }
 

@@ -13,3 +13,4 @@ mod relay_process;
 mod schema;
 mod sql_acceptance;
 mod support;
+mod verify;

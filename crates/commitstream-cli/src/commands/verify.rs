@@ -1,0 +1,171 @@
+//! `commitstream verify`
+
+use std::cell::Cell;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use commitstream::verify::{self, Report};
+use serde::Serialize;
+
+use crate::context::{self, Context};
+use crate::output::{Output, Progress, Style, Table, age, count, plural};
+
+/// How often the state of the work is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// Check that every published event is in its stream, once and in order
+///
+/// Reads all streams, and compares them with the outbox and its journal. It may run beside producers and relays, and changes
+/// nothing; it works in temporary tables of PostgreSQL, so millions of events need little memory but some minutes. Exit code 1
+/// when anything is at fault.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  commitstream verify
+  commitstream verify --limit 100                          name more of each fault
+  commitstream verify --json | jq -r '.missing.first[].event_id'
+
+What it tells apart:
+  missing       published, and in no stream
+  duplicated    a second entry of an event
+  out of order  behind an event of its aggregate that was written to the outbox later; an event that
+                had failed and was retried comes late too, and so do those of producers that race
+                on one aggregate without a lock
+  unsettled     in a stream, while its row says that it is still to be sent, or failed
+  misplaced     in the stream of another aggregate type")]
+pub struct Args {
+    /// Most events of each fault to name
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(0..=100_000))]
+    limit: u32,
+}
+
+pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
+    let settings = context.settings()?;
+    // Wrong settings of either server are told before work begins.
+    context::database_url(&settings)?;
+    let streams = context::redis(&settings).await?;
+    let mut connection = context::migrated(&settings, "verify").await?;
+    let outbox = context::repository(&settings);
+
+    let (started, now) = (Instant::now(), Cell::new(None));
+    let audit = verify::run(&outbox, &mut connection, &streams, args.limit, |progress| now.set(Some(progress)));
+    let report = shown(audit, &now).await.context("the audit did not come to its end")?;
+    if context.output.json {
+        context.output.json(&Answer { ok: report.is_clean(), report: &report })?;
+    } else {
+        let prefix = settings.redis.stream_prefix.as_str();
+        context.output.write(&describe(&report, prefix, started.elapsed(), &context.output))?;
+    }
+    Ok(if report.is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Answer<'a> {
+    ok: bool,
+    #[serde(flatten)]
+    report: &'a Report,
+}
+
+/// Waits for the audit and tells how far it has come, also during a long statement of PostgreSQL.
+async fn shown<T>(audit: impl Future<Output = T>, now: &Cell<Option<verify::Progress>>) -> T {
+    let mut progress = Progress::start();
+    let mut look = tokio::time::interval(LOOK_EVERY);
+    let mut compares_since = None;
+    tokio::pin!(audit);
+    loop {
+        tokio::select! {
+            ended = &mut audit => {
+                progress.clear();
+                return ended;
+            }
+            _ = look.tick() => match now.get() {
+                None => (),
+                Some(verify::Progress::Reading { entries, total }) => {
+                    progress.tell(|| format!("read {} of {}", count(entries), plural(total, "entry")));
+                }
+                Some(verify::Progress::Comparing { entries }) => {
+                    let since = *compares_since.get_or_insert_with(Instant::now);
+                    let entries = plural(entries, "entry");
+                    progress.tell(|| format!("PostgreSQL compares {entries} with the outbox, for {}", age(since.elapsed())));
+                }
+            },
+        }
+    }
+}
+
+fn describe(report: &Report, prefix: &str, took: Duration, output: &Output) -> String {
+    if report.entries + report.published + report.pending + report.failed == 0 && report.is_clean() {
+        return format!("There is nothing to verify: the outbox is empty, and so are the streams {prefix}*.\n");
+    }
+    let looked_at = format!("{} in {}", plural(report.entries, "entry"), plural(report.streams, "stream"));
+    let mut text = format!(
+        "{looked_at} and {} compared in {}\n\n",
+        plural(report.published + report.pending + report.failed, "row"),
+        age(took)
+    );
+    let faults = report.faults().map(|(name, findings)| (name, findings.count, count(findings.count)));
+    let width = faults.iter().map(|(_, _, figure)| figure.len()).max().unwrap_or(0);
+    for (name, number, figure) in &faults {
+        let figure = format!("{figure:>width$}");
+        let figure = if *number > 0 { output.paint(Style::Error, &figure) } else { figure };
+        text += &format!("{name:<12}  {figure}\n");
+    }
+    text += &remarks(report);
+    let (style, verdict) = verdict(report, prefix);
+    text += &format!("\n{}\n", output.paint(style, &verdict));
+    text + &named(report, output)
+}
+
+/// What is no fault, but good to know.
+fn remarks(report: &Report) -> String {
+    let remarks = [
+        (report.pending, "row", "still to be published"),
+        (report.failed, "row", "failed: `commitstream failed list`"),
+        (report.later, "row", "published too recently to be checked"),
+        (report.trimmed, "event", "not checked: their streams no longer go back so far, because they were trimmed"),
+        (report.unknown, "entry", "without a row: the event was high-frequency, or its row was cleaned up"),
+    ];
+    let lines = remarks.iter().filter(|(number, ..)| *number > 0);
+    let text: String = lines.map(|(number, noun, what)| format!("{} {what}\n", plural(*number, noun))).collect();
+    if text.is_empty() { text } else { format!("\n{text}") }
+}
+
+fn verdict(report: &Report, prefix: &str) -> (Style, String) {
+    if report.is_clean() {
+        return (Style::Good, "Nothing is missing, duplicated, out of order, unsettled or misplaced.".to_owned());
+    }
+    let found = report.faults().into_iter().filter(|(_, findings)| findings.count > 0);
+    let found: Vec<_> = found.map(|(name, findings)| format!("{} {name}", count(findings.count))).collect();
+    let mut verdict = format!("The streams are not what the outbox says: {}.", found.join(", "));
+    if report.streams == 0 {
+        verdict += &format!("\nThere is no stream {prefix}* at all: are REDIS_URL and STREAM_PREFIX those of the relay?");
+    }
+    (Style::Error, verdict)
+}
+
+/// The first events of each fault.
+fn named(report: &Report, output: &Output) -> String {
+    let mut table = Table::new(&["FAULT", "EVENT", "STREAM", "ENTRY", "AGGREGATE"]);
+    let (mut rows, mut faults) = (0, 0);
+    for (name, findings) in report.faults() {
+        faults += findings.count;
+        for finding in &findings.first {
+            rows += 1;
+            let or_dash = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".to_owned());
+            table.row([
+                name.to_owned(),
+                finding.event_id.to_string(),
+                finding.stream.clone(),
+                or_dash(&finding.entry_id),
+                or_dash(&finding.aggregate_id),
+            ]);
+        }
+    }
+    match rows {
+        0 => String::new(),
+        _ if faults > rows => format!("\n{}and more: see --limit\n", table.render(output)),
+        _ => format!("\n{}", table.render(output)),
+    }
+}

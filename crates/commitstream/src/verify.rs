@@ -1,0 +1,203 @@
+//! Audits outbox and journal against the streams: is every event where it should be, once, and in order?
+//!
+//! The streams are read first, a page at a time, into temporary tables of the session; then PostgreSQL compares these with the
+//! outbox in one snapshot, on its disk. So memory stays bounded on both sides, whatever their size. The outbox is only read.
+//!
+//! Relays, producers and the clean-up may go on meanwhile. None of them makes a finding:
+//!
+//! * *Published, and not in what was read.* Only rows that were published before the audit began (by the database's clock) count
+//!   as missing. An event is published after its entry was written, and reading began later still.
+//! * *In a stream, and not published.* The snapshot is taken after the reading, and an event is named by an open batch, then
+//!   settled in one transaction. So an entry that was read belongs to an open or a settled batch of the snapshot.
+//! * *Appended while a stream is read.* Reading ends at the entry that was the last one at its beginning.
+//! * *Trimmed while a stream is read.* What the stream begins with is looked up after its reading.
+//! * *Removed by the clean-up.* Its entry counts as unknown; its journal row, while there is one, still says what was appended.
+
+use serde::Serialize;
+use sqlx::PgConnection;
+use thiserror::Error;
+
+use crate::outbox::{OutboxError, OutboxRepository};
+use crate::streams::{Entry, Streams, StreamsError};
+
+pub use crate::outbox::{Finding, Findings};
+
+/// Most entries of one page.
+const LARGEST_PAGE: usize = 1_000;
+
+/// Entries of the first page of a stream, whose sizes nobody knows yet.
+const FIRST_PAGE: usize = 50;
+
+/// What a page should hold, in bytes of fields.
+const PAGE_BYTES: usize = 1 << 20;
+
+/// What an audit found.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct Report {
+    /// Streams under the prefix, and their entries that were read.
+    pub streams: u64,
+    pub entries: u64,
+    /// Rows by status; `pending` are all that are still to be sent.
+    pub published: u64,
+    pub pending: u64,
+    pub failed: u64,
+    /// Batches on their way.
+    pub open_batches: u64,
+    /// Published by a row, or by a settled batch whose row was removed since, and in no stream.
+    pub missing: Findings,
+    /// Entries beyond the first of their event.
+    pub duplicated: Findings,
+    /// Entries behind one of their aggregate with a higher `seq`. Also what came late on purpose: an event that had failed and was
+    /// retried, and those of producers that raced on one aggregate without a lock.
+    pub out_of_order: Findings,
+    /// In a stream, while the row says that it is still to be sent, or failed, and no batch is on its way with it.
+    pub unsettled: Findings,
+    /// In the stream of another aggregate type.
+    pub misplaced: Findings,
+    /// Could not be checked: published, and absent from a stream that was trimmed, at the beginning where it was. No fault.
+    pub trimmed: u64,
+    /// Could not be checked: published since the audit began, and absent from what was read. No fault.
+    pub later: u64,
+    /// Entries without a row: of the high-frequency lane, or the row was removed. No fault.
+    pub unknown: u64,
+}
+
+impl Report {
+    /// Each kind of fault, by name.
+    #[must_use]
+    pub fn faults(&self) -> [(&'static str, &Findings); 5] {
+        [
+            ("missing", &self.missing),
+            ("duplicated", &self.duplicated),
+            ("out of order", &self.out_of_order),
+            ("unsettled", &self.unsettled),
+            ("misplaced", &self.misplaced),
+        ]
+    }
+
+    /// Nothing is at fault.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.faults().iter().all(|(_, findings)| findings.count == 0)
+    }
+}
+
+/// How far an audit has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// Of `total` entries, as many as there were at the beginning.
+    Reading { entries: u64, total: u64 },
+    /// PostgreSQL compares the entries with its tables.
+    Comparing { entries: u64 },
+}
+
+/// Why an audit did not come to its end.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum VerifyError {
+    #[error(transparent)]
+    Outbox(#[from] OutboxError),
+    #[error(transparent)]
+    Streams(#[from] StreamsError),
+}
+
+/// Audits the outbox against every stream under the prefix of `streams`, and names the first `named` events of each fault.
+///
+/// The session must be a direct one, not through a pooler in transaction mode, and its user needs the right to create temporary tables
+/// (`TEMP`, which everybody has by default); so a standby cannot be asked. It takes less than 1 KiB of temporary space there for each entry.
+///
+/// # Errors
+/// PostgreSQL or Redis cannot be asked.
+pub async fn run(
+    outbox: &OutboxRepository,
+    connection: &mut PgConnection,
+    streams: &Streams,
+    named: u32,
+    mut progress: impl FnMut(Progress),
+) -> Result<Report, VerifyError> {
+    let began = outbox.begin_audit(connection).await?;
+    let keys = streams.list().await?;
+    let (mut entries, mut total) = (0, 0);
+    for key in &keys {
+        total += streams.len(key).await?;
+    }
+    for (number, key) in (0..).zip(&keys) {
+        let told = |read| progress(Progress::Reading { entries: entries + read, total: total.max(entries + read) });
+        entries += read(outbox, connection, streams, number, key, told).await?;
+    }
+    progress(Progress::Comparing { entries });
+    let compared = outbox.compare(connection, began, &streams.stream_of(""), named).await?;
+    Ok(Report {
+        streams: keys.len() as u64,
+        entries,
+        published: compared.published,
+        pending: compared.pending,
+        failed: compared.failed,
+        open_batches: compared.open_batches,
+        missing: compared.missing,
+        duplicated: compared.duplicated,
+        out_of_order: compared.out_of_order,
+        unsettled: compared.unsettled,
+        misplaced: compared.misplaced,
+        trimmed: compared.trimmed,
+        later: compared.later,
+        unknown: compared.unknown,
+    })
+}
+
+/// Reads one stream into the session's temporary tables; returns how many entries that were.
+async fn read(
+    outbox: &OutboxRepository,
+    connection: &mut PgConnection,
+    streams: &Streams,
+    number: i32,
+    key: &str,
+    mut told: impl FnMut(u64),
+) -> Result<u64, VerifyError> {
+    // A stream that was deleted since it was listed has nothing that could be read.
+    let Some(before) = streams.info(key).await? else { return Ok(0) };
+    let (mut entries, mut after, mut size) = (0, "0".to_owned(), FIRST_PAGE);
+    loop {
+        let page = streams.between(key, &after, &before.last_id, size).await?;
+        let Some(last) = page.last() else { break };
+        after.clone_from(&last.id);
+        size = next_page(page.len(), page.iter().map(Entry::bytes).sum());
+        let noted = page.iter().map(|entry| (entry.field("id").and_then(|id| id.parse().ok()), entry.id.as_str()));
+        outbox.note_entries(connection, number, entries, noted).await?;
+        entries += page.len() as u64;
+        told(entries);
+    }
+    if let Some(now) = streams.info(key).await? {
+        outbox.note_stream(connection, number, key, now.is_trimmed(), now.first_id.as_deref()).await?;
+    } else {
+        outbox.note_stream(connection, number, key, false, None).await?;
+    }
+    Ok(entries)
+}
+
+/// How many entries to read after a page of `entries` with `bytes`: about [`PAGE_BYTES`], but at most twice as many as before.
+fn next_page(entries: usize, bytes: usize) -> usize {
+    let fitting = PAGE_BYTES * entries / bytes.max(1);
+    fitting.min(entries * 2).clamp(1, LARGEST_PAGE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_are_bounded_by_entries_and_aim_at_their_bytes() {
+        for (entries, bytes, expected) in [
+            (50, 10_000, 100),
+            (1_000, 200_000, LARGEST_PAGE),
+            (50, 50 << 20, 1),
+            (1, 64 << 20, 1),
+            (1, 1_000, 2),
+            (100, 1 << 20, 100),
+            (1_000, 0, LARGEST_PAGE),
+        ] {
+            assert_eq!(next_page(entries, bytes), expected, "{entries} entries, {bytes} bytes");
+        }
+    }
+}
