@@ -37,9 +37,9 @@ pub async fn collect(world: &World, judgement: &Judgement) -> Result<String> {
 
 /// The event's row, and the journal rows that name it, with its place in the batch.
 async fn rows(world: &World, id: Uuid) -> Result<Vec<String>> {
-    let sql = "SELECT 'outbox ' || to_jsonb(e) FROM event_outbox e WHERE id = $1
+    let sql = "SELECT format('outbox %s', to_jsonb(e)) FROM event_outbox e WHERE id = $1
                UNION ALL
-               SELECT 'batch ' || (to_jsonb(b) - 'event_ids') || ', event ' || array_position(event_ids, $1) || ' of ' || cardinality(event_ids)
+               SELECT format('batch %s, event %s of %s', to_jsonb(b) - 'event_ids', array_position(event_ids, $1), cardinality(event_ids))
                FROM (SELECT * FROM outbox_batch WHERE $1 = ANY (event_ids) ORDER BY claimed_at) b";
     Ok(sqlx::query_scalar(sql).bind(id).fetch_all(&mut world.connect().await?).await?)
 }

@@ -59,8 +59,11 @@ async fn nothing_is_lost_doubled_or_out_of_order_whatever_fails_when() -> Result
             println!("{report}");
             return world.remove();
         }
-        Ok(report) => format!("{report}\n{}", evidence::collect(&world, &report.judgement).await?),
-        Err(error) => format!("{error:?}"),
+        Ok(report) => {
+            println!("{report}");
+            evidence::collect(&world, &report.judgement).await?
+        }
+        Err(error) => format!("{error:#}"),
     };
     let logs = evidence::tails_of_logs(&world)?;
     bail!("seed {seed}: {verdict}\n{logs}\nagain: {again}\nlogs: {directory}")

@@ -31,7 +31,7 @@ enum Fault {
 }
 
 const FAULTS: [(u32, Fault); 5] =
-    [(2, Fault::Kill), (2, Fault::Pause), (1, Fault::FailOver), (2, Fault::FailOverWithLoss), (4, Fault::Links)];
+    [(2, Fault::Kill), (2, Fault::Pause), (2, Fault::FailOver), (4, Fault::FailOverWithLoss), (4, Fault::Links)];
 
 /// Two servers with the same data, of which one is the master.
 pub struct RedisPair {
