@@ -179,7 +179,12 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
 }
 
 /// URLs in messages of ours, whose password is the word "password".
-const EXAMPLES: [&str; 2] = ["postgres://user:password@host:5432/database", "redis://[user:password@]host:port[/db]"];
+const EXAMPLES: [&str; 4] = [
+    "postgres://user:password@host:5432/database",
+    "redis://[user:password@]host:port[/db]",
+    "redis-sentinel://[user:password@]host:port,host:port/[db]#master",
+    "redis-cluster://[user:password@]host:port,host:port",
+];
 
 /// Replaces the password of every URL in a text.
 fn hide_passwords(text: &str) -> String {
@@ -190,7 +195,7 @@ fn hide_passwords(text: &str) -> String {
         let end = rest[at..].find(|c: char| c.is_whitespace() || "'\"`)".contains(c)).map_or(rest.len(), |i| at + i);
         hidden += &rest[..start];
         let url = &rest[start..end];
-        hidden += &if EXAMPLES.contains(&url) { url.to_owned() } else { redact_url(url) };
+        hidden += &if EXAMPLES.contains(&url.trim_end_matches(',')) { url.to_owned() } else { redact_url(url) };
         rest = &rest[end..];
     }
     hidden + rest
@@ -212,6 +217,11 @@ mod tests {
             ("unexpected argument 'postgres://u:hunter2@h/d' found", "unexpected argument 'postgres://u:***@h/d' found"),
             ("two: redis://:a@h and rediss://b:c@h:1/0.", "two: redis://:***@h and rediss://b:***@h:1/0."),
             ("write redis://[user:password@]host:port[/db] or", "write redis://[user:password@]host:port[/db] or"),
+            (
+                "or redis-cluster://[user:password@]host:port,host:port, or",
+                "or redis-cluster://[user:password@]host:port,host:port, or",
+            ),
+            ("at redis-sentinel://:a@h,i:1/0#m.", "at redis-sentinel://:***@h,i:1/0#m."),
             ("nothing here :// or so", "nothing here *** or so"),
         ];
         for (text, expected) in cases {

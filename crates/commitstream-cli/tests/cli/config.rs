@@ -43,9 +43,12 @@ fn settings_in_force_as_people_read_them() -> Result<()> {
     app.database.timeout                    30s                                     default
     app.database.preparedStatements         true                                    default
     app.redis.url                           redis://:***@cache.example              command line   REDIS_URL
+    app.redis.sentinelPassword              (not set)                               default        REDIS_SENTINEL_PASSWORD
     app.redis.streamPrefix                  shop:                                   people.conf:1  STREAM_PREFIX
     app.redis.connectTimeout                2s                                      default
     app.redis.responseTimeout               5s                                      default
+    app.redis.waitReplicas                  0                                       default
+    app.redis.waitTimeout                   1s                                      default
     app.outbox.enabled                      true                                    default        OUTBOX_ENABLED
     app.outbox.processor.pollInterval       1s                                      default        OUTBOX_POLL_INTERVAL
     app.outbox.processor.batchSize          200                                     environment    OUTBOX_BATCH_SIZE

@@ -31,6 +31,10 @@ fn no_output_shows_a_password() -> Result<()> {
         format!("redis://:{SECRET}@127.0.0.1:1"),
         format!("redis://:a/{SECRET}@127.0.0.1:1"),
         format!("redis://:{SECRET}@127.0.0.1:port"),
+        format!("redis-sentinel://:{SECRET}@127.0.0.1:1,127.0.0.1:2/0#master"),
+        format!("redis-sentinel://:{SECRET}@127.0.0.1:1"),
+        format!("redis-cluster://:{SECRET}@127.0.0.1:1,127.0.0.1:2"),
+        format!("redis-cluster://:{SECRET}@127.0.0.1:port"),
         format!("http://:{SECRET}@127.0.0.1"),
     ];
     let publish = ["publish", "--type", "A", "--aggregate-type", "a", "--aggregate-id", "1", "--lane", "high-frequency"];

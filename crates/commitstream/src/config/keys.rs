@@ -43,15 +43,21 @@ const HOUR: Duration = Duration::from_secs(60 * 60);
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 const YEAR: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
+const REDIS_SCHEMES: &[&str] =
+    &["redis://", "rediss://", "redis-sentinel://", "rediss-sentinel://", "redis-cluster://", "rediss-cluster://"];
+
 pub(super) static KEYS: &[Key] = &[
     key("app.database.url", Kind::Url(field!(database.url), &["postgres://", "postgresql://"])).env("DATABASE_URL"),
     key("app.database.schema", Kind::Schema(field!(database.schema))).env("OUTBOX_SCHEMA"),
     key("app.database.timeout", Kind::Time(field!(database.timeout), Duration::from_millis(100)..=HOUR)),
     key("app.database.preparedStatements", Kind::Switch(field!(database.prepared_statements))),
-    key("app.redis.url", Kind::Url(field!(redis.url), &["redis://", "rediss://"])).env("REDIS_URL"),
+    key("app.redis.url", Kind::Url(field!(redis.url), REDIS_SCHEMES)).env("REDIS_URL"),
+    key("app.redis.sentinelPassword", Kind::Secret(field!(redis.sentinel_password))).env("REDIS_SENTINEL_PASSWORD"),
     key("app.redis.streamPrefix", Kind::Prefix(field!(redis.stream_prefix))).env("STREAM_PREFIX"),
     key("app.redis.connectTimeout", Kind::Time(field!(redis.connect_timeout), Duration::from_millis(10)..=HOUR)),
     key("app.redis.responseTimeout", Kind::Time(field!(redis.response_timeout), Duration::from_millis(10)..=HOUR)),
+    key("app.redis.waitReplicas", Kind::Count(field!(redis.wait_replicas), 0..=10)),
+    key("app.redis.waitTimeout", Kind::Time(field!(redis.wait_timeout), Duration::from_millis(10)..=MINUTE)),
     key("app.outbox.enabled", Kind::Switch(field!(outbox.enabled))).env("OUTBOX_ENABLED"),
     key("app.outbox.processor.pollInterval", Kind::Time(field!(outbox.processor.poll_interval), MILLISECOND..=DAY))
         .env("OUTBOX_POLL_INTERVAL"),

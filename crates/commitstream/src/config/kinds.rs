@@ -5,6 +5,7 @@ use std::error::Error;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
+use super::redact::HIDDEN;
 use super::units::{parse_size, print_duration, print_number, print_size};
 use super::{AfterFailure, Route, Settings, Strategy, redact_url};
 
@@ -27,6 +28,8 @@ pub(super) enum Kind {
     Size(Field<usize>, RangeInclusive<usize>),
     Time(Field<Duration>, RangeInclusive<Duration>),
     Url(Field<Option<String>>, &'static [&'static str]),
+    /// Never shown; empty is none.
+    Secret(Field<Option<String>>),
     Schema(Field<String>),
     Prefix(Field<String>),
     Strategy(Field<Strategy>),
@@ -70,6 +73,7 @@ impl Kind {
             }
             Kind::Time(field, range) => *(field.get_mut)(settings) = parse_time(word, range)?,
             Kind::Url(field, _) => *(field.get_mut)(settings) = Some(word.to_owned()),
+            Kind::Secret(field) => *(field.get_mut)(settings) = (!text.is_empty()).then(|| text.to_owned()),
             Kind::Schema(field) | Kind::Prefix(field) => *(field.get_mut)(settings) = text.to_owned(),
             Kind::Strategy(field) => *(field.get_mut)(settings) = named(word, STRATEGIES)?,
             Kind::AfterFailure(field) => *(field.get_mut)(settings) = named(word, AFTER_FAILURE)?,
@@ -102,7 +106,7 @@ impl Kind {
                 "must not contain { or }: Redis Cluster takes braces for a hash tag".to_owned(),
             ),
             Kind::Routes(field) => (!(field.get)(settings).contains_key(""), "an event type must not be empty".to_owned()),
-            Kind::Switch(_) | Kind::Strategy(_) | Kind::AfterFailure(_) => return Ok(()),
+            Kind::Switch(_) | Kind::Strategy(_) | Kind::AfterFailure(_) | Kind::Secret(_) => return Ok(()),
         };
         if holds { Ok(()) } else { Err(Refusal::new(reason)) }
     }
@@ -115,6 +119,7 @@ impl Kind {
             Kind::Size(field, _) => print_size(*(field.get)(settings)),
             Kind::Time(field, _) => print_duration(*(field.get)(settings)),
             Kind::Url(field, _) => redact_url((field.get)(settings).as_deref()?),
+            Kind::Secret(field) => (field.get)(settings).as_ref().map(|_| HIDDEN.to_owned())?,
             Kind::Schema(field) | Kind::Prefix(field) => (field.get)(settings).clone(),
             Kind::Strategy(field) => name_of(*(field.get)(settings), STRATEGIES),
             Kind::AfterFailure(field) => name_of(*(field.get)(settings), AFTER_FAILURE),
@@ -126,6 +131,7 @@ impl Kind {
     pub fn shown(&self, text: &str) -> String {
         match self {
             Kind::Url(..) => redact_url(text.trim()),
+            Kind::Secret(_) => HIDDEN.to_owned(),
             // Quoted where the eye would miss what is wrong: an empty name, a NUL.
             Kind::Schema(_) | Kind::Prefix(_) => format!("{:?}", harmless(text)),
             _ => harmless(text.trim()).escape_debug().to_string(),

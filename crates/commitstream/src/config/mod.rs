@@ -29,6 +29,7 @@ use std::time::Duration;
 
 pub use error::ConfigError;
 pub use load::{DEFAULT_FILE, Entry, Loaded, Source};
+use redact::HIDDEN;
 pub use redact::redact_url;
 
 /// Everything that can be set. [`Settings::default`] is what holds when nothing is said.
@@ -57,14 +58,26 @@ pub struct DatabaseSettings {
 /// `app.redis`
 #[derive(Clone, PartialEq)]
 pub struct RedisSettings {
-    /// Redis URL (`REDIS_URL`), `redis://` or `rediss://`.
+    /// Redis URL (`REDIS_URL`), in one of these forms, or with `rediss` for TLS:
+    /// - `redis://[user:password@]host:port[/db]`
+    /// - `redis-sentinel://[user:password@]host:port,host:port/[db]#master`: the master of this name, which the sentinels at these
+    ///   hosts know. User, password and database are those of the master.
+    /// - `redis-cluster://[user:password@]host:port,host:port`: some nodes of a cluster, which name the others.
     pub url: Option<String>,
+    /// Password of the sentinels themselves (`REDIS_SENTINEL_PASSWORD`), if they have one.
+    pub sentinel_password: Option<String>,
     /// Stream keys are this prefix and the aggregate type. Default `events:`. No braces.
     pub stream_prefix: String,
     /// Limit of one attempt to connect. Default 2 s.
     pub connect_timeout: Duration,
     /// Limit of one command's answer. Default 5 s.
     pub response_timeout: Duration,
+    /// How many replicas must have a batch of the relay before its events are settled. With all replicas of the master, no failover
+    /// loses what was settled, and the relay pauses while one is away; with fewer, one that has not confirmed may be
+    /// promoted. Default 0, which does not wait; at most 10.
+    pub wait_replicas: u32,
+    /// How long replicas are waited for at a time, before the relay says that it cannot work. Default 1 s; 10 ms to 1 min.
+    pub wait_timeout: Duration,
 }
 
 /// `app.outbox`
@@ -166,9 +179,12 @@ impl Default for RedisSettings {
     fn default() -> Self {
         Self {
             url: None,
+            sentinel_password: None,
             stream_prefix: "events:".to_owned(),
             connect_timeout: Duration::from_secs(2),
             response_timeout: Duration::from_secs(5),
+            wait_replicas: 0,
+            wait_timeout: Duration::from_secs(1),
         }
     }
 }
@@ -230,9 +246,12 @@ impl fmt::Debug for RedisSettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisSettings")
             .field("url", &self.url.as_deref().map(redact_url))
+            .field("sentinel_password", &self.sentinel_password.as_ref().map(|_| HIDDEN))
             .field("stream_prefix", &self.stream_prefix)
             .field("connect_timeout", &self.connect_timeout)
             .field("response_timeout", &self.response_timeout)
+            .field("wait_replicas", &self.wait_replicas)
+            .field("wait_timeout", &self.wait_timeout)
             .finish()
     }
 }

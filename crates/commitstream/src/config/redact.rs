@@ -1,6 +1,6 @@
 //! Passwords do not leave the process: every URL that is printed, logged or put into an error goes through here.
 
-const HIDDEN: &str = "***";
+pub(super) const HIDDEN: &str = "***";
 
 /// The URL with its password, and every query parameter that may hold a secret, replaced by `***`.
 /// A text that is not a URL yields `***` alone, since there is no telling what it holds. Where a

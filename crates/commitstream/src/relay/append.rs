@@ -78,8 +78,10 @@ async fn until_known(
     let mut backoff = Backoff::default();
     let mut unknown = false;
     loop {
+        crash_window!("append::before");
         let outage = match streams.append(&batch.stream, batch.id, predecessors, &batch.events[..sendable], life).await {
             Ok(appended) => {
+                crash_window!("append::after");
                 reporter.able();
                 return Ok(appended);
             }
@@ -96,7 +98,7 @@ async fn until_known(
                 Err(error) => error,
             },
         };
-        unknown |= matches!(outage, StreamsError::OutcomeUnknown { .. });
+        unknown |= matches!(outage, StreamsError::OutcomeUnknown { .. } | StreamsError::NotReplicated { .. });
         reporter.unable(&outage);
         tokio::time::sleep(backoff.next()).await;
     }

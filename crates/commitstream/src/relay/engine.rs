@@ -172,7 +172,9 @@ impl Engine {
         {
             let (outbox, limit) = (self.outbox.clone(), self.settings.database.timeout);
             let settle = async move {
+                crash_window!("settle::before");
                 let settled = bounded("settling batches", limit, outbox.settle(&mut connection, &settlements)).await?;
+                crash_window!("settle::after");
                 // Fewer means that another relay has resolved some of them.
                 let all = usize::try_from(settled).is_ok_and(|settled| settled == settlements.len());
                 if all { Ok(connection) } else { Err(SessionError::LeaseLost) }
@@ -200,7 +202,11 @@ impl Engine {
         let request = self.request();
         let (outbox, limit) = (self.outbox.clone(), self.settings.database.timeout);
         let claim = async move {
+            crash_window!("claim::before");
             let found = bounded("claiming events", limit, outbox.claim(&mut connection, &request)).await?;
+            if !found.events.is_empty() {
+                crash_window!("claim::after");
+            }
             Ok((connection, found))
         };
         self.claim = Some(claim.boxed());

@@ -28,6 +28,14 @@
 //!
 //! The protocol and why it is safe: ARCHITECTURE.md.
 
+/// A window of the protocol in which tests let the process die, by name. Nothing in a build without the feature `failpoints`.
+macro_rules! crash_window {
+    ($name:literal) => {
+        #[cfg(feature = "failpoints")]
+        fail::fail_point!($name);
+    };
+}
+
 mod append;
 mod assignment;
 mod chain;

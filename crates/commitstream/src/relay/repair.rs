@@ -45,11 +45,13 @@ impl Relay {
                 Err(error) => self.wait_out(&error, &mut backoff).await,
             }
         };
+        crash_window!("recover::resolved");
         let events = usize::try_from(batch.events).unwrap_or(0);
         let appended = i32::try_from(marker.count(events)).unwrap_or(i32::MAX);
         let settlement = Settlement { batch_id: batch.batch_id, appended, last_entry: None, refusals: Vec::new() };
         tracing::info!(batch = %batch.batch_id, stream = batch.stream, events, appended, "open batch resolved");
         bounded("settling a recovered batch", self.timeout(), self.outbox.settle(connection, &[settlement])).await?;
+        crash_window!("recover::settled");
         self.reporter.count(u64::try_from(appended).unwrap_or(0), 0, 0);
         Ok(())
     }
@@ -90,6 +92,7 @@ impl Relay {
                 _ => break,
             }
         }
+        crash_window!("republish::before");
         let requeue = self.outbox.requeue_lost(connection, &lost, partitions);
         let Requeued { unsent, gone } = bounded("publishing lost batches again", self.timeout(), requeue).await?;
         tracing::error!(

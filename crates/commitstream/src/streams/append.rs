@@ -1,10 +1,12 @@
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
+use futures_util::future::try_join_all;
 use redis::Script;
 use uuid::Uuid;
 
 use super::error::{concerns_whole_stream, is_unable_code};
+use super::node::{Node, Request};
 use super::{Streams, StreamsError, marker_key};
 use crate::event::rfc3339;
 use crate::outbox::OutboxEvent;
@@ -116,8 +118,8 @@ impl Marker {
 }
 
 impl Streams {
-    /// Appends a batch to its stream, or learns from its marker what became of it. Calling it again is safe. `predecessors` are batches
-    /// that this stream must hold already.
+    /// Appends a batch to its stream, or learns from its marker what became of it, and waits for replicas as the settings say. Calling it
+    /// again is safe. `predecessors` are batches that this stream must hold already.
     ///
     /// # Errors
     /// An outage ([`StreamsError::is_outage`]): call again. A refusal of the call itself (`NOPERM` on a key, a marker of another
@@ -141,10 +143,11 @@ impl Streams {
             call.arg(event.id.hyphenated().to_string()).arg(&event.event_type).arg(&event.aggregate_id);
             call.arg(rfc3339(event.occurred_at)).arg(event.payload.as_deref().unwrap_or_default()).arg(&event.headers);
         }
-        let (marker, error, last): (String, String, String) = self.invoke("appending a batch", &call).await?;
+        let (marker, error, last): (String, String, String) = self.invoke("appending a batch", stream, &call).await?;
         if marker == "lost" {
             return Err(StreamsError::Lost { stream: stream.to_owned(), marker: error });
         }
+        self.await_replicas(stream, batch_id, marker_life).await?;
         let refusal = (!error.is_empty()).then(|| {
             let code = error.split(' ').next().unwrap_or_default();
             StreamRefusal { whole_stream: concerns_whole_stream(code), outage: is_unable_code(code), error: error.clone() }
@@ -160,7 +163,8 @@ impl Streams {
     pub async fn resolve(&self, stream: &str, batch_id: Uuid, marker_life: Duration) -> Result<Marker, StreamsError> {
         let mut call = RESOLVE.prepare_invoke();
         call.key(marker_key(stream, batch_id)).arg(millis(marker_life));
-        let marker: String = self.invoke("resolving a batch", &call).await?;
+        let marker: String = self.invoke("resolving a batch", stream, &call).await?;
+        self.await_replicas(stream, batch_id, marker_life).await?;
         Marker::parse(stream, batch_id, marker)
     }
 
@@ -169,14 +173,20 @@ impl Streams {
     /// # Errors
     /// Markers then live on until they expire by themselves.
     pub async fn expire_markers(&self, batches: &[(String, Uuid)], life: Duration) -> Result<(), StreamsError> {
-        let mut pipeline = redis::pipe();
-        for (stream, batch_id) in batches {
-            pipeline.cmd("PEXPIRE").arg(marker_key(stream, *batch_id)).arg(millis(life)).ignore();
-        }
-        self.query_pipeline("shortening the life of markers", &pipeline).await
+        let doing = "shortening the life of markers";
+        let groups = self.by_node(doing, batches, |(stream, _)| stream.clone()).await?;
+        let expire = async |(node, batches): &(Arc<Node>, Vec<&(String, Uuid)>)| {
+            let mut pipeline = redis::pipe();
+            for (stream, batch_id) in batches {
+                pipeline.cmd("PEXPIRE").arg(marker_key(stream, *batch_id)).arg(millis(life)).ignore();
+            }
+            node.send::<()>(doing, Request::Pipeline(&pipeline)).await
+        };
+        try_join_all(groups.iter().map(expire)).await?;
+        Ok(())
     }
 }
 
-fn millis(duration: Duration) -> u64 {
+pub(super) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

@@ -1,43 +1,54 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, Client, Cmd, ErrorKind, FromRedisValue, Pipeline, RedisError};
-use tokio::sync::Mutex;
-use tokio::time::Instant;
+use futures_util::future::try_join_all;
+use redis::{Cmd, FromRedisValue, ScriptInvocation};
 
 use super::StreamsError;
+use super::cluster::Cluster;
+use super::node::{Limits, Node, Request, Way};
+use super::replicas::Replicas;
+use super::server::Server;
 use crate::config::RedisSettings;
 
-/// After so long without a command, a connection is tried before it is used: Redis may have been restarted meanwhile, and the
-/// outcome of the command would be unknown although it never arrived.
-const IDLE: Duration = Duration::from_millis(100);
+/// Redirections that one command follows: the first is usual after a slot has moved, another may meet the next move.
+pub(super) const REDIRECTIONS: usize = 3;
 
-/// A connection to Redis that is opened when first needed and again after it broke. Cheap to clone; clones share it.
+/// A connection to Redis (one server, the master that sentinels name, or the masters of a cluster) that is opened when first
+/// needed and again after it broke. Cheap to clone; clones share it.
 ///
 /// Nothing is repeated here: a command that may have been carried out is reported as such
 /// ([`StreamsError::OutcomeUnknown`]), and the caller knows whether repeating it is safe.
 #[derive(Clone)]
 pub struct Streams {
     pub(super) prefix: Arc<str>,
-    client: Client,
-    server: Arc<str>,
-    connect_timeout: Duration,
-    response_timeout: Duration,
-    slot: Arc<Mutex<Slot>>,
+    server: Arc<Server>,
+    limits: Limits,
+    servers: Servers,
+    /// What the append of a batch waits for.
+    pub(super) replicas: Option<Arc<Replicas>>,
 }
 
-#[derive(Default)]
-struct Slot {
-    /// Counts the connections, so that a failure of an old one does not close its successor.
-    generation: u64,
-    connection: Option<MultiplexedConnection>,
-    last_used: Option<Instant>,
+#[derive(Clone)]
+enum Servers {
+    One(Arc<Node>),
+    Cluster(Arc<Cluster>),
+}
+
+impl Servers {
+    fn new(server: &Server, limits: Limits) -> Self {
+        let way = match server {
+            Server::Single(info) => Way::Direct(Box::new(info.clone())),
+            Server::Sentinel(sentinels) => Way::Sentinels(Arc::clone(sentinels)),
+            Server::Cluster { login, seeds } => return Self::Cluster(Arc::new(Cluster::new(login, seeds, limits))),
+        };
+        Self::One(Arc::new(Node::new(way, limits)))
+    }
 }
 
 impl std::fmt::Debug for Streams {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Streams").field("server", &self.server).field("prefix", &self.prefix).finish_non_exhaustive()
+        f.debug_struct("Streams").field("server", &self.server.to_string()).field("prefix", &self.prefix).finish_non_exhaustive()
     }
 }
 
@@ -47,16 +58,13 @@ impl Streams {
     /// # Errors
     /// The URL cannot be read.
     pub fn new(url: &str, settings: &RedisSettings) -> Result<Self, StreamsError> {
-        let client = Client::open(url).map_err(StreamsError::Url)?;
-        let server = client.get_connection_info().addr().to_string();
-        Ok(Self {
-            prefix: settings.stream_prefix.as_str().into(),
-            client,
-            server: server.into(),
-            connect_timeout: settings.connect_timeout,
-            response_timeout: settings.response_timeout,
-            slot: Arc::default(),
-        })
+        let server = Server::parse(url, settings)?;
+        let limits = Limits { connect: settings.connect_timeout, response: settings.response_timeout };
+        let servers = Servers::new(&server, limits);
+        let prefix = settings.stream_prefix.as_str().into();
+        let mut streams = Self { prefix, server: Arc::new(server), limits, servers, replicas: None };
+        streams.replicas = Replicas::new(&streams, settings).map(Arc::new);
+        Ok(streams)
     }
 
     /// Key of the stream that events of `aggregate_type` go to.
@@ -65,95 +73,112 @@ impl Streams {
         format!("{}{aggregate_type}", self.prefix)
     }
 
-    /// Asks for a sign of life.
+    /// Asks for a sign of life; in a cluster, of every master.
     ///
     /// # Errors
     /// Redis is not reachable or not able to answer.
     pub async fn ping(&self) -> Result<(), StreamsError> {
-        self.query("asking for a sign of life", &redis::cmd("PING")).await
+        let doing = "asking for a sign of life";
+        let ping = redis::cmd("PING");
+        let masters = self.masters(doing).await?;
+        try_join_all(masters.iter().map(|master| master.query::<()>(doing, &ping))).await?;
+        Ok(())
     }
 
-    /// Longest wait of one blocking read.
-    pub(super) const LONGEST_BLOCK: Duration = Duration::from_secs(5);
-
-    /// Limit of the answer to a blocking read.
-    pub(super) fn read_timeout(&self) -> Duration {
-        self.response_timeout + Self::LONGEST_BLOCK
-    }
-
-    pub(super) fn typed(&self, doing: &'static str, source: RedisError) -> StreamsError {
-        StreamsError::new(&self.server, doing, source)
-    }
-
-    /// A connection of its own with the same settings, for calls that block the connection they run on.
+    /// A connection of its own to the same servers, for calls that block the connection they run on: for so long, its answers may
+    /// take longer.
     #[must_use]
-    pub(super) fn dedicated(&self, response_timeout: Duration) -> Self {
-        Self { slot: Arc::default(), response_timeout, ..self.clone() }
+    pub(super) fn dedicated(&self, longest_block: Duration) -> Self {
+        let limits = Limits { response: self.limits.response + longest_block, ..self.limits };
+        Self { limits, servers: Servers::new(&self.server, limits), ..self.clone() }
     }
 
-    pub(super) async fn query<T: FromRedisValue>(&self, doing: &'static str, command: &Cmd) -> Result<T, StreamsError> {
-        let (generation, mut connection) = self.connection(doing).await?;
-        let answer = command.query_async(&mut connection).await;
-        self.judge(doing, generation, answer).await
+    /// True if a command can concern keys of one slot only, and so, mostly, of one stream.
+    pub(super) fn is_cluster(&self) -> bool {
+        matches!(self.servers, Servers::Cluster(_))
     }
 
-    pub(super) async fn query_pipeline<T: FromRedisValue>(
+    /// A command that concerns `key`.
+    pub(super) async fn query<T: FromRedisValue>(
         &self,
         doing: &'static str,
-        pipeline: &Pipeline,
+        key: &str,
+        command: &Cmd,
     ) -> Result<T, StreamsError> {
-        let (generation, mut connection) = self.connection(doing).await?;
-        let answer = pipeline.query_async(&mut connection).await;
-        self.judge(doing, generation, answer).await
+        self.send(doing, key, Request::Command(command)).await
     }
 
     pub(super) async fn invoke<T: FromRedisValue>(
         &self,
         doing: &'static str,
-        script: &redis::ScriptInvocation<'_>,
+        key: &str,
+        script: &ScriptInvocation<'_>,
     ) -> Result<T, StreamsError> {
-        let (generation, mut connection) = self.connection(doing).await?;
-        let answer = script.invoke_async(&mut connection).await;
-        self.judge(doing, generation, answer).await
+        self.send(doing, key, Request::Script(script)).await
     }
 
-    /// The shared connection. Waiting for one, in all, takes no longer than the time-out to connect.
-    async fn connection(&self, doing: &'static str) -> Result<(u64, MultiplexedConnection), StreamsError> {
-        let connect = async {
-            let mut slot = self.slot.lock().await;
-            let idle = slot.last_used.replace(Instant::now()).is_none_or(|used| used.elapsed() > IDLE);
-            if let Some(mut connection) = slot.connection.clone() {
-                if !idle || redis::cmd("PING").exec_async(&mut connection).await.is_ok() {
-                    return Ok((slot.generation, connection));
-                }
-                slot.connection = None;
-            }
-            let config = AsyncConnectionConfig::new()
-                .set_connection_timeout(Some(self.connect_timeout))
-                .set_response_timeout(Some(self.response_timeout));
-            let connection = self.client.get_multiplexed_async_connection_with_config(&config).await?;
-            slot.generation += 1;
-            slot.connection = Some(connection.clone());
-            Ok((slot.generation, connection))
-        };
-        let timed_out = || RedisError::from((ErrorKind::Io, "timed out while connecting"));
-        let connected = tokio::time::timeout(self.connect_timeout, connect).await.unwrap_or_else(|_| Err(timed_out()));
-        connected.map_err(|source: RedisError| StreamsError::Unavailable { server: self.server.to_string(), doing, source })
-    }
-
-    /// Types the error, and gives up a connection that broke or stalled.
-    async fn judge<T>(&self, doing: &'static str, generation: u64, answer: Result<T, RedisError>) -> Result<T, StreamsError> {
-        let error = match answer {
-            Ok(answer) => return Ok(answer),
-            Err(source) => self.typed(doing, source),
-        };
-        // After READONLY or a time-out the same connection may go on failing while a new one reaches the new master.
-        if error.is_outage() {
-            let mut slot = self.slot.lock().await;
-            if slot.generation == generation {
-                slot.connection = None;
+    /// Sends to where `key` is. All keys of the request are in the slot of that key.
+    pub(super) async fn send<T: FromRedisValue>(
+        &self,
+        doing: &'static str,
+        key: &str,
+        request: Request<'_>,
+    ) -> Result<T, StreamsError> {
+        let mut node = self.node_of(doing, key).await?;
+        for _ in 0..REDIRECTIONS {
+            match node.send(doing, request).await {
+                Ok(answer) => return Ok(answer),
+                Err(error) => match self.redirected(&error).await {
+                    Some(other) => node = other,
+                    None => return Err(error),
+                },
             }
         }
-        Err(error)
+        node.send(doing, request).await
+    }
+
+    /// The node to ask instead, for what was redirected. After any other outage, the way is learnt anew before the next call.
+    pub(super) async fn redirected(&self, error: &StreamsError) -> Option<Arc<Node>> {
+        let Servers::Cluster(cluster) = &self.servers else { return None };
+        if let Some(address) = error.moved_to() {
+            return cluster.moved(address).await;
+        }
+        if error.is_outage() {
+            cluster.forget().await;
+        }
+        None
+    }
+
+    async fn node_of(&self, doing: &'static str, key: &str) -> Result<Arc<Node>, StreamsError> {
+        match &self.servers {
+            Servers::One(node) => Ok(Arc::clone(node)),
+            Servers::Cluster(cluster) => cluster.node_of(doing, key).await,
+        }
+    }
+
+    /// Every server that holds streams.
+    pub(super) async fn masters(&self, doing: &'static str) -> Result<Vec<Arc<Node>>, StreamsError> {
+        match &self.servers {
+            Servers::One(node) => Ok(vec![Arc::clone(node)]),
+            Servers::Cluster(cluster) => cluster.masters(doing).await,
+        }
+    }
+
+    /// What goes to the same node, by the streams that things concern. Each group keeps the order.
+    pub(super) async fn by_node<T>(
+        &self,
+        doing: &'static str,
+        things: impl IntoIterator<Item = T>,
+        stream: impl Fn(&T) -> String,
+    ) -> Result<Vec<(Arc<Node>, Vec<T>)>, StreamsError> {
+        let mut groups: Vec<(Arc<Node>, Vec<T>)> = Vec::new();
+        for thing in things {
+            let node = self.node_of(doing, &stream(&thing)).await?;
+            match groups.iter_mut().find(|(known, _)| Arc::ptr_eq(known, &node)) {
+                Some((_, group)) => group.push(thing),
+                None => groups.push((node, vec![thing])),
+            }
+        }
+        Ok(groups)
     }
 }

@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use redis::{ErrorKind, RedisError, ServerErrorKind};
 use thiserror::Error;
 
@@ -45,7 +47,25 @@ pub enum StreamsError {
     #[error("Redis has lost what it had acknowledged of {stream}: {marker} is gone")]
     Lost { stream: String, marker: String },
 
-    #[error("the Redis URL is not usable: write redis://[user:password@]host:port[/db] or rediss://…")]
+    /// The batch is in its stream, but a failover might lose it: append it again, and wait again.
+    #[error(
+        "{confirmed} of {wanted} replicas confirmed a batch in {stream} within {timeout:?}: check the replicas (app.redis.waitReplicas)"
+    )]
+    NotReplicated {
+        stream: String,
+        confirmed: u32,
+        wanted: u32,
+        timeout: Duration,
+        /// Why nothing could be asked.
+        #[source]
+        source: Option<RedisError>,
+    },
+
+    #[error(
+        "the Redis URL is not usable: write redis://[user:password@]host:port[/db], \
+         redis-sentinel://[user:password@]host:port,host:port/[db]#master, \
+         redis-cluster://[user:password@]host:port,host:port, or the same with rediss"
+    )]
     Url(#[source] RedisError),
 }
 
@@ -68,10 +88,29 @@ impl StreamsError {
         }
     }
 
+    /// An error of a step before the command itself, which was not sent then.
+    pub(super) fn before_it_was_sent(self, server: &str) -> Self {
+        match self {
+            Self::Refused { doing, source } => Self::Unavailable { server: server.to_owned(), doing, source },
+            Self::OutcomeUnknown { server, doing, source } => Self::Unavailable { server, doing, source },
+            other => other,
+        }
+    }
+
+    /// The address of the node that the cluster has moved the slot to.
+    pub(super) fn moved_to(&self) -> Option<&str> {
+        let Self::Unavailable { source, .. } = self else { return None };
+        let is_moved = source.kind() == ErrorKind::Server(ServerErrorKind::Moved);
+        source.redirect_node().filter(|_| is_moved).map(|(address, _)| address)
+    }
+
     /// True when the same call may succeed later: an outage, not a fault of the event.
     #[must_use]
     pub fn is_outage(&self) -> bool {
-        matches!(self, Self::Unavailable { .. } | Self::OutcomeUnknown { .. } | Self::StrangeMarker { .. })
+        matches!(
+            self,
+            Self::Unavailable { .. } | Self::OutcomeUnknown { .. } | Self::StrangeMarker { .. } | Self::NotReplicated { .. }
+        )
     }
 }
 

@@ -2,6 +2,7 @@ use redis::Value;
 use redis::streams::StreamRangeReply;
 use uuid::Uuid;
 
+use super::node::Request;
 use super::{Streams, StreamsError, marker_key};
 use crate::outbox::JournalBatch;
 
@@ -30,7 +31,7 @@ impl Streams {
         for batch in batches {
             pipeline.cmd("EXISTS").arg(marker_key(stream, batch.batch_id));
         }
-        let marked: Vec<bool> = self.query_pipeline(doing, &pipeline).await?;
+        let marked: Vec<bool> = self.send(doing, stream, Request::Pipeline(&pipeline)).await?;
         let mut found = Vec::with_capacity(batches.len());
         for (batch, marked) in batches.iter().zip(marked) {
             found.push(match (marked, &batch.last_entry) {
@@ -56,7 +57,7 @@ impl Streams {
             for marker in &markers {
                 pipeline.cmd("EXISTS").arg(marker);
             }
-            let there: Vec<bool> = self.query_pipeline("looking for recent batches", &pipeline).await?;
+            let there: Vec<bool> = self.send("looking for recent batches", stream, Request::Pipeline(&pipeline)).await?;
             if let Some((marker, _)) = markers.into_iter().zip(there).find(|(_, there)| !there) {
                 return Err(StreamsError::Lost { stream: stream.clone(), marker });
             }
@@ -68,7 +69,7 @@ impl Streams {
     async fn has_entry(&self, stream: &str, entry: &str, batch: &JournalBatch) -> Result<bool, StreamsError> {
         let mut command = redis::cmd("XRANGE");
         command.arg(stream).arg(entry).arg(entry);
-        let reply: StreamRangeReply = self.query("looking for recent batches", &command).await?;
+        let reply: StreamRangeReply = self.query("looking for recent batches", stream, &command).await?;
         let event = batch.last_event.hyphenated().to_string();
         let is_it = |value: &Value| matches!(value, Value::BulkString(bytes) if *bytes == event.as_bytes());
         Ok(reply.ids.iter().any(|entry| entry.map.get("id").is_some_and(is_it)))

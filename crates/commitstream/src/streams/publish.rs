@@ -1,5 +1,10 @@
+use std::sync::Arc;
+
+use futures_util::future::join_all;
 use redis::{Pipeline, Value};
 
+use super::connection::REDIRECTIONS;
+use super::node::{Node, Request};
 use super::{Streams, StreamsError};
 use crate::event::EventEnvelope;
 
@@ -17,6 +22,24 @@ pub struct NotPublished {
     pub unconfirmed: Vec<EventEnvelope>,
 }
 
+/// What became of a chunk, by index; what is not named is in its stream.
+#[derive(Default)]
+struct Sent {
+    refused: Vec<(usize, StreamsError)>,
+    lost: Vec<usize>,
+    /// Of what was lost; the one that says least.
+    outage: Option<StreamsError>,
+}
+
+impl Sent {
+    fn lose(&mut self, at: &[usize], error: StreamsError) {
+        self.lost.extend(at);
+        if !matches!(self.outage, Some(StreamsError::OutcomeUnknown { .. })) {
+            self.outage = Some(error);
+        }
+    }
+}
+
 impl Streams {
     /// The direct lane: appends each envelope to the stream of its aggregate type, in order, without a journal.
     ///
@@ -24,28 +47,76 @@ impl Streams {
     /// Names what is not confirmed. After [`StreamsError::Refused`], [`StreamsError::PartlyRefused`] and
     /// [`StreamsError::Unavailable`] that is known to be in no stream; after [`StreamsError::OutcomeUnknown`] some of it may be.
     pub async fn publish(&self, envelopes: &[EventEnvelope]) -> Result<(), NotPublished> {
-        let mut refused = Vec::new();
+        let mut refused: Vec<(usize, StreamsError)> = Vec::new();
         let mut done = 0;
         for chunk in EventEnvelope::chunks(envelopes, ENTRIES_PER_PIPELINE, BYTES_PER_PIPELINE) {
-            let mut pipeline = redis::pipe();
-            pipeline.ignore_errors();
-            chunk.iter().for_each(|envelope| self.add(&mut pipeline, envelope));
-            let replies: Vec<Value> = match self.query_pipeline(DOING, &pipeline).await {
-                Ok(replies) => replies,
-                Err(error) => {
-                    let error = if done == 0 { error } else { error.after_some_were_written() };
-                    let refused = refused.into_iter().map(|(at, _): (usize, StreamsError)| at);
-                    return Err(not_published(envelopes, refused.chain(done..envelopes.len()), error));
-                }
-            };
-            let errors = replies.into_iter().enumerate().filter_map(|(at, reply)| match reply {
-                Value::ServerError(error) => Some((done + at, self.typed(DOING, error.into()))),
-                _ => None,
-            });
-            refused.extend(errors);
+            let sent = self.send_chunk(chunk).await;
+            refused.extend(sent.refused.into_iter().map(|(at, error)| (done + at, error)));
+            if let Some(error) = sent.outage {
+                let nothing_was_written = done == 0 && sent.lost.len() == chunk.len();
+                let error = if nothing_was_written { error } else { error.after_some_were_written() };
+                let lost = sent.lost.into_iter().map(|at| done + at);
+                let mut unconfirmed: Vec<usize> = refused.into_iter().map(|(at, _)| at).chain(lost).collect();
+                unconfirmed.extend(done + chunk.len()..envelopes.len());
+                unconfirmed.sort_unstable();
+                return Err(not_published(envelopes, unconfirmed.into_iter(), error));
+            }
             done += chunk.len();
         }
         judge(envelopes, refused)
+    }
+
+    /// One pipeline for each node, all at once. What a cluster redirected was not carried out, and is sent once more where
+    /// it belongs; so is all that follows it in its stream, since that was redirected as well.
+    async fn send_chunk(&self, chunk: &[EventEnvelope]) -> Sent {
+        let mut sent = Sent::default();
+        let mut left: Vec<usize> = (0..chunk.len()).collect();
+        for round in 0..=REDIRECTIONS {
+            let stream = |at: &usize| self.stream_of(&chunk[*at].aggregate_type);
+            let groups = match self.by_node(DOING, left.iter().copied(), stream).await {
+                Ok(groups) => groups,
+                Err(error) => {
+                    sent.lose(&left, error);
+                    break;
+                }
+            };
+            left.clear();
+            let send = async |(node, at): &(Arc<Node>, Vec<usize>)| {
+                let mut pipeline = redis::pipe();
+                pipeline.ignore_errors();
+                at.iter().for_each(|at| self.add(&mut pipeline, &chunk[*at]));
+                node.send::<Vec<Value>>(DOING, Request::Pipeline(&pipeline)).await
+            };
+            let answers = join_all(groups.iter().map(send)).await;
+            for ((node, at), answer) in groups.iter().zip(answers) {
+                let replies = match answer {
+                    Ok(replies) => replies,
+                    Err(error) => {
+                        self.redirected(&error).await;
+                        sent.lose(at, error);
+                        continue;
+                    }
+                };
+                for (at, reply) in at.iter().zip(replies) {
+                    let Value::ServerError(error) = reply else { continue };
+                    let error = node.typed(DOING, error.into());
+                    if round < REDIRECTIONS && self.redirected(&error).await.is_some() {
+                        left.push(*at);
+                    } else {
+                        if error.is_outage() {
+                            // A former master goes on saying READONLY.
+                            node.close().await;
+                        }
+                        sent.refused.push((*at, error));
+                    }
+                }
+            }
+            if left.is_empty() {
+                break;
+            }
+            left.sort_unstable();
+        }
+        sent
     }
 
     fn add(&self, pipeline: &mut Pipeline, envelope: &EventEnvelope) {

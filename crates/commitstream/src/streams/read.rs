@@ -1,7 +1,6 @@
-use std::collections::{BTreeMap, HashMap};
-use std::time::Duration;
+use std::collections::{BTreeSet, HashMap};
 
-use redis::streams::{StreamId, StreamRangeReply, StreamReadReply};
+use redis::streams::{StreamId, StreamRangeReply};
 
 use super::{Streams, StreamsError};
 use crate::event::{EventEnvelope, EventError};
@@ -16,7 +15,7 @@ pub struct Entry {
 }
 
 impl Entry {
-    fn new(stream: &str, entry: &StreamId) -> Self {
+    pub(super) fn new(stream: &str, entry: &StreamId) -> Self {
         let text = |value: &redis::Value| match value {
             redis::Value::BulkString(bytes) => String::from_utf8_lossy(bytes).into_owned(),
             other => format!("{other:?}"),
@@ -51,19 +50,23 @@ impl Streams {
     /// # Errors
     /// Redis is not reachable or refuses.
     pub async fn list(&self) -> Result<Vec<String>, StreamsError> {
+        let doing = "listing streams";
         let pattern = format!("{}*", escape_glob(&self.prefix));
-        let mut found = std::collections::BTreeSet::new();
-        let mut cursor = 0_u64;
-        loop {
-            let mut scan = redis::cmd("SCAN");
-            scan.arg(cursor).arg("MATCH").arg(&pattern).arg("COUNT").arg(1_000).arg("TYPE").arg("stream");
-            let (next, keys): (u64, Vec<String>) = self.query("listing streams", &scan).await?;
-            found.extend(keys);
-            cursor = next;
-            if cursor == 0 {
-                return Ok(found.into_iter().collect());
+        let mut found = BTreeSet::new();
+        for master in self.masters(doing).await? {
+            let mut cursor = 0_u64;
+            loop {
+                let mut scan = redis::cmd("SCAN");
+                scan.arg(cursor).arg("MATCH").arg(&pattern).arg("COUNT").arg(1_000).arg("TYPE").arg("stream");
+                let (next, keys): (u64, Vec<String>) = master.query(doing, &scan).await?;
+                found.extend(keys);
+                cursor = next;
+                if cursor == 0 {
+                    break;
+                }
             }
         }
+        Ok(found.into_iter().collect())
     }
 
     /// Up to `count` entries after the entry id `after` (`0` is before the first), oldest first.
@@ -78,7 +81,7 @@ impl Streams {
     pub(crate) async fn between(&self, stream: &str, after: &str, last: &str, count: usize) -> Result<Vec<Entry>, StreamsError> {
         let mut command = redis::cmd("XRANGE");
         command.arg(stream).arg(format!("({after}")).arg(last).arg("COUNT").arg(count);
-        let reply: StreamRangeReply = self.query("reading a stream", &command).await?;
+        let reply: StreamRangeReply = self.query("reading a stream", stream, &command).await?;
         Ok(reply.ids.iter().map(|entry| Entry::new(stream, entry)).collect())
     }
 
@@ -89,7 +92,7 @@ impl Streams {
     pub async fn newest(&self, stream: &str, count: usize) -> Result<Vec<Entry>, StreamsError> {
         let mut command = redis::cmd("XREVRANGE");
         command.arg(stream).arg("+").arg("-").arg("COUNT").arg(count);
-        let reply: StreamRangeReply = self.query("reading a stream", &command).await?;
+        let reply: StreamRangeReply = self.query("reading a stream", stream, &command).await?;
         Ok(reply.ids.iter().rev().map(|entry| Entry::new(stream, entry)).collect())
     }
 
@@ -98,7 +101,7 @@ impl Streams {
     /// # Errors
     /// Redis is not reachable or refuses.
     pub async fn len(&self, stream: &str) -> Result<u64, StreamsError> {
-        self.query("measuring a stream", redis::cmd("XLEN").arg(stream)).await
+        self.query("measuring a stream", stream, redis::cmd("XLEN").arg(stream)).await
     }
 
     /// How a stream stands; `None` when there is none.
@@ -106,18 +109,17 @@ impl Streams {
     /// # Errors
     /// Redis is not reachable or refuses.
     pub(crate) async fn info(&self, stream: &str) -> Result<Option<StreamInfo>, StreamsError> {
-        match self.query("looking at a stream", redis::cmd("XINFO").arg("STREAM").arg(stream)).await {
+        match self.query("looking at a stream", stream, redis::cmd("XINFO").arg("STREAM").arg(stream)).await {
             Ok(info) => Ok(Some(info)),
             Err(StreamsError::Refused { source, .. }) if source.detail() == Some("no such key") => Ok(None),
             Err(error) => Err(error),
         }
     }
+}
 
-    /// Follows streams on a connection of its own. `positions` maps each stream to the entry id after which to start.
-    #[must_use]
-    pub fn tail(&self, positions: BTreeMap<String, String>) -> StreamTail {
-        StreamTail { streams: self.dedicated(self.read_timeout()), positions }
-    }
+/// `SCAN` matches globs; a prefix may hold characters that mean something there.
+pub(super) fn escape_glob(text: &str) -> String {
+    text.chars().flat_map(|c| if "*?[]\\^".contains(c) { vec!['\\', c] } else { vec![c] }).collect()
 }
 
 /// What Redis says of a stream as a whole.
@@ -150,48 +152,4 @@ impl redis::FromRedisValue for StreamInfo {
             last_id: redis::from_redis_value(field("last-generated-id"))?,
         })
     }
-}
-
-/// New entries of several streams, as they come.
-#[derive(Debug)]
-pub struct StreamTail {
-    streams: Streams,
-    positions: BTreeMap<String, String>,
-}
-
-impl StreamTail {
-    /// Adds a stream unless it is followed already.
-    pub fn follow(&mut self, stream: &str, after: &str) {
-        self.positions.entry(stream.to_owned()).or_insert_with(|| after.to_owned());
-    }
-
-    /// Waits up to `patience` (5 s at most) for entries, and returns up to `count` of each stream.
-    ///
-    /// # Errors
-    /// Redis is not reachable or refuses.
-    pub async fn next(&mut self, count: usize, patience: Duration) -> Result<Vec<Entry>, StreamsError> {
-        let patience = patience.min(Streams::LONGEST_BLOCK);
-        if self.positions.is_empty() {
-            tokio::time::sleep(patience).await;
-            return Ok(Vec::new());
-        }
-        let mut command = redis::cmd("XREAD");
-        command.arg("COUNT").arg(count).arg("BLOCK").arg(u64::try_from(patience.as_millis()).unwrap_or(1).max(1)).arg("STREAMS");
-        command.arg(self.positions.keys().collect::<Vec<_>>());
-        command.arg(self.positions.values().collect::<Vec<_>>());
-        let reply: Option<StreamReadReply> = self.streams.query("following streams", &command).await?;
-        let mut entries = Vec::new();
-        for key in reply.into_iter().flat_map(|reply| reply.keys) {
-            if let Some(last) = key.ids.last() {
-                self.positions.insert(key.key.clone(), last.id.clone());
-            }
-            entries.extend(key.ids.iter().map(|entry| Entry::new(&key.key, entry)));
-        }
-        Ok(entries)
-    }
-}
-
-/// `SCAN` matches globs; a prefix may hold characters that mean something there.
-pub(super) fn escape_glob(text: &str) -> String {
-    text.chars().flat_map(|c| if "*?[]\\^".contains(c) { vec!['\\', c] } else { vec![c] }).collect()
 }

@@ -41,25 +41,6 @@ async fn killed_five_times_while_draining_50_000_nothing_is_lost_doubled_or_out_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_relay_works_and_the_other_takes_over() -> Result<()> {
-    let world = World::new().await?;
-    let first = world.relay()?;
-    first.watch().wait_for(|s| s.state == RelayState::Active).await?;
-    let second = world.relay()?;
-    second.watch().wait_for(|s| s.state == RelayState::Standby).await?;
-    world.insert(1_000, 10).await?;
-    world.drained().await?;
-    assert_eq!((first.status().published, second.status().published), (1_000, 0));
-    first.stop().await?;
-    second.watch().wait_for(|s| s.state == RelayState::Active).await?;
-    world.insert(1_000, 10).await?;
-    world.drained().await?;
-    second.stop().await?;
-    assert_eq!(world.audit().await?, 2_000);
-    Ok(())
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn an_outage_of_redis_costs_no_attempt_and_no_event() -> Result<()> {
     let redis = Redis::start()?;
     let mut world = World::on(Sandbox::shared().database()?, &redis.url(), "events:".into())?;

@@ -66,6 +66,7 @@ fn every_environment_variable_of_the_table_takes_effect() {
         ("DATABASE_URL", "postgresql://db/app"),
         ("OUTBOX_SCHEMA", "events"),
         ("REDIS_URL", "rediss://cache:6380"),
+        ("REDIS_SENTINEL_PASSWORD", "***"),
         ("STREAM_PREFIX", "app:"),
         ("OUTBOX_ENABLED", "false"),
         ("OUTBOX_POLL_INTERVAL", "5s"),
@@ -136,9 +137,14 @@ fn entries_are_printed_so_that_they_can_be_pasted_back() {
 
 #[test]
 fn entries_never_show_a_password() {
-    let env = [("DATABASE_URL", "postgres://u:hunter2@h/d"), ("REDIS_URL", "redis://:hunter2@h")];
+    let env = [
+        ("DATABASE_URL", "postgres://u:hunter2@h/d"),
+        ("REDIS_URL", "redis-sentinel://:hunter2@h,i/0#m"),
+        ("REDIS_SENTINEL_PASSWORD", "hunter2"),
+    ];
     let loaded = load("", &env, &[]).unwrap();
     assert_eq!(loaded.settings.database.url.as_deref(), Some("postgres://u:hunter2@h/d"));
+    assert_eq!(loaded.settings.redis.sentinel_password.as_deref(), Some("hunter2"));
     assert!(!format!("{:?} {loaded:?}", loaded.entries()).contains("hunter2"));
 }
 
