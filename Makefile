@@ -6,11 +6,13 @@ CARGO ?= $(shell command -v cargo 2>/dev/null || { test -x "$$HOME/.cargo/bin/ca
 
 # make demo SECONDS=20 RATE=5000 DEMO_ARGS="..."
 DEMO_OPTIONS = $(if $(SECONDS),--seconds $(SECONDS)) $(if $(RATE),--rate $(RATE)) $(DEMO_ARGS)
+# make chaos SECONDS=600 SEED=42
+CHAOS_OPTIONS = COMMITSTREAM_CHAOS_SECONDS=$(SECONDS) COMMITSTREAM_CHAOS_SEED=$(SEED)
 # make test TEST_ARGS="-p commitstream some_test"
 TEST_ARGS ?= --workspace
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test chaos lint clean
 
 help: ## list the targets
 	@echo "Commitstream: transactional events from PostgreSQL to Redis Streams."
@@ -29,6 +31,12 @@ test: ## run all tests against a throwaway PostgreSQL and Redis (TEST_ARGS=)
 	@$(CARGO) test --quiet --no-run $(TEST_ARGS)
 	@echo "Running the tests against a private PostgreSQL and Redis ..."
 	@$(CARGO) run --quiet -p commitstream-sandbox -- exec -- $(CARGO) test $(TEST_ARGS)
+
+chaos: ## run the randomised fault test; it prints its seed (SECONDS=, SEED=)
+	@scripts/install-servers.sh
+	@echo "Building the test (the first time takes a few minutes) ..."
+	@$(CARGO) test --release --quiet --no-run -p commitstream-cli --test chaos
+	@$(CHAOS_OPTIONS) $(CARGO) test --release --quiet -p commitstream-cli --test chaos -- --nocapture nothing_is_lost
 
 lint: ## check format and lints; any warning fails
 	@echo "Checking the format ..."

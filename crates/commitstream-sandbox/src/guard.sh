@@ -128,8 +128,15 @@ while read -r command argument; do
     alive) if alive; then printf 'yes\n'; else printf 'no\n'; fi ;;
     stop) stop && printf 'done\n' ;;
     kill) destroy && printf 'done\n' ;;
-    pause) if alive; then pause; fi && printf 'done\n' ;;
-    resume) if alive; then kill -s CONT $(family); fi && printf 'done\n' ;;
+    # A child that has just ended makes `kill` fail, and that is no failure.
+    pause)
+        ! alive || pause
+        printf 'done\n'
+        ;;
+    resume)
+        ! alive || kill -s CONT $(family)
+        printf 'done\n'
+        ;;
     esac
 done
 

@@ -1,0 +1,151 @@
+//! The randomised fault test: producers, relays and faults for as long as one likes, from one seed; then the recorded history is
+//! judged.
+//!
+//! | variable | what | default |
+//! |---|---|---|
+//! | `COMMITSTREAM_CHAOS_SECONDS` | how long faults happen | 60 |
+//! | `COMMITSTREAM_CHAOS_SEED` | what everything random comes from | random, and printed |
+//!
+//! Each actor (a producer, a relay, PostgreSQL, Redis) draws from dice of its own, so the seed fixes what each of them does. How these
+//! meet is up to the machine: a seed makes a defect likely to be seen again, not certain.
+
+mod evidence;
+mod faults;
+mod history;
+mod judge;
+mod link_faults;
+mod postgres_faults;
+mod producers;
+mod redis_faults;
+mod relay;
+mod relay_faults;
+mod report;
+mod watch;
+mod world;
+
+#[allow(dead_code)] // the program has more words to say
+#[path = "../../src/output/words.rs"]
+mod words;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use rand::Rng;
+use tokio::task::JoinSet;
+
+use crate::history::Ledger;
+use crate::relay_faults::Tormented;
+use crate::report::Report;
+use crate::world::{Phase, World};
+
+const RELAYS: usize = 4;
+const PRODUCERS: usize = 6;
+
+/// How long the relays have for what is left once all is well again.
+const DRAIN_LIMIT: Duration = Duration::from_secs(180);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn nothing_is_lost_doubled_or_out_of_order_whatever_fails_when() -> Result<()> {
+    let duration = Duration::from_secs(variable("COMMITSTREAM_CHAOS_SECONDS")?.unwrap_or(60));
+    let seed = variable("COMMITSTREAM_CHAOS_SEED")?.unwrap_or_else(|| rand::rng().random_range(0..1_000_000_000));
+    println!("{} of faults, seed {seed}", words::age(duration));
+    let world = Arc::new(World::start(seed, RELAYS).await?);
+    let outcome = run(&world, duration).await;
+    let again = format!("make chaos SECONDS={} SEED={seed}", duration.as_secs());
+    let directory = world.directory.display();
+    let verdict = match outcome {
+        Ok(report) if report.is_clean() => {
+            println!("{report}");
+            return world.remove();
+        }
+        Ok(report) => {
+            println!("{report}");
+            evidence::collect(&world, &report.judgement).await?
+        }
+        Err(error) => format!("{error:#}"),
+    };
+    let logs = evidence::tails_of_logs(&world)?;
+    bail!("seed {seed}: {verdict}\n{logs}\nagain: {again}\nlogs: {directory}")
+}
+
+/// A number from the environment; one that is set and empty counts as absent.
+fn variable(name: &str) -> Result<Option<u64>> {
+    let text = std::env::var(name).unwrap_or_default();
+    if text.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(text.parse().with_context(|| format!("{name} is no whole number: {text}"))?))
+}
+
+async fn run(world: &Arc<World>, duration: Duration) -> Result<Report> {
+    let started = Instant::now();
+    let watching = tokio::spawn(watch::watch(world.clone()));
+    let mut producing = JoinSet::new();
+    for number in 0..PRODUCERS {
+        producing.spawn(producers::produce(world.clone(), number));
+    }
+    let mut striking = JoinSet::new();
+    striking.spawn(postgres_faults::torment(world.clone()));
+    striking.spawn(redis_faults::torment(world.clone()));
+    let mut relays = JoinSet::new();
+    for number in 0..RELAYS {
+        relays.spawn(relay_faults::torment(world.clone(), number));
+    }
+
+    // Whatever ends early has failed.
+    tokio::select! {
+        () = tokio::time::sleep(duration) => {}
+        Some(ended) = producing.join_next() => drop(ended?.context("a producer")?),
+        Some(ended) = striking.join_next() => ended?.context("faults of a server")?,
+        Some(ended) = relays.join_next() => drop(ended?.context("faults of a relay")?),
+        else => {}
+    }
+    world.enter(Phase::Calm);
+    while let Some(ended) = striking.join_next().await {
+        ended?.context("faults of a server")?;
+    }
+    let mut tormented = Vec::new();
+    while let Some(ended) = relays.join_next().await {
+        tormented.push(ended?.context("faults of a relay")?);
+    }
+    world.enter(Phase::Drain);
+    let mut ledger = Ledger::default();
+    while let Some(ended) = producing.join_next().await {
+        ledger.add(ended?.context("a producer")?);
+    }
+    let took = started.elapsed();
+    world.drained(DRAIN_LIMIT).await?;
+    world.enter(Phase::Over);
+    let watched = watching.await?;
+    let (relays, recoveries) = stop(world, tormented).await?;
+    let judgement = judge::judge(world, &ledger).await?;
+    Ok(Report {
+        took,
+        ledger,
+        judgement,
+        watched,
+        relays,
+        recoveries,
+        faults: world.faults.counts(),
+        redis_lost: world.redis.lost(),
+    })
+}
+
+/// Stops the relays, which must end well now that nothing is in the way. Returns how many had been started, and how long it took after
+/// each kill until all that had waited then was published.
+async fn stop(world: &World, tormented: Vec<Tormented>) -> Result<(u64, Vec<Duration>)> {
+    let (mut started, mut recoveries) = (0, Vec::new());
+    for Tormented { mut relay, mut recovering } in tormented {
+        while let Some(recovery) = recovering.join_next().await {
+            recoveries.extend(recovery?);
+        }
+        started += relay.started();
+        let status = relay.end().await?;
+        if !status.success() {
+            world.findings.add(format!("relay {} ended with {status} at a graceful stop when all was well", relay.number));
+        }
+    }
+    recoveries.sort_unstable();
+    Ok((started, recoveries))
+}
