@@ -20,7 +20,8 @@ pub struct Chains {
 impl Chains {
     /// Starts behind what was settled lately, by whichever relay.
     pub fn new(predecessors: Predecessors, window: Duration, now: Instant) -> Self {
-        Self { window, streams: predecessors.into_iter().map(|(stream, batches)| (stream, (batches, now))).collect() }
+        let known = predecessors.into_iter().filter(|(_, batches)| !batches.is_empty());
+        Self { window, streams: known.map(|(stream, batches)| (stream, (batches, now))).collect() }
     }
 
     /// What must be there before another batch of this stream.

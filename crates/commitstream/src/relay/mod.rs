@@ -140,7 +140,7 @@ impl OutboxProcessor {
 async fn supervise(relay: Relay) -> Result<(), RelayError> {
     let mut backoff = Backoff::default();
     loop {
-        let started = tokio::time::Instant::now();
+        let (started, published) = (tokio::time::Instant::now(), relay.reporter.status().published);
         let error = match relay.session().await {
             Ok(()) => break,
             Err(SessionError::Outbox(error)) if error.is_not_migrated() && !relay.has_tables.load(Ordering::Relaxed) => {
@@ -149,7 +149,8 @@ async fn supervise(relay: Relay) -> Result<(), RelayError> {
             }
             Err(error) => error,
         };
-        if started.elapsed() > relay.settings.outbox.processor.lease_duration {
+        let got_on = relay.reporter.status().published > published;
+        if got_on || started.elapsed() > relay.settings.outbox.processor.lease_duration {
             backoff = Backoff::default();
         }
         relay.reporter.unable(&error);

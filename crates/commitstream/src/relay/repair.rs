@@ -4,9 +4,10 @@
 //! is an end of every relay's own sequence of batches too, since each appends one batch of a stream at a time. So it is enough to look
 //! each sequence's last batch up; only where that is gone, those before it are looked at, until one is found.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
@@ -18,6 +19,9 @@ use crate::streams::{Marker, Presence, StreamsError};
 /// Batches looked up at a time, on the way back to the first that is there.
 const PAGE: i64 = 500;
 
+/// Questions to Redis at a time: with many open batches or streams, one round trip after the other would take too long.
+const AT_ONCE: usize = 32;
+
 /// Stream key → batches that must be there before another is appended.
 pub(super) type Predecessors = HashMap<String, Vec<Uuid>>;
 
@@ -27,16 +31,23 @@ impl Relay {
     /// is aborted, and can no longer be appended by anybody.
     pub async fn recover(&self, connection: &mut PgConnection, partitions: Partitions) -> Result<(), SessionError> {
         let open = bounded("reading open batches", self.timeout(), self.outbox.open_batches(connection, partitions)).await?;
-        if !open.is_empty() {
-            tracing::info!(batches = open.len(), "resolving open batches");
+        if open.is_empty() {
+            return Ok(());
         }
-        for batch in open {
-            self.recover_batch(connection, &batch).await?;
+        tracing::info!(batches = open.len(), "resolving open batches");
+        let mut settlements = Vec::with_capacity(open.len());
+        for batches in open.chunks(AT_ONCE) {
+            settlements.extend(join_all(batches.iter().map(|batch| self.resolve(batch))).await);
         }
+        crash_window!("recover::resolved");
+        bounded("settling recovered batches", self.timeout(), self.outbox.settle(connection, &settlements)).await?;
+        crash_window!("recover::settled");
+        let appended: i32 = settlements.iter().map(|settlement| settlement.appended).sum();
+        self.reporter.count(u64::try_from(appended).unwrap_or(0), 0, 0);
         Ok(())
     }
 
-    async fn recover_batch(&self, connection: &mut PgConnection, batch: &OpenBatch) -> Result<(), SessionError> {
+    async fn resolve(&self, batch: &OpenBatch) -> Settlement {
         let life = self.settings.outbox.processor.marker_life;
         let mut backoff = Backoff::default();
         let marker: Marker = loop {
@@ -45,15 +56,10 @@ impl Relay {
                 Err(error) => self.wait_out(&error, &mut backoff).await,
             }
         };
-        crash_window!("recover::resolved");
         let events = usize::try_from(batch.events).unwrap_or(0);
         let appended = i32::try_from(marker.count(events)).unwrap_or(i32::MAX);
-        let settlement = Settlement { batch_id: batch.batch_id, appended, last_entry: None, refusals: Vec::new() };
         tracing::info!(batch = %batch.batch_id, stream = batch.stream, events, appended, "open batch resolved");
-        bounded("settling a recovered batch", self.timeout(), self.outbox.settle(connection, &[settlement])).await?;
-        crash_window!("recover::settled");
-        self.reporter.count(u64::try_from(appended).unwrap_or(0), 0, 0);
-        Ok(())
+        Settlement { batch_id: batch.batch_id, appended, last_entry: None, refusals: Vec::new() }
     }
 
     /// Looks up what was settled lately of these partitions, and makes unsent again what Redis has lost, before anything newer is
@@ -61,14 +67,18 @@ impl Relay {
     pub async fn look_up(&self, connection: &mut PgConnection, partitions: Partitions) -> Result<Predecessors, SessionError> {
         let read = self.outbox.last_batches(connection, partitions, self.window());
         let last = bounded("reading the last batches", self.timeout(), read).await?;
+        let mut by_stream: BTreeMap<String, Vec<JournalBatch>> = BTreeMap::new();
+        last.into_iter().for_each(|batch| by_stream.entry(batch.stream.clone()).or_default().push(batch));
+        let by_stream: Vec<Vec<JournalBatch>> = by_stream.into_values().collect();
         let mut predecessors = Predecessors::new();
-        for batch in last {
-            match self.presence(std::slice::from_ref(&batch)).await.first() {
-                Some(Presence::Marked) => predecessors.entry(batch.stream).or_default().push(batch.batch_id),
-                Some(Presence::Unmarked) => warn_unmarked(&batch),
-                _ => {
-                    let still_there = self.republish(connection, &batch, partitions).await?;
-                    predecessors.entry(batch.stream).or_default().extend(still_there);
+        for streams in by_stream.chunks(AT_ONCE) {
+            let found = join_all(streams.iter().map(|last| self.presence(last))).await;
+            for (batch, presence) in streams.iter().flatten().zip(found.into_iter().flatten()) {
+                let there = predecessors.entry(batch.stream.clone()).or_default();
+                match presence {
+                    Presence::Marked => there.push(batch.batch_id),
+                    Presence::Unmarked => warn_unmarked(batch),
+                    Presence::Lost => there.extend(self.republish(connection, batch, partitions).await?),
                 }
             }
         }

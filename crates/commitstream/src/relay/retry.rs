@@ -12,7 +12,7 @@ pub fn after_refusal(retry_count: i32, settings: &ProcessorSettings) -> Option<D
     (refusals < settings.max_retries).then(|| delay(refusals, settings.retry_base_delay, settings.retry_max_delay))
 }
 
-/// Waits between attempts to reach a server: from 50 ms, doubling, to 5 s.
+/// Waits between attempts to reach a server: from 50 ms, doubling, to 1 s, so that work goes on soon after the server is back.
 #[derive(Debug, Default)]
 pub struct Backoff {
     attempts: u32,
@@ -21,7 +21,7 @@ pub struct Backoff {
 impl Backoff {
     /// The next wait.
     pub fn next(&mut self) -> Duration {
-        let wait = delay(self.attempts, Duration::from_millis(50), Duration::from_secs(5));
+        let wait = delay(self.attempts, Duration::from_millis(50), Duration::from_secs(1));
         self.attempts = self.attempts.saturating_add(1);
         wait
     }
