@@ -46,20 +46,26 @@ const RECENT: &str = "
       AND partitions & $1::bigint & ~lost <> 0";
 
 /// One statement, one transaction: the events of these partitions (`$2`) in the batches (`$1`) are unsent again, and the batches
-/// say so. Rows that an operator has changed meanwhile are left alone.
+/// say so. Rows that an operator has changed meanwhile are left alone, and so are the events of partitions of which the batch says so
+/// already: another relay has had them published again.
 const REQUEUE: &str = "
-WITH lost AS (
-    UPDATE {s}.outbox_batch SET lost = lost | (partitions & $2)
+WITH now AS MATERIALIZED (
+    SELECT batch_id, partitions & $2 & ~lost AS partitions FROM {s}.outbox_batch
     WHERE batch_id = ANY ($1) AND partitions & $2 & ~lost <> 0
-    RETURNING event_ids[1:appended] AS ids
+    ORDER BY batch_id FOR UPDATE
+), lost AS (
+    UPDATE {s}.outbox_batch b SET lost = lost | now.partitions
+    FROM now WHERE b.batch_id = now.batch_id
+    RETURNING event_ids[1:appended] AS ids, now.partitions
+), events AS MATERIALIZED (
+    SELECT unnest(ids) AS id, partitions FROM lost
 ), again AS (
-    UPDATE {s}.event_outbox SET status = 'PENDING', published_at = NULL
-    WHERE id = ANY (ARRAY(SELECT unnest(ids) FROM lost)) AND status = 'PUBLISHED' AND ($2 >> partition_no::int) & 1 = 1
+    UPDATE {s}.event_outbox e SET status = 'PENDING', published_at = NULL
+    FROM events WHERE e.id = events.id AND e.status = 'PUBLISHED' AND (events.partitions >> e.partition_no::int) & 1 = 1
     RETURNING 1
 )
 SELECT (SELECT count(*) FROM again) AS unsent,
-       (SELECT count(*) FROM lost, unnest(ids) AS lost_id
-        WHERE NOT EXISTS (SELECT 1 FROM {s}.event_outbox e WHERE e.id = lost_id)) AS gone";
+       (SELECT count(*) FROM events WHERE NOT EXISTS (SELECT 1 FROM {s}.event_outbox e WHERE e.id = events.id)) AS gone";
 
 impl OutboxRepository {
     /// The batches with events of these partitions that nobody has settled, oldest first.

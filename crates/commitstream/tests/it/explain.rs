@@ -316,8 +316,12 @@ async fn the_look_up_goes_by_index() -> Result<()> {
             assert_indexes(&read, "outbox_batch", &[("idx_outbox_batch_settled", "settled_at > ")]);
             assert_indexes(&read, TABLE, &[]);
         }
-        let requeue = plans(&mut connection, "WITH lost AS", &format!("'{{{}}}', -1", than.batch_id)).await?;
-        assert_indexes(&requeue, "outbox_batch", &[("outbox_batch_pkey", "batch_id = ANY")]);
+        let requeue = plans(&mut connection, "WITH now AS", &format!("'{{{}}}', -1", than.batch_id)).await?;
+        assert_indexes(
+            &requeue,
+            "outbox_batch",
+            &[("outbox_batch_pkey", "batch_id = ANY"), ("outbox_batch_pkey", "batch_id = now.")],
+        );
         assert_only_indexes(&requeue, TABLE, &[(KEY, "id = ")]);
     }
     Ok(())

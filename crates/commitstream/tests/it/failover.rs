@@ -3,9 +3,11 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use commitstream::outbox::Partitions;
 use commitstream::relay::RelayState;
 use commitstream_sandbox::{FaultProxy, Postgres, Redis, Sandbox};
 use sqlx::{Connection, PgConnection};
+use uuid::Uuid;
 
 use crate::support::{World, eventually};
 
@@ -234,5 +236,32 @@ async fn a_failover_of_postgresql_loses_and_doubles_nothing() -> Result<()> {
     entries.sort_by(|a, b| a.field("aggregate_id").cmp(&b.field("aggregate_id")));
     let sent = entries.iter().map(|e| e.field("id").map(str::to_owned).context("no id")).collect::<Result<Vec<_>>>()?;
     assert_eq!(sent, ids);
+    Ok(())
+}
+
+/// Two relays own a partition of a lost batch each. When one takes over the other's, what that one has published again stays so.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_published_again_is_not_taken_for_lost_after_a_takeover() -> Result<()> {
+    let world = World::new().await?;
+    let mut connection = world.connect().await?;
+    world.insert(200, 200).await?;
+    let publish = "UPDATE event_outbox SET status = 'PUBLISHED', published_at = now()";
+    sqlx::raw_sql(publish).execute(&mut connection).await?;
+    let batch: Uuid = sqlx::query_scalar(
+        "INSERT INTO outbox_batch (batch_id, relay_id, stream, event_ids, settled_at, appended, partitions)
+         SELECT gen_random_uuid(), gen_random_uuid(), 'events:user', array_agg(id), now(), 200, -1 FROM event_outbox
+         RETURNING batch_id",
+    )
+    .fetch_one(&mut connection)
+    .await?;
+    let first: Partitions = (0..32).collect();
+    let mut requeue = async |partitions| -> Result<i64> {
+        let requeued = world.outbox.requeue_lost(&mut connection, &[batch], partitions).await?;
+        sqlx::raw_sql(publish).execute(&mut connection).await?;
+        Ok(requeued.unsent)
+    };
+    let (of_first, of_all) = (requeue(first).await?, requeue(Partitions::ALL).await?);
+    assert!(of_first > 0 && of_all > 0 && of_first + of_all == 200, "{of_first} and {of_all} of 200");
+    assert_eq!(requeue(Partitions::ALL).await?, 0);
     Ok(())
 }
