@@ -111,7 +111,10 @@ async fn verified(connection: &mut PgConnection, streams: &Streams, entries: u64
     let mut found: Vec<String> = faults.map(|(kind, findings)| format!("verify: {kind}: {findings:?}")).collect();
     let (open, unknown) = (report.open_batches, report.unknown);
     if report.entries != entries || open > 0 || unknown > 0 {
-        found.push(format!("verify: {open} open batches, {unknown} unknown of {} entries, of which {entries} were read", report.entries));
+        found.push(format!(
+            "verify: {open} open batches, {unknown} unknown of {} entries, of which {entries} were read",
+            report.entries
+        ));
     }
     Ok(found)
 }

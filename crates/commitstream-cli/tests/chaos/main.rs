@@ -66,7 +66,8 @@ async fn nothing_is_lost_doubled_or_out_of_order_whatever_fails_when() -> Result
         Err(error) => format!("{error:#}"),
     };
     let logs = evidence::tails_of_logs(&world)?;
-    bail!("seed {seed}: {verdict}\n{logs}\nagain: {again}\nlogs: {directory}")
+    std::fs::write(world.directory.join("findings"), &verdict)?;
+    bail!("seed {seed}: {verdict}\n{logs}\nagain: {again}\nfindings and logs: {directory}")
 }
 
 /// A number from the environment; one that is set and empty counts as absent.
