@@ -44,7 +44,7 @@ async fn rows(world: &World, id: Uuid) -> Result<Vec<String>> {
     Ok(sqlx::query_scalar(sql).bind(id).fetch_all(&mut world.connect().await?).await?)
 }
 
-/// Where these events stand: stream, position from the beginning, entry id, and the events of the aggregate before and after.
+/// Where these events stand: stream, entry id, position from the beginning, and what of the aggregate stands before.
 async fn find(world: &World, places: &mut HashMap<Uuid, Vec<String>>) -> Result<()> {
     let streams = world.streams()?;
     for stream in streams.list().await? {

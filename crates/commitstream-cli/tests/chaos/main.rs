@@ -28,6 +28,7 @@ mod world;
 mod words;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -66,7 +67,8 @@ async fn nothing_is_lost_doubled_or_out_of_order_whatever_fails_when() -> Result
         Err(error) => format!("{error:#}"),
     };
     let logs = evidence::tails_of_logs(&world)?;
-    bail!("seed {seed}: {verdict}\n{logs}\nagain: {again}\nlogs: {directory}")
+    std::fs::write(world.directory.join("findings"), &verdict)?;
+    bail!("seed {seed}: {verdict}\n{logs}\nagain: {again}\nfindings and logs: {directory}")
 }
 
 /// A number from the environment; one that is set and empty counts as absent.
@@ -120,16 +122,9 @@ async fn run(world: &Arc<World>, duration: Duration) -> Result<Report> {
     let watched = watching.await?;
     let (relays, recoveries) = stop(world, tormented).await?;
     let judgement = judge::judge(world, &ledger).await?;
-    Ok(Report {
-        took,
-        ledger,
-        judgement,
-        watched,
-        relays,
-        recoveries,
-        faults: world.faults.counts(),
-        redis_lost: world.redis.lost(),
-    })
+    let longest_truce = Duration::from_millis(world.longest_truce.load(Ordering::Relaxed));
+    let (faults, redis_lost) = (world.faults.counts(), world.redis.lost());
+    Ok(Report { took, ledger, judgement, watched, longest_truce, relays, recoveries, faults, redis_lost })
 }
 
 /// Stops the relays, which must end well now that nothing is in the way. Returns how many had been started, and how long it took after

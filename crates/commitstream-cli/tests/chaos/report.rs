@@ -14,6 +14,7 @@ pub struct Report {
     pub ledger: Ledger,
     pub judgement: Judgement,
     pub watched: Watched,
+    pub longest_truce: Duration,
     /// Started, all in all.
     pub relays: u64,
     /// After each kill, ascending.
@@ -50,6 +51,7 @@ impl fmt::Display for Report {
         row(f, "events published again for that", count(judgement.republished))?;
         row(f, "longest without progress", age(watched.longest))?;
         row(f, "the same, all servers being there", age(watched.longest_without_outage))?;
+        row(f, "longest truce to catch up", age(self.longest_truce))?;
         let recovery = |index: usize| recoveries.get(index).map_or_else(|| "-".to_owned(), |recovery| age(*recovery));
         row(f, "recovery after a kill, median", recovery(recoveries.len() / 2))?;
         row(f, "recovery after a kill, longest", recovery(recoveries.len().saturating_sub(1)))?;
