@@ -78,10 +78,10 @@ async fn until_known(
     let mut backoff = Backoff::default();
     let mut unknown = false;
     loop {
-        crash_window!("append::before");
+        crash_window!("before-append");
         let outage = match streams.append(&batch.stream, batch.id, predecessors, &batch.events[..sendable], life).await {
             Ok(appended) => {
-                crash_window!("append::after");
+                crash_window!("after-append");
                 reporter.able();
                 return Ok(appended);
             }

@@ -172,9 +172,9 @@ impl Engine {
         {
             let (outbox, limit) = (self.outbox.clone(), self.settings.database.timeout);
             let settle = async move {
-                crash_window!("settle::before");
+                crash_window!("before-settle");
                 let settled = bounded("settling batches", limit, outbox.settle(&mut connection, &settlements)).await?;
-                crash_window!("settle::after");
+                crash_window!("after-settle");
                 // Fewer means that another relay has resolved some of them.
                 let all = usize::try_from(settled).is_ok_and(|settled| settled == settlements.len());
                 if all { Ok(connection) } else { Err(SessionError::LeaseLost) }
@@ -202,10 +202,10 @@ impl Engine {
         let request = self.request();
         let (outbox, limit) = (self.outbox.clone(), self.settings.database.timeout);
         let claim = async move {
-            crash_window!("claim::before");
+            crash_window!("before-claim");
             let found = bounded("claiming events", limit, outbox.claim(&mut connection, &request)).await?;
             if !found.events.is_empty() {
-                crash_window!("claim::after");
+                crash_window!("after-claim");
             }
             Ok((connection, found))
         };

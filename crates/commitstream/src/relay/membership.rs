@@ -128,7 +128,7 @@ impl Membership {
     async fn give(&mut self, partitions: Partitions) -> Result<(), OutboxError> {
         let give = self.outbox.give_partitions(&mut self.connection, self.lease.relay_id, partitions);
         bounded("giving partitions back", self.settings.database.timeout, give).await?;
-        crash_window!("partitions::given");
+        crash_window!("after-give");
         self.lease.partitions = self.lease.partitions.without(partitions);
         self.reporter.partitions(self.lease.partitions.len());
         self.tell().await
@@ -137,7 +137,7 @@ impl Membership {
     async fn take(&mut self, plan: &Plan) -> Result<(), OutboxError> {
         let take = self.outbox.take_partitions(&mut self.connection, self.lease.relay_id, &plan.take);
         self.lease = bounded("taking partitions", self.settings.database.timeout, take).await?;
-        crash_window!("partitions::taken");
+        crash_window!("after-take");
         self.reporter.partitions(self.lease.partitions.len());
         Ok(())
     }

@@ -39,9 +39,9 @@ impl Relay {
         for batches in open.chunks(AT_ONCE) {
             settlements.extend(join_all(batches.iter().map(|batch| self.resolve(batch))).await);
         }
-        crash_window!("recover::resolved");
+        crash_window!("after-resolve");
         bounded("settling recovered batches", self.timeout(), self.outbox.settle(connection, &settlements)).await?;
-        crash_window!("recover::settled");
+        crash_window!("after-recovery");
         let appended: i32 = settlements.iter().map(|settlement| settlement.appended).sum();
         self.reporter.count(u64::try_from(appended).unwrap_or(0), 0, 0);
         Ok(())
@@ -106,9 +106,10 @@ impl Relay {
                 _ => break page.get(gone).filter(|_| found[gone] == Presence::Marked).map(|batch| batch.batch_id),
             }
         };
-        crash_window!("republish::before");
+        crash_window!("before-requeue");
         let requeue = self.outbox.requeue_lost(connection, &lost, partitions);
         let Requeued { unsent, gone } = bounded("publishing lost batches again", self.timeout(), requeue).await?;
+        crash_window!("after-requeue");
         tracing::error!(
             stream = newest.stream,
             batches = lost.len(),

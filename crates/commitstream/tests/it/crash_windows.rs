@@ -1,22 +1,34 @@
 //! The relay dies in each window of the protocol; those that follow find out what it had done.
 
+use std::process::Child;
+
 use anyhow::{Result, ensure};
 use commitstream::relay::RelayState;
 use commitstream_sandbox::{Redis, Sandbox};
 
 use crate::relay_process;
-use crate::support::World;
+use crate::support::{World, eventually};
 
 /// Windows that every relay comes through.
-const AT_WORK: [&str; 6] =
-    ["claim::before", "claim::after", "append::before", "append::after", "settle::before", "settle::after"];
+const AT_WORK: [&str; 6] = ["before-claim", "after-claim", "before-append", "after-append", "before-settle", "after-settle"];
 /// Windows of a relay that finds batches which another has left open.
-const AT_RECOVERY: [&str; 3] = ["partitions::taken", "recover::resolved", "recover::settled"];
+const AT_RECOVERY: [&str; 3] = ["after-take", "after-resolve", "after-recovery"];
 
 async fn crash(world: &World, window: &str, passes: u32) -> Result<()> {
-    let mut relay = relay_process::spawn_to_crash(world, window, passes)?;
-    let ended = tokio::task::spawn_blocking(move || relay.wait()).await??;
-    ensure!(!ended.success() && ended.code().is_none(), "{window}: the relay ended by itself: {ended}");
+    crashed(relay_process::spawn_to_crash(world, window, passes)?, window).await
+}
+
+async fn crashed(mut relay: Child, window: &str) -> Result<()> {
+    let mut ended = None;
+    let waited = eventually(window, async || {
+        ended = relay.try_wait()?;
+        Ok(ended.is_some())
+    });
+    if let Err(error) = waited.await {
+        relay.kill()?;
+        return Err(error);
+    }
+    ensure!(ended.is_some_and(|status| status.code().is_none()), "{window}: the relay ended by itself: {ended:?}");
     Ok(())
 }
 
@@ -52,7 +64,7 @@ async fn a_crash_in_any_window_of_the_recovery_loses_and_doubles_nothing() -> Re
     world.settings.outbox.processor.batch_size = 50;
     let mut events = 0;
     for window in AT_RECOVERY {
-        for left_open_at in ["claim::after", "append::after"] {
+        for left_open_at in ["after-claim", "after-append"] {
             world.insert(2_000, 40).await?;
             events += 2_000;
             crash(&world, left_open_at, 1).await?;
@@ -67,11 +79,10 @@ async fn a_crash_in_any_window_of_the_recovery_loses_and_doubles_nothing() -> Re
 #[tokio::test(flavor = "multi_thread")]
 async fn a_crash_while_partitions_change_hands_loses_and_doubles_nothing() -> Result<()> {
     let world = World::new().await?;
-    let mut giver = relay_process::spawn_to_crash(&world, "partitions::given", 0)?;
+    let giver = relay_process::spawn_to_crash(&world, "after-give", 0)?;
     world.insert(5_000, 40).await?;
     let relay = world.relay()?;
-    let ended = tokio::task::spawn_blocking(move || giver.wait()).await??;
-    ensure!(ended.code().is_none(), "{ended}");
+    crashed(giver, "after-give").await?;
     relay.watch().wait_for(|s| s.partitions == 64).await?;
     world.insert(5_000, 40).await?;
     world.drained().await?;
@@ -87,7 +98,7 @@ async fn a_crash_while_lost_events_are_made_unsent_again_loses_and_doubles_nothi
     let world = World::on(Sandbox::shared().database()?, &redis.url(), "events:".into())?;
     world.outbox.migrate(&mut world.connect().await?).await?;
     let mut events = 0;
-    for window in ["republish::before", "republish::after"] {
+    for window in ["before-requeue", "after-requeue"] {
         world.insert(1_000, 40).await?;
         events += 1_000;
         finish(&world, events, window).await?;
