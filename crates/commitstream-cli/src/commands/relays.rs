@@ -62,7 +62,7 @@ fn cells(relay: &RelayRow) -> [String; 10] {
         relay.version.clone(),
         relay.state.clone(),
         relay.partitions.to_string(),
-        format!("{:.0}", relay.events_per_second),
+        count(relay.events_per_second.round() as u64),
         count(relay.published.unsigned_abs()),
         count(relay.failed.unsigned_abs()),
         format!("{} ago", time(relay.heartbeat_age_ms)),

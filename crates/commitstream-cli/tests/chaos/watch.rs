@@ -58,7 +58,7 @@ pub async fn watch(world: Arc<World>) -> Watched {
 
 fn print(world: &World, elapsed: Duration, entries: u64) {
     println!(
-        "{:>5} s {:>11} events published {:>8} waiting {:>6} faults {:>3} relays",
+        "{:>5} s {:>11} events published {:>8} waiting {:>6} faults   relays: {}",
         elapsed.as_secs(),
         count(entries),
         count(world.backlog.load(Ordering::Relaxed)),
