@@ -106,13 +106,15 @@ pub struct ProcessorSettings {
     pub after_failure: AfterFailure,
     /// Most payload bytes in memory between claim and settle. Default 16 MiB; at least 1 MiB.
     pub max_in_flight_bytes: usize,
-    /// Life of a lease without a heartbeat: how long the work of a vanished host waits. Default 10 s; at least 1 s.
+    /// Life of a relay without a heartbeat: how long the work of a vanished host waits. Also, how long a relay that cannot use Redis
+    /// keeps its partitions while another one could. Default 10 s; at least 1 s.
     pub lease_duration: Duration,
     /// How long a graceful stop waits for what is in flight. Default 10 s.
     pub shutdown_timeout: Duration,
     /// Life of a batch marker in Redis before its batch is settled. Default 7 days; at least 1 hour.
     pub marker_life: Duration,
-    /// Life of a batch marker after its batch is settled. Default 5 min; at least 1 min.
+    /// Life of a batch marker after its batch is settled. What was settled within half of it is looked up after a failover of Redis. The same
+    /// for all relays. Default 5 min; 1 min to 1 h.
     pub settled_marker_life: Duration,
 }
 

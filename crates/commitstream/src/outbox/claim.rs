@@ -36,7 +36,7 @@ pub struct ClaimRequest {
 /// What a claim found.
 #[derive(Debug, Clone, Default)]
 pub struct Claim {
-    /// False when the relay no longer holds its lease as it thinks: nothing was claimed.
+    /// False when the relay no longer owns all its partitions under this epoch: nothing was claimed.
     pub held: bool,
     /// In `seq` order, each in the batch that names it.
     pub events: Vec<OutboxEvent>,
@@ -75,7 +75,8 @@ pub struct OutboxEvent {
 /// One statement, so that the claim is one round trip and one commit:
 ///
 /// * `lease` locks the relay's lease rows: a takeover either sees this claim or makes it find nothing. The epoch shuts out a claim
-///   of an earlier takeover of the same relay that arrives late. `KEY SHARE` lets claims of one relay overlap with nothing else.
+///   of an earlier takeover of the same relay that arrives late. Only a takeover waits for
+///   a `KEY SHARE`; heartbeats and what is given back do not.
 /// * `candidates` come, lowest `seq` first and without their payloads, from three places, each by index: behind the cursor; from
 ///   transactions that the snapshot before did not see and this one does, at whatever `seq`; and what the claim before passed over.
 ///   `seq + 0` keeps the planner from walking up the index by `seq` from its low end, where the dead entries are.

@@ -54,12 +54,12 @@ WITH found AS MATERIALIZED (
     WHERE batch_id = ANY ($1) AND partitions & $2 & ~lost <> 0 FOR UPDATE
 ), lost AS (
     UPDATE {s}.outbox_batch b SET lost = b.lost | found.partitions FROM found
-    WHERE b.batch_id = found.batch_id AND b.batch_id = ANY ($1)
+    WHERE b.batch_id = found.batch_id
     RETURNING b.event_ids[1:b.appended] AS ids, found.partitions
 ), again AS (
     UPDATE {s}.event_outbox e SET status = 'PENDING', published_at = NULL
     FROM (SELECT unnest(ids) AS id, partitions FROM lost) AS l
-    WHERE e.id = l.id AND e.id = ANY (ARRAY(SELECT unnest(ids) FROM lost)) AND e.status = 'PUBLISHED'
+    WHERE e.id = l.id AND e.status = 'PUBLISHED'
       AND (l.partitions >> e.partition_no::int) & 1 = 1
     RETURNING 1
 )

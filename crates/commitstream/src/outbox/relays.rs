@@ -156,7 +156,9 @@ impl OutboxRepository {
                     (SELECT count(*) FROM {{s}}.outbox_lease l WHERE l.relay_id = r.relay_id) AS partitions,
                     GREATEST(0, extract(epoch FROM clock_timestamp() - r.heartbeat_at) * 1000)::bigint AS heartbeat_age_ms,
                     GREATEST(0, extract(epoch FROM clock_timestamp() - r.started_at) * 1000)::bigint AS age_ms
-             FROM (SELECT r.*, {ALIVE} AS alive FROM {{s}}.outbox_relay r) AS r ORDER BY started_at, relay_id"
+             FROM (SELECT r.*, {ALIVE} AS alive FROM {{s}}.outbox_relay r
+                   WHERE expires_at > clock_timestamp() - interval '{FORGET_AFTER}') AS r
+             ORDER BY started_at, relay_id"
         );
         let doing = "listing relays";
         let rows = sqlx::query(self.sql(&sql)).fetch_all(connection).await.map_err(self.error(doing))?;

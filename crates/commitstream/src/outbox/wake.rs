@@ -1,9 +1,12 @@
-use sqlx::PgConnection;
+use sqlx::{AssertSqlSafe, PgConnection};
 
 use super::{OutboxError, OutboxRepository};
 
 /// First key of the sleep lock, as in the trigger function `outbox_wake_relay`.
 const SLEEP_LOCK: i32 = 1_129_139_027;
+
+/// Of one request for the sleep lock.
+const LONGEST_WAIT: &str = "5s";
 
 /// What is sent on the channel when the list of relays or their shares changed. Producers send nothing but the notification.
 pub(crate) const RELAYS_CHANGED: &str = "relays";
@@ -26,20 +29,26 @@ impl OutboxRepository {
         Ok(format!("event_outbox_{}", self.table_oid(connection).await?))
     }
 
-    /// Waits for the sleep lock. From the request on, every producer's commit notifies; when it is granted, no producer
-    /// that did not notify is between insert and commit.
+    /// Waits for the sleep lock, for some seconds at most: a statement that waits keeps its snapshot, and that holds back vacuum.
+    /// From the request on, every producer's commit notifies; when it is granted, no producer that did not notify is between insert and
+    /// commit. False when it was not granted in time.
     ///
     /// # Errors
     /// The session was lost.
-    pub async fn lock_sleep(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
+    pub async fn lock_sleep(&self, connection: &mut PgConnection) -> Result<bool, OutboxError> {
+        let doing = "waiting for the sleep lock";
         let oid = self.table_oid(connection).await?;
-        sqlx::query("SELECT pg_advisory_lock($1, $2)")
-            .bind(SLEEP_LOCK)
-            .bind(lock_key(oid))
-            .execute(connection)
+        sqlx::query(AssertSqlSafe(format!("SET lock_timeout = '{LONGEST_WAIT}'")))
+            .execute(&mut *connection)
             .await
-            .map_err(self.error("waiting for the sleep lock"))?;
-        Ok(())
+            .map_err(self.error(doing))?;
+        let lock = sqlx::query("SELECT pg_advisory_lock($1, $2)").bind(SLEEP_LOCK).bind(lock_key(oid)).execute(connection).await;
+        match lock {
+            Ok(_) => Ok(true),
+            // lock_not_available
+            Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("55P03") => Ok(false),
+            Err(error) => Err(self.error(doing)(error)),
+        }
     }
 
     /// Gives the sleep lock back: producers stop notifying.

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use uuid::Uuid;
+use tokio::time::Instant;
 
+use super::chain::Behind;
 use super::pipeline::Batch;
 use super::retry::{self, Backoff};
 use super::status::Reporter;
@@ -25,20 +26,14 @@ pub enum Ended {
     TakenOver,
 }
 
-/// Appends one batch behind its predecessors. During an outage it keeps trying the same batch; no attempt is counted.
-pub async fn append(
-    streams: Streams,
-    settings: Arc<Settings>,
-    reporter: Reporter,
-    batch: Batch,
-    predecessors: Vec<Uuid>,
-) -> Ended {
+/// Appends one batch behind what must stand before it. During an outage it keeps trying the same batch; no attempt is counted.
+pub async fn append(streams: Streams, settings: Arc<Settings>, reporter: Reporter, batch: Batch, behind: Behind) -> Ended {
     // What cannot be sent ends the batch there, so that what the marker counts stays a prefix.
     let sendable = batch.events.iter().take_while(|e| e.payload.is_some()).count();
     let outcome = if sendable == 0 {
         Ok(Appended { marker: Marker::Appended(0), last_entry: None, refusal: None })
     } else {
-        until_known(&streams, &settings, &reporter, &batch, &predecessors, sendable).await
+        until_known(&streams, &settings, &reporter, &batch, &behind, sendable).await
     };
     let appended = match outcome {
         Ok(appended) => appended,
@@ -71,34 +66,38 @@ async fn until_known(
     settings: &Settings,
     reporter: &Reporter,
     batch: &Batch,
-    predecessors: &[Uuid],
+    behind: &Behind,
     sendable: usize,
 ) -> Result<Appended, StreamsError> {
     let life = settings.outbox.processor.marker_life;
     let mut backoff = Backoff::default();
     let mut unknown = false;
+    let mut in_outage = None;
     loop {
         crash_window!("before-append");
-        let outage = match streams.append(&batch.stream, batch.id, predecessors, &batch.events[..sendable], life).await {
-            Ok(appended) => {
-                crash_window!("after-append");
-                reporter.able();
-                return Ok(appended);
-            }
-            Err(outage) if outage.is_outage() => outage,
-            // The script looks for the batch's own marker first, so an earlier call has written nothing either.
-            Err(lost @ StreamsError::Lost { .. }) => return Err(lost),
-            Err(refused) if !unknown => return Err(refused),
-            // An earlier call may have been carried out before this one was refused: only the marker knows.
-            Err(_) => match streams.resolve(&batch.stream, batch.id, life).await {
-                Ok(Marker::Aborted) => {
-                    return Ok(Appended { marker: Marker::Appended(0), last_entry: None, refusal: None });
+        let outage =
+            match streams.append(&batch.stream, batch.id, behind.at(Instant::now()), &batch.events[..sendable], life).await {
+                Ok(appended) => {
+                    crash_window!("after-append");
+                    drop(in_outage);
+                    reporter.able();
+                    return Ok(appended);
                 }
-                Ok(marker) => return Ok(Appended { marker, last_entry: None, refusal: None }),
-                Err(error) => error,
-            },
-        };
+                Err(outage) if outage.is_outage() => outage,
+                // The script looks for the batch's own marker first, so an earlier call has written nothing either.
+                Err(lost @ StreamsError::Lost { .. }) => return Err(lost),
+                Err(refused) if !unknown => return Err(refused),
+                // An earlier call may have been carried out before this one was refused: only the marker knows.
+                Err(_) => match streams.resolve(&batch.stream, batch.id, life).await {
+                    Ok(Marker::Aborted) => {
+                        return Ok(Appended { marker: Marker::Appended(0), last_entry: None, refusal: None });
+                    }
+                    Ok(marker) => return Ok(Appended { marker, last_entry: None, refusal: None }),
+                    Err(error) => error,
+                },
+            };
         unknown |= matches!(outage, StreamsError::OutcomeUnknown { .. } | StreamsError::NotReplicated { .. });
+        in_outage.get_or_insert_with(|| reporter.outage());
         reporter.unable(&outage);
         tokio::time::sleep(backoff.next()).await;
     }

@@ -11,6 +11,18 @@ use uuid::Uuid;
 
 use super::repair::Predecessors;
 
+/// The batches that must be there before another one. Their markers may expire after `until`.
+pub struct Behind {
+    batches: Vec<Uuid>,
+    until: Instant,
+}
+
+impl Behind {
+    pub fn at(&self, now: Instant) -> &[Uuid] {
+        if now < self.until { &self.batches } else { &[] }
+    }
+}
+
 pub struct Chains {
     /// How long a batch must be there; after that its marker may expire.
     window: Duration,
@@ -18,15 +30,18 @@ pub struct Chains {
 }
 
 impl Chains {
-    /// Starts behind what was settled lately, by whichever relay.
-    pub fn new(predecessors: Predecessors, window: Duration, now: Instant) -> Self {
+    /// Starts behind what was settled lately, by whichever relay, and looked up at `at`.
+    pub fn new(predecessors: Predecessors, window: Duration, at: Instant) -> Self {
         let known = predecessors.into_iter().filter(|(_, batches)| !batches.is_empty());
-        Self { window, streams: known.map(|(stream, batches)| (stream, (batches, now))).collect() }
+        Self { window, streams: known.map(|(stream, batches)| (stream, (batches, at))).collect() }
     }
 
-    /// What must be there before another batch of this stream.
-    pub fn behind(&self, stream: &str, now: Instant) -> Vec<Uuid> {
-        self.streams.get(stream).filter(|(_, at)| now - *at < self.window).map(|(batches, _)| batches.clone()).unwrap_or_default()
+    /// What must be there before another batch of this stream, and until when it can be asked for.
+    pub fn behind(&self, stream: &str, now: Instant) -> Behind {
+        match self.streams.get(stream) {
+            Some((batches, at)) => Behind { batches: batches.clone(), until: *at + self.window },
+            None => Behind { batches: Vec::new(), until: now },
+        }
     }
 
     /// All that must be there now, stream by stream. Forgets what need not be any more.
@@ -49,12 +64,12 @@ mod tests {
         let (start, window) = (Instant::now(), Duration::from_secs(60));
         let [others, first, second] = [1, 2, 3].map(Uuid::from_u128);
         let mut chains = Chains::new(Predecessors::from([("a".to_owned(), vec![others, first])]), window, start);
-        assert_eq!(chains.behind("a", start), [others, first]);
-        assert!(chains.behind("b", start).is_empty());
+        assert_eq!(chains.behind("a", start).at(start), [others, first]);
+        assert!(chains.behind("b", start).at(start).is_empty());
         let later = start + Duration::from_secs(30);
         chains.appended("a", second, later);
-        assert_eq!(chains.behind("a", start + window), [second]);
+        assert_eq!(chains.behind("a", start + window).at(start + window), [second]);
         assert_eq!(chains.all(start + window), [("a".to_owned(), vec![second])]);
-        assert!(chains.behind("a", later + window).is_empty() && chains.all(later + window).is_empty());
+        assert!(chains.behind("a", start).at(later + window).is_empty() && chains.all(later + window).is_empty());
     }
 }

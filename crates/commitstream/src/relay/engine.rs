@@ -45,6 +45,7 @@ pub(super) struct Parts {
     pub reporter: Reporter,
     pub lease: Lease,
     pub predecessors: Predecessors,
+    pub looked_up: Instant,
     /// How long after it was appended a batch is looked for.
     pub window: Duration,
 }
@@ -98,7 +99,7 @@ impl Engine {
         Self {
             pipeline: Pipeline::new(limits),
             cursor: Cursor::default(),
-            chains: Chains::new(parts.predecessors, parts.window, now),
+            chains: Chains::new(parts.predecessors, parts.window, parts.looked_up),
             dirty: true,
             busy_since: None,
             next_sweep: now,
@@ -272,7 +273,7 @@ impl Engine {
                 self.pipeline.appended(batch, appended, last_entry, refusals);
                 Ok(())
             }
-            Ended::Lost(error) => Err(SessionError::Lost(error)),
+            Ended::Lost(error) => Err(SessionError::Streams(error)),
             Ended::TakenOver => Err(SessionError::LeaseLost),
         }
     }
@@ -294,7 +295,7 @@ impl Engine {
             // Whether Redis takes what is being appended, that append will tell.
             Ok(()) if self.appends.is_empty() => self.reporter.able(),
             Ok(()) => {}
-            Err(lost @ StreamsError::Lost { .. }) => return Err(SessionError::Lost(lost)),
+            Err(lost @ StreamsError::Lost { .. }) => return Err(SessionError::Streams(lost)),
             Err(error) => self.reporter.unable(&error),
         }
         Ok(())

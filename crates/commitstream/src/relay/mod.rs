@@ -191,7 +191,7 @@ impl RelayHandle {
         self.waker.clone()
     }
 
-    /// Stops the relay: it claims no more, settles what is in flight (at most `shutdownTimeout`), gives its lease back and ends.
+    /// Stops the relay: it claims no more, settles what is in flight (at most `shutdownTimeout`), gives its partitions back and ends.
     ///
     /// # Errors
     /// Why it had ended by itself.

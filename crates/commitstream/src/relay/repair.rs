@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
-use futures_util::future::join_all;
+use futures_util::future::{join_all, try_join_all};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
@@ -63,17 +63,28 @@ impl Relay {
     }
 
     /// Looks up what was settled lately of these partitions, and makes unsent again what Redis has lost, before anything newer is
-    /// claimed. Returns what the next batch of each stream must find.
+    /// claimed. Returns what the next batch of each stream must find. After an outage it starts anew: what it had read may be too old.
     pub async fn look_up(&self, connection: &mut PgConnection, partitions: Partitions) -> Result<Predecessors, SessionError> {
+        let mut backoff = Backoff::default();
+        loop {
+            match self.look_up_once(connection, partitions).await {
+                Err(SessionError::Streams(error)) => self.wait_out(&error, &mut backoff).await,
+                done => return done,
+            }
+        }
+    }
+
+    async fn look_up_once(&self, connection: &mut PgConnection, partitions: Partitions) -> Result<Predecessors, SessionError> {
         let read = self.outbox.last_batches(connection, partitions, self.window());
         let last = bounded("reading the last batches", self.timeout(), read).await?;
         let mut by_stream: BTreeMap<String, Vec<JournalBatch>> = BTreeMap::new();
         last.into_iter().for_each(|batch| by_stream.entry(batch.stream.clone()).or_default().push(batch));
-        let by_stream: Vec<Vec<JournalBatch>> = by_stream.into_values().collect();
+        let by_stream: Vec<(String, Vec<JournalBatch>)> = by_stream.into_iter().collect();
         let mut predecessors = Predecessors::new();
         for streams in by_stream.chunks(AT_ONCE) {
-            let found = join_all(streams.iter().map(|last| self.presence(last))).await;
-            for (batch, presence) in streams.iter().flatten().zip(found.into_iter().flatten()) {
+            let found = try_join_all(streams.iter().map(|(stream, last)| self.streams.presence(stream, last))).await?;
+            let batches = streams.iter().flat_map(|(_, last)| last);
+            for (batch, presence) in batches.zip(found.into_iter().flatten()) {
                 let there = predecessors.entry(batch.stream.clone()).or_default();
                 match presence {
                     Presence::Marked => there.push(batch.batch_id),
@@ -98,7 +109,7 @@ impl Relay {
         let still_there = loop {
             let read = self.outbox.batches_before(connection, &oldest, partitions, self.window(), PAGE);
             let page = bounded("reading recent batches", self.timeout(), read).await?;
-            let found = self.presence(&page).await;
+            let found = self.streams.presence(&newest.stream, &page).await?;
             let gone = found.iter().take_while(|presence| **presence == Presence::Lost).count();
             lost.extend(page[..gone].iter().map(|batch| batch.batch_id));
             match page.last() {
@@ -106,37 +117,40 @@ impl Relay {
                 _ => break page.get(gone).filter(|_| found[gone] == Presence::Marked).map(|batch| batch.batch_id),
             }
         };
+        tracing::error!(
+            stream = newest.stream,
+            batches = lost.len(),
+            "Redis has lost batches that it had acknowledged (a failover, or deleted keys): their events are published again"
+        );
+        // The oldest first: whatever interrupts this, what remains is found again behind the newest.
+        for batches in lost.rchunks(AT_ONCE) {
+            self.requeue(connection, &newest.stream, batches, partitions).await?;
+        }
+        Ok(still_there)
+    }
+
+    /// Makes lost batches unsent. Each is aborted first: a call that was on its way to the former master may still come to the new one.
+    async fn requeue(
+        &self,
+        connection: &mut PgConnection,
+        stream: &str,
+        batches: &[Uuid],
+        partitions: Partitions,
+    ) -> Result<(), SessionError> {
+        let life = self.settings.outbox.processor.marker_life;
+        let markers = try_join_all(batches.iter().map(|batch| self.streams.resolve(stream, *batch, life))).await?;
+        let is_lost = |marker: &Marker| matches!(marker, Marker::Aborted);
+        let lost: Vec<Uuid> =
+            batches.iter().zip(&markers).filter(|(_, marker)| is_lost(marker)).map(|(batch, _)| *batch).collect();
         crash_window!("before-requeue");
         let requeue = self.outbox.requeue_lost(connection, &lost, partitions);
         let Requeued { unsent, gone } = bounded("publishing lost batches again", self.timeout(), requeue).await?;
         crash_window!("after-requeue");
-        tracing::error!(
-            stream = newest.stream,
-            batches = lost.len(),
-            events = unsent,
-            "Redis has lost batches that it had acknowledged (a failover, or deleted keys): their events are published again"
-        );
         if gone > 0 {
-            tracing::error!(
-                stream = newest.stream,
-                events = gone,
-                "lost events whose rows were cleaned up cannot be published again"
-            );
+            tracing::error!(stream, events = gone, "lost events whose rows were cleaned up cannot be published again");
         }
         self.reporter.republished(u64::try_from(unsent).unwrap_or(0));
-        Ok(still_there)
-    }
-
-    /// Whether batches of one stream are still there.
-    async fn presence(&self, batches: &[JournalBatch]) -> Vec<Presence> {
-        let Some(first) = batches.first() else { return Vec::new() };
-        let mut backoff = Backoff::default();
-        loop {
-            match self.streams.presence(&first.stream, batches).await {
-                Ok(found) => return found,
-                Err(error) => self.wait_out(&error, &mut backoff).await,
-            }
-        }
+        Ok(())
     }
 
     /// Redis is asked until it answers. Who is told to stop meanwhile drops this.

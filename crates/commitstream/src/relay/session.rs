@@ -8,10 +8,12 @@ use sqlx::PgConnection;
 use sqlx::postgres::{PgListener, PgPoolOptions};
 use thiserror::Error;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use super::cleanup;
 use super::engine::{Connections, Engine, Parts};
 use super::membership::Membership;
+use super::repair::Predecessors;
 use super::retry::Backoff;
 use super::sleep::{self, SleepLock};
 use super::status::{RelayState, Reporter};
@@ -28,7 +30,7 @@ pub(super) enum SessionError {
     #[error(transparent)]
     Outbox(#[from] OutboxError),
     #[error(transparent)]
-    Lost(StreamsError),
+    Streams(#[from] StreamsError),
     #[error("another relay has taken partitions over, or the batch journal was changed by hand")]
     LeaseLost,
     #[error("this relay cannot use Redis and another one can: its partitions are for the others")]
@@ -131,12 +133,8 @@ impl Relay {
             Some(connections) => connections,
             None => self.connections().await?,
         };
-        let prepare = async {
-            self.recover(&mut connections.claims, lease.partitions).await?;
-            self.look_up(&mut connections.claims, lease.partitions).await
-        };
-        let predecessors = tokio::select! {
-            prepared = prepare => prepared?,
+        let (predecessors, looked_up) = tokio::select! {
+            prepared = self.prepare(lease, &mut connections) => prepared?,
             () = self.stopped() => return Ok(None),
         };
         self.reporter.state(RelayState::Active);
@@ -147,6 +145,7 @@ impl Relay {
             reporter: self.reporter.clone(),
             lease,
             predecessors,
+            looked_up,
             window: self.window(),
         };
         let until = async {
@@ -162,6 +161,23 @@ impl Relay {
         tokio::select! {
             ended = engine.run(&self.wake, until) => ended.map(Some),
             never = cleanup::run(&self.outbox, &self.settings, &self.url) => match never {},
+        }
+    }
+
+    /// Recovers and looks up, and keeps an eye on the sleep lock: if it is granted now, that is news for the others. Returns also when
+    /// it began to look up.
+    async fn prepare(&self, lease: Lease, connections: &mut Connections) -> Result<(Predecessors, Instant), SessionError> {
+        let Connections { claims, sleep, .. } = connections;
+        let mut prepare = std::pin::pin!(async {
+            self.recover(claims, lease.partitions).await?;
+            let looked_up = Instant::now();
+            Ok((self.look_up(claims, lease.partitions).await?, looked_up))
+        });
+        loop {
+            tokio::select! {
+                prepared = &mut prepare => return prepared,
+                done = sleep.progress() => done?,
+            }
         }
     }
 

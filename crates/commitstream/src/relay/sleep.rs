@@ -11,7 +11,7 @@
 //! insert and commit; so one look after that misses nobody.
 //!
 //! With several relays one holds the lock and the others wait for it, asleep as well: as long as one holds it, producers notify.
-//! Whoever is granted it tells the others, because a look at that moment is what they need, too.
+//! They wait some seconds at a time and look in between, since a statement that waits holds back vacuum. Whoever is granted it tells the others, because a look at that moment is what they need, too.
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -21,7 +21,8 @@ use tokio::sync::Notify;
 
 use crate::outbox::{OutboxError, OutboxRepository, RELAYS_CHANGED};
 
-type Step = BoxFuture<'static, Result<PgConnection, OutboxError>>;
+/// Gives the connection back, and says whether the lock is held.
+type Step = BoxFuture<'static, Result<(PgConnection, bool), OutboxError>>;
 
 pub(super) struct SleepLock {
     outbox: OutboxRepository,
@@ -48,9 +49,11 @@ impl SleepLock {
             State::Awake(mut connection) => {
                 let outbox = self.outbox.clone();
                 let asked = async move {
-                    outbox.lock_sleep(&mut connection).await?;
-                    outbox.notify(&mut connection).await?;
-                    Ok(connection)
+                    let granted = outbox.lock_sleep(&mut connection).await?;
+                    if granted {
+                        outbox.notify(&mut connection).await?;
+                    }
+                    Ok((connection, granted))
                 };
                 State::Asking(asked.boxed())
             }
@@ -63,7 +66,7 @@ impl SleepLock {
         self.state = match std::mem::replace(&mut self.state, State::Lost) {
             State::Asleep(mut connection) => {
                 let outbox = self.outbox.clone();
-                State::Releasing(async move { outbox.unlock_sleep(&mut connection).await.map(|()| connection) }.boxed())
+                State::Releasing(async move { outbox.unlock_sleep(&mut connection).await.map(|()| (connection, false)) }.boxed())
             }
             other => other,
         };
@@ -74,16 +77,15 @@ impl SleepLock {
     }
 
     /// Waits for the step under way, if any; then it is time to look once more. When the lock was granted, nobody is missed after
-    /// that. When it was given back, events may have been committed meanwhile without a notification, and what was asked
+    /// that. When it was given back, or not granted in time, events may have been committed meanwhile without a notification, and what was asked
     /// for in between was not heard. May be dropped at any await.
     pub async fn progress(&mut self) -> Result<(), OutboxError> {
-        let (done, granted) = match &mut self.state {
-            State::Asking(step) => (step.await, true),
-            State::Releasing(step) => (step.await, false),
+        let done = match &mut self.state {
+            State::Asking(step) | State::Releasing(step) => step.await,
             State::Awake(_) | State::Asleep(_) | State::Lost => std::future::pending().await,
         };
         self.state = State::Lost;
-        let connection = done?;
+        let (connection, granted) = done?;
         self.state = if granted { State::Asleep(connection) } else { State::Awake(connection) };
         Ok(())
     }

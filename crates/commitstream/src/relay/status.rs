@@ -1,6 +1,7 @@
 //! What a relay says of itself.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use tokio::sync::watch;
 use uuid::Uuid;
@@ -58,7 +59,20 @@ pub struct RelayStatus {
 
 /// Publishes the status, and logs each change of state once.
 #[derive(Debug, Clone)]
-pub(super) struct Reporter(Arc<watch::Sender<RelayStatus>>);
+pub(super) struct Reporter {
+    status: Arc<watch::Sender<RelayStatus>>,
+    /// Appends that cannot get on: while there is one, another one's success says nothing.
+    outages: Arc<AtomicU32>,
+}
+
+/// One append is in an outage for as long as this lives.
+pub(super) struct Outage(Arc<AtomicU32>);
+
+impl Drop for Outage {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 impl Reporter {
     pub fn new(relay_id: Uuid) -> Self {
@@ -71,15 +85,15 @@ impl Reporter {
             failed: 0,
             republished: 0,
         };
-        Self(Arc::new(watch::Sender::new(status)))
+        Self { status: Arc::new(watch::Sender::new(status)), outages: Arc::default() }
     }
 
     pub fn subscribe(&self) -> watch::Receiver<RelayStatus> {
-        self.0.subscribe()
+        self.status.subscribe()
     }
 
     pub fn state(&self, state: RelayState) {
-        self.0.send_if_modified(|status| {
+        self.status.send_if_modified(|status| {
             let changed = status.state != state;
             // Attempts of one outage fail for several reasons in turn; the log has its first one.
             if std::mem::discriminant(&status.state) != std::mem::discriminant(&state) {
@@ -92,14 +106,20 @@ impl Reporter {
 
     /// A new session begins. After a failure the relay stays unable until the session has come somewhere.
     pub fn connecting(&self) {
-        if !matches!(self.0.borrow().state, RelayState::Unable { .. }) {
+        if !matches!(self.status.borrow().state, RelayState::Unable { .. }) {
             self.state(RelayState::Connecting);
         }
     }
 
+    /// An append cannot get on.
+    pub fn outage(&self) -> Outage {
+        self.outages.fetch_add(1, Ordering::Relaxed);
+        Outage(self.outages.clone())
+    }
+
     /// The servers answer again.
     pub fn able(&self) {
-        if matches!(self.0.borrow().state, RelayState::Unable { .. }) {
+        if self.outages.load(Ordering::Relaxed) == 0 && matches!(self.status.borrow().state, RelayState::Unable { .. }) {
             self.state(RelayState::Active);
         }
     }
@@ -109,11 +129,11 @@ impl Reporter {
     }
 
     pub fn status(&self) -> RelayStatus {
-        self.0.borrow().clone()
+        self.status.borrow().clone()
     }
 
     pub fn partitions(&self, partitions: u32) {
-        self.0.send_if_modified(|status| {
+        self.status.send_if_modified(|status| {
             let changed = status.partitions != partitions;
             if changed {
                 tracing::info!(relay = %status.relay_id, partitions, before = status.partitions, "share of the 64 partitions changed");
@@ -124,11 +144,11 @@ impl Reporter {
     }
 
     pub fn republished(&self, events: u64) {
-        self.0.send_modify(|status| status.republished += events);
+        self.status.send_modify(|status| status.republished += events);
     }
 
     pub fn count(&self, published: u64, refused: u64, failed: u64) {
-        self.0.send_modify(|status| {
+        self.status.send_modify(|status| {
             status.published += published;
             status.refused += refused;
             status.failed += failed;

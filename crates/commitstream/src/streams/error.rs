@@ -163,6 +163,7 @@ pub(super) fn is_unable_code(code: &str) -> bool {
             | "NOAUTH"
             | "WRONGPASS"
             | "NOMASTERLINK"
+            | "UNBLOCKED"
     )
 }
 

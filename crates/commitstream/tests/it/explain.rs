@@ -317,7 +317,8 @@ async fn the_look_up_goes_by_index() -> Result<()> {
             assert_indexes(&read, TABLE, &[]);
         }
         let requeue = plans(&mut connection, "WITH found AS", &format!("'{{{}}}', -1", than.batch_id)).await?;
-        assert_indexes(&requeue, "outbox_batch", &[("outbox_batch_pkey", "batch_id = ANY")]);
+        let by_key = [("outbox_batch_pkey", "batch_id = ANY"), ("outbox_batch_pkey", "batch_id = found.")];
+        assert_indexes(&requeue, "outbox_batch", &by_key);
         assert_only_indexes(&requeue, TABLE, &[(KEY, "id = ")]);
     }
     Ok(())

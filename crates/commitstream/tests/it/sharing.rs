@@ -128,6 +128,45 @@ async fn a_killed_relay_leaves_no_session_behind() -> Result<()> {
     Ok(())
 }
 
+/// A statement that waits keeps its snapshot, and that holds back vacuum in the whole database. Relays idle for days.
+#[tokio::test(flavor = "multi_thread")]
+async fn relays_that_wait_for_the_sleep_lock_do_not_hold_back_vacuum() -> Result<()> {
+    let world = World::new().await?;
+    let relays = [world.relay()?, world.relay()?];
+    world.shared_by(2).await?;
+    let mut connection = world.connect().await?;
+    let horizon = "SELECT backend_xmin::text::bigint FROM pg_stat_activity
+                   WHERE datname = current_database() AND wait_event_type = 'Lock' AND application_name LIKE 'commitstream relay: sleep%'";
+    let mut first = None;
+    eventually("the horizon of the waiting session to move on", async || {
+        // Heartbeats use up transaction ids meanwhile.
+        let now: Option<i64> = sqlx::query_scalar(horizon).fetch_optional(&mut connection).await?.flatten();
+        first = first.or(now);
+        Ok(now > first)
+    })
+    .await?;
+    for relay in relays {
+        relay.stop().await?;
+    }
+    Ok(())
+}
+
+/// A role or a database may have time-outs. They are not for sessions that wait and idle for long.
+#[tokio::test(flavor = "multi_thread")]
+async fn time_outs_of_the_database_do_not_end_the_sessions_of_a_relay() -> Result<()> {
+    let world = World::new().await?;
+    let names = ["statement_timeout", "lock_timeout", "idle_session_timeout"];
+    for name in names {
+        world.database.psql(&format!("ALTER DATABASE {} SET {name} = '50ms';", world.database.name()))?;
+    }
+    let mut session = commitstream::outbox::connect(world.database.url(), "test", Duration::from_secs(10)).await?;
+    for name in names {
+        let value: String = sqlx::query_scalar("SELECT current_setting($1)").bind(name).fetch_one(&mut session).await?;
+        assert_eq!(value, "0", "{name}");
+    }
+    Ok(())
+}
+
 /// SIGSTOP for longer than the lease is what a vanished host looks like: its sessions stay. When it comes back it must change nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_paused_relay_is_taken_over_and_changes_nothing_when_it_goes_on() -> Result<()> {
