@@ -1,7 +1,7 @@
 -- Several relays share the outbox. PostgreSQL 14 or newer.
 --
 -- Plain SQL, applied once after V3: by `commitstream migrate`, by Flyway, or by hand with psql. Relays of earlier builds stop
--- working with it, so stop them first.
+-- working with it, so stop them first. Producers wait while it reads the table once for two partial indexes.
 
 -- The transaction that wrote the event. Together with the snapshot of the look before it tells a relay exactly what has become
 -- visible since, although seq is drawn before the commit. Existing rows get the transaction of this migration, without a rewrite.
