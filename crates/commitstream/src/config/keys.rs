@@ -71,8 +71,7 @@ pub(super) static KEYS: &[Key] = &[
     key("app.outbox.processor.leaseDuration", Kind::Time(field!(outbox.processor.lease_duration), SECOND..=HOUR)),
     key("app.outbox.processor.shutdownTimeout", Kind::Time(field!(outbox.processor.shutdown_timeout), Duration::ZERO..=HOUR)),
     key("app.outbox.processor.markerLife", Kind::Time(field!(outbox.processor.marker_life), HOUR..=YEAR)),
-    key("app.outbox.processor.settledMarkerLife", Kind::Time(field!(outbox.processor.settled_marker_life), MINUTE..=HOUR))
-        .not_above("app.outbox.processor.markerLife"),
+    key("app.outbox.processor.settledMarkerLife", Kind::Time(field!(outbox.processor.settled_marker_life), MINUTE..=HOUR)),
     key("app.outbox.cleanup.enabled", Kind::Switch(field!(outbox.cleanup.enabled))),
     key("app.outbox.cleanup.interval", Kind::Time(field!(outbox.cleanup.interval), SECOND..=YEAR)),
     key("app.outbox.cleanup.retentionDays", Kind::Count(field!(outbox.cleanup.retention_days), 0..=36_500))
