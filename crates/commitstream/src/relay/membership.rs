@@ -13,7 +13,7 @@ use super::assignment::{self, Plan};
 use super::session::{SessionError, bounded};
 use super::status::{RelayState, Reporter};
 use crate::config::Settings;
-use crate::outbox::{Heartbeat, Lease, OutboxError, OutboxRepository, Partitions};
+use crate::outbox::{Heartbeat, Lease, Members, OutboxError, OutboxRepository, Partitions};
 
 /// How often a relay looks who is there, at least. What a killed relay had is taken over within this and one round trip.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -52,8 +52,7 @@ impl Membership {
 
     /// Puts the relay on the list without a claim to partitions: nobody leaves any to it.
     pub async fn announce(&mut self) -> Result<(), OutboxError> {
-        let heartbeat = self.heartbeat(false);
-        let members = bounded("sending a heartbeat", self.timeout(), self.outbox.beat(&mut self.connection, &heartbeat)).await?;
+        let members = self.beat(false).await?;
         // What an earlier session of this relay had is for others, until this one can work.
         let mine = assignment::owned(self.lease.relay_id, &members);
         if !mine.is_empty() && !members.others.is_empty() {
@@ -64,8 +63,7 @@ impl Membership {
 
     /// Joins: takes what is free of the relay's share, and all that an earlier session of it has left, under a new epoch.
     pub async fn join(&mut self) -> Result<(), OutboxError> {
-        let heartbeat = self.heartbeat(true);
-        let members = bounded("sending a heartbeat", self.timeout(), self.outbox.beat(&mut self.connection, &heartbeat)).await?;
+        let members = self.beat(true).await?;
         bounded("forgetting dead relays", self.timeout(), self.outbox.forget_relays(&mut self.connection)).await?;
         self.take(&assignment::plan(self.lease.relay_id, &members)).await?;
         self.tell().await
@@ -114,8 +112,7 @@ impl Membership {
 
     /// One heartbeat: renews the relay's life, and compares what it has with what it should have.
     async fn look(&mut self) -> Result<Plan, SessionError> {
-        let heartbeat = self.heartbeat(true);
-        let members = bounded("sending a heartbeat", self.timeout(), self.outbox.beat(&mut self.connection, &heartbeat)).await?;
+        let members = self.beat(true).await?;
         if assignment::owned(self.lease.relay_id, &members) != self.lease.partitions {
             return Err(SessionError::LeaseLost);
         }
@@ -123,6 +120,11 @@ impl Membership {
             return Err(SessionError::SteppedDown);
         }
         Ok(assignment::plan(self.lease.relay_id, &members))
+    }
+
+    async fn beat(&mut self, shares: bool) -> Result<Members, OutboxError> {
+        let heartbeat = self.heartbeat(shares);
+        bounded("sending a heartbeat", self.timeout(), self.outbox.beat(&mut self.connection, &heartbeat)).await
     }
 
     async fn give(&mut self, partitions: Partitions) -> Result<(), OutboxError> {

@@ -22,7 +22,7 @@ pub struct Drained {
     pub failed: u64,
 }
 
-/// Waits until no event is pending or processing while a relay is at work, this one or the one that it stands by for.
+/// Waits until no event is pending or processing while a relay is at work, this one or others that share the outbox with it.
 /// Outages are waited for; the relay reports them.
 pub async fn wait(settings: &Settings, relay: watch::Receiver<RelayStatus>) -> Drained {
     let started = Instant::now();
