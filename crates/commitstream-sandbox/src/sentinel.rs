@@ -53,7 +53,7 @@ impl RedisSentinel {
     }
 
     /// All servers: first the one that was the master at the start, then the others. Killed ones may be restarted; a
-    /// former master becomes a replica some ten seconds later.
+    /// former master becomes a replica when the Sentinels tell it to, which may take half a minute or more.
     pub fn servers(&self) -> &[Redis] {
         &self.servers
     }

@@ -22,11 +22,6 @@ fn a_replica_becomes_the_master_when_the_master_is_killed() {
     let master = group.wait_for_master_other_than(0).unwrap();
     assert_ne!(master, 0);
     assert_eq!(redis_says(&servers[master].url(), "INCR kept"), ":2");
-
-    servers[0].restart().unwrap();
-    let follows = || try_redis_says(&servers[0].url(), "GET kept").is_ok_and(|value| value == "$1 2");
-    wait_until("the former master is a replica", follows);
-    assert!(redis_says(&servers[0].url(), "SET kept 7").starts_with("-READONLY"));
 }
 
 #[test]
@@ -35,7 +30,8 @@ fn a_failover_can_be_asked_for() {
     let servers = group.servers();
     assert_eq!(group.failover().unwrap(), 1);
     assert_eq!(redis_says(&servers[1].url(), "SET kept 1"), "+OK");
-    wait_until("the former master follows", || redis_says(&servers[0].url(), "GET kept") == "$1 1");
+    let follows = || try_redis_says(&servers[0].url(), "GET kept").is_ok_and(|value| value == "$1 1");
+    wait_until("the former master follows", follows);
 }
 
 #[test]
