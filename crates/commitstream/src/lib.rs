@@ -57,4 +57,4 @@ pub mod streams;
 pub mod verify;
 
 pub use commitstream_macros::DomainEvent;
-pub use event::{DomainEvent, EventEnvelope, EventError, Lane};
+pub use event::{DecodeEvent, DomainEvent, EventEnvelope, EventError, Lane};

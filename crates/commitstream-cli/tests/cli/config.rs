@@ -68,6 +68,20 @@ fn settings_in_force_as_people_read_them() -> Result<()> {
     app.eventPublishing.defaultStrategy     hybrid                                  default        EVENT_PUBLISHING_STRATEGY
     app.eventPublishing.maxPayloadBytes     1MiB                                    default
     app.eventPublishing.fallbackToOutbox    false                                   default
+    app.consumer.batchSize                  500                                     default
+    app.consumer.concurrency                16                                      default
+    app.consumer.maxInFlightBytes           16MiB                                   default
+    app.consumer.maxDeliveries              5                                       default
+    app.consumer.retryBaseDelay             1s                                      default
+    app.consumer.retryMaxDelay              5m                                      default
+    app.consumer.claimIdle                  10s                                     default
+    app.consumer.unknownEvents              skip                                    default
+    app.consumer.startFrom                  beginning                               default
+    app.consumer.shutdownTimeout            10s                                     default
+    app.consumer.inboxRetentionDays         30                                      default
+    app.streams.trim                        true                                    default
+    app.streams.retentionDays               7                                       default
+    app.streams.maxEntries                  0                                       default
     ");
     Ok(())
 }

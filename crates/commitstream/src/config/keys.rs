@@ -83,6 +83,21 @@ pub(super) static KEYS: &[Key] = &[
     key("app.eventPublishing.maxPayloadBytes", Kind::Size(field!(publishing.max_payload_bytes), 1 << 10..=64 << 20))
         .not_above("app.outbox.processor.maxInFlightBytes"),
     key("app.eventPublishing.fallbackToOutbox", Kind::Switch(field!(publishing.fallback_to_outbox))),
+    key("app.consumer.batchSize", Kind::Count(field!(consumer.batch_size), 1..=1_000)),
+    key("app.consumer.concurrency", Kind::Count(field!(consumer.concurrency), 1..=1_024)),
+    key("app.consumer.maxInFlightBytes", Kind::Size(field!(consumer.max_in_flight_bytes), 1 << 20..=1 << 30)),
+    key("app.consumer.maxDeliveries", Kind::Count(field!(consumer.max_deliveries), 1..=100)),
+    key("app.consumer.retryBaseDelay", Kind::Time(field!(consumer.retry_base_delay), MILLISECOND..=DAY))
+        .not_above("app.consumer.retryMaxDelay"),
+    key("app.consumer.retryMaxDelay", Kind::Time(field!(consumer.retry_max_delay), MILLISECOND..=YEAR)),
+    key("app.consumer.claimIdle", Kind::Time(field!(consumer.claim_idle), SECOND..=HOUR)),
+    key("app.consumer.unknownEvents", Kind::UnknownEvents(field!(consumer.unknown_events))),
+    key("app.consumer.startFrom", Kind::StartFrom(field!(consumer.start_from))),
+    key("app.consumer.shutdownTimeout", Kind::Time(field!(consumer.shutdown_timeout), Duration::ZERO..=HOUR)),
+    key("app.consumer.inboxRetentionDays", Kind::Count(field!(consumer.inbox_retention_days), 1..=36_500)),
+    key("app.streams.trim", Kind::Switch(field!(streams.trim))),
+    key("app.streams.retentionDays", Kind::Count(field!(streams.retention_days), 1..=36_500)),
+    key("app.streams.maxEntries", Kind::Count(field!(streams.max_entries), 0..=u32::MAX)),
 ];
 
 /// The sections under `app` that are ours; every other one is the application's own.

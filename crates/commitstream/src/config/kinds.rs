@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::redact::HIDDEN;
 use super::units::{parse_size, print_duration, print_number, print_size};
-use super::{AfterFailure, Route, Settings, Strategy, redact_url};
+use super::{AfterFailure, Route, Settings, StartFrom, Strategy, UnknownEvents, redact_url};
 
 /// Where in [`Settings`] a value lives.
 pub(super) struct Field<T> {
@@ -34,6 +34,8 @@ pub(super) enum Kind {
     Prefix(Field<String>),
     Strategy(Field<Strategy>),
     AfterFailure(Field<AfterFailure>),
+    UnknownEvents(Field<UnknownEvents>),
+    StartFrom(Field<StartFrom>),
     /// An open map: event type to route.
     Routes(Field<BTreeMap<String, Route>>),
 }
@@ -53,6 +55,9 @@ impl Refusal {
 const STRATEGIES: &[(&str, Strategy)] =
     &[("hybrid", Strategy::Hybrid), ("outbox", Strategy::Outbox), ("streams", Strategy::Streams)];
 const AFTER_FAILURE: &[(&str, AfterFailure)] = &[("release", AfterFailure::Release), ("hold", AfterFailure::Hold)];
+const UNKNOWN_EVENTS: &[(&str, UnknownEvents)] =
+    &[("skip", UnknownEvents::Skip), ("park", UnknownEvents::Park), ("error", UnknownEvents::Error)];
+const START_FROM: &[(&str, StartFrom)] = &[("beginning", StartFrom::Beginning), ("now", StartFrom::Now)];
 const ROUTES: &[(&str, Route)] = &[("outbox", Route::Outbox), ("streams", Route::Streams)];
 // As in HOCON; the first of each value is the one that is printed.
 const SWITCHES: &[(&str, bool)] = &[("true", true), ("false", false), ("yes", true), ("no", false), ("on", true), ("off", false)];
@@ -77,6 +82,8 @@ impl Kind {
             Kind::Schema(field) | Kind::Prefix(field) => *(field.get_mut)(settings) = text.to_owned(),
             Kind::Strategy(field) => *(field.get_mut)(settings) = named(word, STRATEGIES)?,
             Kind::AfterFailure(field) => *(field.get_mut)(settings) = named(word, AFTER_FAILURE)?,
+            Kind::UnknownEvents(field) => *(field.get_mut)(settings) = named(word, UNKNOWN_EVENTS)?,
+            Kind::StartFrom(field) => *(field.get_mut)(settings) = named(word, START_FROM)?,
             Kind::Routes(field) => {
                 let route = named(word, ROUTES)?;
                 (field.get_mut)(settings).insert(member.to_owned(), route);
@@ -106,7 +113,8 @@ impl Kind {
                 "must not contain { or }: Redis Cluster takes braces for a hash tag".to_owned(),
             ),
             Kind::Routes(field) => (!(field.get)(settings).contains_key(""), "an event type must not be empty".to_owned()),
-            Kind::Switch(_) | Kind::Strategy(_) | Kind::AfterFailure(_) | Kind::Secret(_) => return Ok(()),
+            Kind::Switch(_) | Kind::Secret(_) => return Ok(()),
+            Kind::Strategy(_) | Kind::AfterFailure(_) | Kind::UnknownEvents(_) | Kind::StartFrom(_) => return Ok(()),
         };
         if holds { Ok(()) } else { Err(Refusal::new(reason)) }
     }
@@ -123,6 +131,8 @@ impl Kind {
             Kind::Schema(field) | Kind::Prefix(field) => (field.get)(settings).clone(),
             Kind::Strategy(field) => name_of(*(field.get)(settings), STRATEGIES),
             Kind::AfterFailure(field) => name_of(*(field.get)(settings), AFTER_FAILURE),
+            Kind::UnknownEvents(field) => name_of(*(field.get)(settings), UNKNOWN_EVENTS),
+            Kind::StartFrom(field) => name_of(*(field.get)(settings), START_FROM),
             Kind::Routes(field) => name_of(*(field.get)(settings).get(member)?, ROUTES),
         })
     }

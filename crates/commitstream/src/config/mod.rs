@@ -39,6 +39,8 @@ pub struct Settings {
     pub redis: RedisSettings,
     pub outbox: OutboxSettings,
     pub publishing: PublishingSettings,
+    pub consumer: ConsumerSettings,
+    pub streams: StreamsSettings,
 }
 
 /// `app.database`
@@ -144,6 +146,67 @@ pub struct PublishingSettings {
     pub fallback_to_outbox: bool,
 }
 
+/// `app.consumer`
+#[derive(Debug, Clone, PartialEq)]
+pub struct ConsumerSettings {
+    /// Most entries in one read of a stream, and most events in one call of a batch handler. Default 500; 1 to 1,000.
+    pub batch_size: u32,
+    /// Most calls of handlers at once, for each stream. Default 16; 1 to 1,024.
+    pub concurrency: u32,
+    /// Most payload bytes in memory, for each stream; one read may exceed it by what it brings. Default 16 MiB; at least 1 MiB.
+    pub max_in_flight_bytes: usize,
+    /// Failed deliveries after which an event is a dead letter. Default 5; 1 to 100.
+    pub max_deliveries: u32,
+    /// Wait before the second delivery; doubles each time. Default 1 s.
+    pub retry_base_delay: Duration,
+    /// Longest wait before a delivery. Default 5 min.
+    pub retry_max_delay: Duration,
+    /// How long a consumer may be silent before others take what it has in hand; a living one is heard of whatever its handlers do.
+    /// Default 10 s; at least 1 s.
+    pub claim_idle: Duration,
+    /// What becomes of an event that no handler is for. Default skip.
+    pub unknown_events: UnknownEvents,
+    /// Where a group that is new reads from. Default beginning.
+    pub start_from: StartFrom,
+    /// How long a graceful stop waits for handlers. What they have not finished is returned. Default 10 s.
+    pub shutdown_timeout: Duration,
+    /// Days that the inbox remembers a handled event. Longer than any event may wait to be delivered again. Default 30; at least 1.
+    pub inbox_retention_days: u32,
+}
+
+/// What becomes of an event in a consumer's stream that no handler is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UnknownEvents {
+    /// It is acknowledged and counted.
+    Skip,
+    /// It is a dead letter at once, until a version with a handler has it delivered again.
+    Park,
+    /// A failure like one of a handler: tried again, then a dead letter. Holds back its aggregate meanwhile.
+    Error,
+}
+
+/// Where a consumer group that is new reads from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StartFrom {
+    /// Everything the stream still has.
+    Beginning,
+    /// What comes after the group was made.
+    Now,
+}
+
+/// `app.streams`
+#[derive(Debug, Clone, PartialEq)]
+pub struct StreamsSettings {
+    /// Whether the clean-up of a relay trims streams: of each, the entries that are older than the retention and that every consumer
+    /// group has acknowledged. A stream without a group is left alone. Default `true`.
+    pub trim: bool,
+    /// Days that entries are kept at least. Default 7; at least 1.
+    pub retention_days: u32,
+    /// A hard cap: a stream with more entries is cut to this number, read or not, with a warning that counts what nobody has read.
+    /// Default 0, which is none.
+    pub max_entries: u32,
+}
+
 /// What a `FAILED` event means for the later ones of its aggregate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AfterFailure {
@@ -229,6 +292,30 @@ impl Default for PublishingSettings {
             max_payload_bytes: 1 << 20,
             fallback_to_outbox: false,
         }
+    }
+}
+
+impl Default for ConsumerSettings {
+    fn default() -> Self {
+        Self {
+            batch_size: 500,
+            concurrency: 16,
+            max_in_flight_bytes: 16 << 20,
+            max_deliveries: 5,
+            retry_base_delay: Duration::from_secs(1),
+            retry_max_delay: Duration::from_secs(5 * 60),
+            claim_idle: Duration::from_secs(10),
+            unknown_events: UnknownEvents::Skip,
+            start_from: StartFrom::Beginning,
+            shutdown_timeout: Duration::from_secs(10),
+            inbox_retention_days: 30,
+        }
+    }
+}
+
+impl Default for StreamsSettings {
+    fn default() -> Self {
+        Self { trim: true, retention_days: 7, max_entries: 0 }
     }
 }
 

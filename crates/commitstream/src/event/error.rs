@@ -1,6 +1,6 @@
 use thiserror::Error;
 
-/// Why an event cannot be published. Nothing was sent and the caller's transaction is untouched.
+/// Why an event cannot be published, and then nothing was sent and the caller's transaction is untouched; or why it cannot be read.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum EventError {
@@ -32,4 +32,11 @@ pub enum EventError {
 
     #[error("stream entry {entry} is not an event: {reason}")]
     Decode { entry: String, reason: String },
+
+    #[error("the payload is not that of {event_type}")]
+    Payload {
+        event_type: String,
+        #[source]
+        source: serde_json::Error,
+    },
 }

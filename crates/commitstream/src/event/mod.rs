@@ -1,9 +1,11 @@
-//! What is published: the [`DomainEvent`] trait, the [`EventEnvelope`] that travels, and the [`Lane`].
+//! What is published: the [`DomainEvent`] trait, the [`EventEnvelope`] that travels, the [`Lane`]; and [`DecodeEvent`], the way back.
 
+mod decode;
 mod envelope;
 mod error;
 mod json;
 
+pub use decode::{DecodeEvent, EventKind};
 pub use envelope::EventEnvelope;
 pub(crate) use envelope::rfc3339;
 pub use error::EventError;
