@@ -9,9 +9,10 @@ use serde_json::json;
 use crate::context::{self, Context};
 use crate::output::{Progress, age, plural};
 
-/// Delete events that were published long ago
+/// Delete events that were published or handled long ago
 ///
-/// The relay does this by itself every hour (app.outbox.cleanup). Deletes in small transactions that wait for nobody; it may be
+/// The relay does this by itself every hour (app.outbox.cleanup). What the inbox remembers of handled events has a retention of
+/// its own (app.consumer.inboxRetentionDays). Deletes in small transactions that wait for nobody; it may be
 /// stopped at any time, and run beside relays.
 #[derive(clap::Args)]
 #[command(after_help = "\
@@ -30,14 +31,14 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
     let mut progress = Progress::start();
     let outbox = context::repository(&settings);
-    let cleaned = cleanup::run_once(&outbox, &mut connection, &settings.outbox.cleanup, |cleaned| {
+    let cleaned = cleanup::run_once(&outbox, &mut connection, &settings, |cleaned| {
         progress.tell(|| format!("deleted {} so far", plural(cleaned.events, "event")));
     })
     .await;
     progress.clear();
     let cleaned = cleaned?;
     if context.output.json {
-        context.output.json(&json!({ "events": cleaned.events, "batches": cleaned.batches }))?;
+        context.output.json(&json!({ "events": cleaned.events, "batches": cleaned.batches, "inbox": cleaned.inbox }))?;
         return Ok(ExitCode::SUCCESS);
     }
     let ago = match settings.outbox.cleanup.retention_days {
@@ -45,11 +46,11 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
         days => format!(" more than {} ago", plural(u64::from(days), "day")),
     };
     context.output.line(&match cleaned {
-        Cleaned { events: 0, batches: 0 } => format!("nothing to delete: no event was published{ago}"),
-        Cleaned { events, batches } => {
+        Cleaned { events: 0, batches: 0, inbox: 0 } => format!("nothing to delete: no event was published{ago}"),
+        Cleaned { events, batches, inbox } => {
             let were = if events == 1 { "was" } else { "were" };
-            let (events, batches) = (plural(events, "event"), plural(batches, "journal row"));
-            format!("deleted {events} that {were} published{ago}, and {batches}, in {}", age(started.elapsed()))
+            let (events, batches, inbox) = (plural(events, "event"), plural(batches, "journal row"), plural(inbox, "inbox row"));
+            format!("deleted {events} that {were} published{ago}, {batches} and {inbox}, in {}", age(started.elapsed()))
         }
     })?;
     Ok(ExitCode::SUCCESS)

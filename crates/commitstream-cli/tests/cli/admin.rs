@@ -127,10 +127,14 @@ fn cleanup_deletes_what_is_old() -> Result<()> {
     world.publish_user("3")?;
     assert_eq!(world.ok(&["cleanup"])?, "nothing to delete: no event was published more than 7 days ago\n");
     world.database.psql("UPDATE event_outbox SET published_at = now() - interval '8 days' WHERE aggregate_id = '1'")?;
-    assert_eq!(world.json(&["cleanup", "--retention-days", "9"])?, json!({ "events": 0, "batches": 0 }));
+    assert_eq!(world.json(&["cleanup", "--retention-days", "9"])?, json!({ "events": 0, "batches": 0, "inbox": 0 }));
     let text = world.ok(&["cleanup"])?;
-    assert!(text.starts_with("deleted 1 event that was published more than 7 days ago, and 0 journal rows, in "), "{text}");
-    assert_eq!(world.json(&["cleanup", "--retention-days", "0"])?, json!({ "events": 1, "batches": 0 }));
+    assert!(
+        text.starts_with("deleted 1 event that was published more than 7 days ago, 0 journal rows and 0 inbox rows, in "),
+        "{text}"
+    );
+    world.database.psql("INSERT INTO event_inbox VALUES ('mailer', gen_random_uuid(), now() - interval '31 days')")?;
+    assert_eq!(world.json(&["cleanup", "--retention-days", "0"])?, json!({ "events": 1, "batches": 0, "inbox": 1 }));
     assert_eq!(world.stats()?["pending"], 1);
     Ok(())
 }

@@ -43,7 +43,7 @@ impl OutboxRepository {
         self.delete(connection, sql, retention.max(MIN_JOURNAL_LIFE), limit, "deleting settled batches").await
     }
 
-    async fn delete(
+    pub(super) async fn delete(
         &self,
         connection: &mut PgConnection,
         sql: &str,

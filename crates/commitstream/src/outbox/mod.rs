@@ -9,6 +9,7 @@ mod claim;
 mod cleanup;
 mod connection;
 mod error;
+mod inbox;
 mod insert;
 mod journal;
 mod lease;

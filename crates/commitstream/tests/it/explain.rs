@@ -22,12 +22,14 @@ const FAILED_AGGREGATE: &str = "idx_outbox_failed_aggregate";
 const FAILED: &str = "idx_outbox_failed";
 const PUBLISHED: &str = "idx_outbox_published";
 const KEY: &str = "event_outbox_pkey";
+const INBOX: &str = "event_inbox";
 
-/// 50,000 published rows, 2,000 pending ones, of which some wait, and 30 failed. Autovacuum is off, so that the test decides when
+/// 50,000 published rows, 2,000 pending ones, of which some wait, and 30 failed; an inbox of 50,000 rows. Autovacuum is off, so that the test decides when
 /// there are statistics.
 const POPULATE: &str = "
 ALTER TABLE event_outbox SET (autovacuum_enabled = off);
 ALTER TABLE outbox_batch SET (autovacuum_enabled = off);
+ALTER TABLE event_inbox SET (autovacuum_enabled = off);
 INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, status, published_at, retry_count, next_retry_at)
 SELECT 'E', 'user', (n % 500)::text, jsonb_build_object('n', n),
        CASE WHEN n <= 50000 THEN 'PUBLISHED' WHEN n % 70 = 0 THEN 'FAILED' ELSE 'PENDING' END,
@@ -37,14 +39,16 @@ SELECT 'E', 'user', (n % 500)::text, jsonb_build_object('n', n),
 FROM generate_series(1, 52000) n;
 INSERT INTO outbox_batch (batch_id, relay_id, stream, event_ids, settled_at, appended)
 SELECT gen_random_uuid(), gen_random_uuid(), 'events:user', array_agg(id), now(), count(*)
-FROM event_outbox WHERE status = 'PUBLISHED' GROUP BY seq / 50;";
+FROM event_outbox WHERE status = 'PUBLISHED' GROUP BY seq / 50;
+INSERT INTO event_inbox (consumer, event_id, handled_at)
+SELECT 'mailer', gen_random_uuid(), now() - n * interval '1 minute' FROM generate_series(1, 50000) n;";
 
 /// A session of the relay's kind on a populated table.
 async fn populated(analyzed: bool) -> Result<(World, PgConnection)> {
     let world = World::new().await?;
     world.database.psql(POPULATE)?;
     if analyzed {
-        world.database.psql("VACUUM ANALYZE event_outbox, outbox_batch, outbox_lease, outbox_relay;")?;
+        world.database.psql("VACUUM ANALYZE event_outbox, outbox_batch, outbox_lease, outbox_relay, event_inbox;")?;
     }
     let connection = outbox::connect(world.database.url(), "explain", Duration::from_secs(10)).await?;
     Ok((world, connection))
@@ -269,6 +273,27 @@ async fn the_clean_up_goes_by_index() -> Result<()> {
                 "outbox_batch",
                 &[("idx_outbox_batch_settled", "settled_at < "), ("outbox_batch_pkey", "batch_id = ANY")],
             );
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_inbox_goes_by_index() -> Result<()> {
+    for analyzed in [false, true] {
+        let (world, mut connection) = populated(analyzed).await?;
+        assert!(world.outbox.remember(&mut connection, "mailer", Uuid::now_v7()).await?);
+        assert_eq!(world.outbox.forget(&mut connection, Duration::from_secs(34 * 86_400), 100).await?, 100);
+        let id = Uuid::nil();
+        let remember = plans(&mut connection, "INSERT INTO \"public\".event_inbox", &format!("'mailer', '{id}'")).await?;
+        assert_indexes(&remember, INBOX, &[]);
+        for values in ["2592000.0, 1000", "3.0e6, 1", "0.0, 100000"] {
+            let forget = plans(&mut connection, "DELETE FROM \"public\".event_inbox", values).await?;
+            for (mode, scans) in forget {
+                let (place, by_index): (Vec<_>, Vec<_>) = scans.into_iter().partition(|scan| scan.node == "Tid Scan");
+                assert_eq!(place.len(), 1, "{mode}: {by_index:#?}");
+                assert_indexes(&[(mode, by_index.into_iter().collect())], INBOX, &[("idx_inbox_handled", "handled_at < ")]);
+            }
         }
     }
     Ok(())

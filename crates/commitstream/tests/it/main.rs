@@ -8,6 +8,7 @@ mod docs;
 mod events;
 mod explain;
 mod failover;
+mod inbox;
 mod publishing;
 mod publishing_outage;
 mod relay;

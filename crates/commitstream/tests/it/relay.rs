@@ -257,7 +257,7 @@ async fn clean_up_removes_what_is_old_in_small_batches() -> Result<()> {
         .execute(&mut connection)
         .await?;
     let mut steps = 0;
-    let cleaned = cleanup::run_once(&world.outbox, &mut connection, &world.settings.outbox.cleanup, |_| steps += 1).await?;
+    let cleaned = cleanup::run_once(&world.outbox, &mut connection, &world.settings, |_| steps += 1).await?;
     assert_eq!((cleaned.events, cleaned.batches), (750, 0), "batches are younger than the retention");
     assert!(steps >= 7, "{steps} transactions");
     sqlx::raw_sql("UPDATE outbox_batch SET settled_at = now() - interval '8 days'").execute(&mut connection).await?;

@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use commitstream::config::CleanupSettings;
 use commitstream::outbox;
 use commitstream::publisher::RedisStreamsPublisher;
 use commitstream::relay::cleanup;
@@ -201,10 +200,10 @@ async fn what_was_trimmed_away_is_no_fault_and_what_is_missing_behind_it_is() ->
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_that_were_cleaned_up_are_no_fault() -> Result<()> {
-    let world = published().await?;
+    let mut world = published().await?;
     world.redis().await?.xadd::<_, _, _, _, ()>(world.user_stream(), "*", &[("id", "of somebody else"), ("a", "b")]).await?;
-    let settings = CleanupSettings { retention_days: 0, ..world.settings.outbox.cleanup.clone() };
-    cleanup::run_once(&world.outbox, &mut world.connect().await?, &settings, |_| ()).await?;
+    world.settings.outbox.cleanup.retention_days = 0;
+    cleanup::run_once(&world.outbox, &mut world.connect().await?, &world.settings, |_| ()).await?;
     let report = audit(&world).await?;
     assert_eq!((counts(&report), report.unknown, report.published), ([0; 5], 4_001, 0));
     Ok(())

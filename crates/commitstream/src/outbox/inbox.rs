@@ -1,0 +1,40 @@
+use std::time::Duration;
+
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use super::{OutboxError, OutboxRepository};
+
+impl OutboxRepository {
+    /// Writes down that `consumer` (1 to 255 bytes) handles an event, in the transaction of the handler's own effects. `false` if it
+    /// has handled it before: then there is nothing left to do. Of two transactions that try at once, the second waits for the
+    /// end of the first; if that rolls back, the event is the second one's.
+    ///
+    /// # Errors
+    /// PostgreSQL cannot be asked; the transaction is to be rolled back.
+    pub async fn remember(&self, connection: &mut PgConnection, consumer: &str, event_id: Uuid) -> Result<bool, OutboxError> {
+        let sql = "INSERT INTO {s}.event_inbox (consumer, event_id) VALUES ($1, $2) ON CONFLICT (consumer, event_id) DO NOTHING";
+        let done = sqlx::query(self.sql(sql))
+            .bind(consumer)
+            .bind(event_id)
+            .execute(connection)
+            .await
+            .map_err(self.error("writing to the inbox"))?;
+        Ok(done.rows_affected() == 1)
+    }
+
+    /// Deletes up to `limit` rows of the inbox older than `retention`, oldest first; returns how many. One short transaction that
+    /// waits for nobody. An event that is delivered again after that is handled again.
+    ///
+    /// Rows never change, so they keep the place that the index led to.
+    ///
+    /// # Errors
+    /// PostgreSQL cannot be asked.
+    pub async fn forget(&self, connection: &mut PgConnection, retention: Duration, limit: u32) -> Result<u64, OutboxError> {
+        let sql = "DELETE FROM {s}.event_inbox WHERE ctid = ANY (ARRAY(
+                       SELECT ctid FROM {s}.event_inbox
+                       WHERE handled_at < statement_timestamp() - $1 * interval '1 second'
+                       ORDER BY handled_at LIMIT $2 FOR UPDATE SKIP LOCKED))";
+        self.delete(connection, sql, retention, limit, "deleting old rows of the inbox").await
+    }
+}
