@@ -9,6 +9,7 @@
 //! * [`publisher`]: an application publishes inside its own transaction.
 //! * [`relay`]: [`OutboxProcessor`](relay::OutboxProcessor) moves committed events to Redis Streams, in the application or as the daemon
 //!   `commitstream relay`.
+//! * [`consumer`]: handlers of events, in order per aggregate, whose effect happens once.
 //! * [`verify`] audits the outbox against the streams.
 //! * [`outbox`] holds all SQL, [`streams`] all Redis commands, [`config`] all settings.
 //!
@@ -48,7 +49,10 @@
 // Lets `#[derive(DomainEvent)]` name this crate by its own name inside it.
 extern crate self as commitstream;
 
+mod backoff;
+mod chain;
 pub mod config;
+pub mod consumer;
 pub mod event;
 pub mod outbox;
 pub mod publisher;

@@ -72,3 +72,16 @@ impl OutboxError {
         matches!(self, Self::NotMigrated { .. })
     }
 }
+
+/// True when the database was away or busy, so that the same statement may succeed later; false when it is at fault itself.
+pub(crate) fn is_outage(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::Protocol(_) => true,
+        sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::WorkerCrashed => true,
+        // Classes 08 connection, 53 resources, 57P0 shutdown; serialization_failure, deadlock_detected, read_only_sql_transaction.
+        sqlx::Error::Database(error) => error.code().is_some_and(|code| {
+            ["08", "53", "57P0"].iter().any(|class| code.starts_with(class)) || ["40001", "40P01", "25006"].contains(&&*code)
+        }),
+        _ => false,
+    }
+}

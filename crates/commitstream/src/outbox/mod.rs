@@ -24,6 +24,7 @@ pub use audit::{Finding, Findings};
 pub use claim::{Claim, ClaimRequest, OutboxEvent};
 pub use connection::connect;
 pub use error::OutboxError;
+pub(crate) use error::is_outage;
 pub use journal::{JournalBatch, OpenBatch, Requeued};
 pub use lease::{Lease, Partitions};
 pub use migrations::{LATEST_VERSION, Migrated};

@@ -6,8 +6,9 @@ use tokio::time::Instant;
 
 use super::chain::Behind;
 use super::pipeline::Batch;
-use super::retry::{self, Backoff};
+use super::retry;
 use super::status::Reporter;
+use crate::backoff::Backoff;
 use crate::config::Settings;
 use crate::outbox::{OutboxEvent, Refusal};
 use crate::streams::{Appended, Marker, Streams, StreamsError};

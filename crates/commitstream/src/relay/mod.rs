@@ -60,10 +60,10 @@ use tokio::sync::{Notify, watch};
 use tokio::task::{JoinError, JoinHandle};
 use uuid::Uuid;
 
+use crate::backoff::Backoff;
 use crate::config::{ConfigError, Settings};
 use crate::outbox::{self, OutboxError, OutboxRepository, OutboxStats};
 use crate::streams::{Streams, StreamsError};
-use retry::Backoff;
 use session::{Relay, SessionError};
 use status::Reporter;
 pub use status::{RelayState, RelayStatus};

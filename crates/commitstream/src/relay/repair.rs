@@ -11,8 +11,8 @@ use futures_util::future::{join_all, try_join_all};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::retry::Backoff;
 use super::session::{Relay, SessionError, bounded};
+use crate::backoff::Backoff;
 use crate::outbox::{JournalBatch, OpenBatch, Partitions, Requeued, Settlement};
 use crate::streams::{Marker, Presence, StreamsError};
 

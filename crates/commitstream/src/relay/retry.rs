@@ -2,36 +2,13 @@
 
 use std::time::Duration;
 
-use rand::Rng;
-
+use crate::backoff::delay;
 use crate::config::ProcessorSettings;
 
 /// What becomes of an event that was refused after `retry_count` earlier refusals: wait so long, or `None` for `FAILED`.
 pub fn after_refusal(retry_count: i32, settings: &ProcessorSettings) -> Option<Duration> {
     let refusals = u32::try_from(retry_count).unwrap_or(0);
     (refusals < settings.max_retries).then(|| delay(refusals, settings.retry_base_delay, settings.retry_max_delay))
-}
-
-/// Waits between attempts to reach a server: from 50 ms, doubling, to 1 s, so that work goes on soon after the server is back.
-#[derive(Debug, Default)]
-pub struct Backoff {
-    attempts: u32,
-}
-
-impl Backoff {
-    /// The next wait.
-    pub fn next(&mut self) -> Duration {
-        let wait = delay(self.attempts, Duration::from_millis(50), Duration::from_secs(1));
-        self.attempts = self.attempts.saturating_add(1);
-        wait
-    }
-}
-
-/// `base` doubled `exponent` times, at most `longest`, then between half of it and all of it at random, so that many who
-/// failed together do not come back together.
-fn delay(exponent: u32, base: Duration, longest: Duration) -> Duration {
-    let full = base.saturating_mul(2_u32.saturating_pow(exponent)).min(longest);
-    full.mul_f64(rand::rng().random_range(0.5..=1.0))
 }
 
 #[cfg(test)]

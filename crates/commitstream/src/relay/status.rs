@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use tokio::sync::watch;
 use uuid::Uuid;
 
+use crate::chain::chain;
+
 /// What the relay is doing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -165,18 +167,4 @@ fn log(relay: &Uuid, state: &RelayState) {
         RelayState::Active => tracing::info!(%relay, "relay is active"),
         RelayState::Stopped => tracing::info!(%relay, "relay has stopped"),
     }
-}
-
-/// The error and its causes on one line, without repeating what is said already.
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let message = error.to_string();
-        if !text.contains(&message) {
-            text = format!("{text}: {message}");
-        }
-        cause = error.source();
-    }
-    text
 }

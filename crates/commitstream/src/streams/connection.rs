@@ -88,7 +88,7 @@ impl Streams {
     /// A connection of its own to the same servers, for calls that block the connection they run on: for so long, its answers may
     /// take longer.
     #[must_use]
-    pub(super) fn dedicated(&self, longest_block: Duration) -> Self {
+    pub(crate) fn dedicated(&self, longest_block: Duration) -> Self {
         let limits = Limits { response: self.limits.response + longest_block, ..self.limits };
         Self { limits, servers: Servers::new(&self.server, limits), ..self.clone() }
     }

@@ -3,6 +3,7 @@
 mod bad_input;
 mod claim;
 mod cluster;
+mod consumer;
 mod crash_windows;
 mod docs;
 mod events;

@@ -1,0 +1,89 @@
+//! A handler's PostgreSQL transaction, with the row of the inbox that makes its effect happen once.
+
+use std::convert::Infallible;
+use std::marker::PhantomData;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use sqlx::PgPool;
+
+use super::handler::{AnyHandler, decode};
+use super::{Delivery, HandlerError, TransactionalHandler};
+use crate::event::DecodeEvent;
+use crate::outbox::{OutboxError, OutboxRepository};
+
+/// Rows removed in one statement, and how often old ones are looked for.
+const ROWS: u32 = 1_000;
+const INTERVAL: Duration = Duration::from_secs(60 * 60);
+
+/// The inbox of one consumer group.
+#[derive(Debug, Clone)]
+pub(super) struct Inbox {
+    pub pool: PgPool,
+    pub outbox: OutboxRepository,
+    pub retention: Duration,
+}
+
+impl Inbox {
+    /// Removes old rows now and then every hour. A failure is logged: it must not stop the consumer.
+    pub async fn clean_up(self) -> Infallible {
+        let mut interval = tokio::time::interval(INTERVAL);
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            interval.tick().await;
+            match self.forget_old().await {
+                Ok(0) => tracing::debug!("nothing in the inbox is old enough to be removed"),
+                Ok(rows) => tracing::info!(rows, "old rows of the inbox removed"),
+                Err(error) => tracing::warn!(%error, "the inbox could not be cleaned up; tried again in an hour"),
+            }
+        }
+    }
+
+    async fn forget_old(&self) -> Result<u64, OutboxError> {
+        let mut connection = self.pool.acquire().await.map_err(self.outbox.error("cleaning up the inbox"))?;
+        let mut rows = 0;
+        loop {
+            let removed = self.outbox.forget(&mut connection, self.retention, ROWS).await?;
+            rows += removed;
+            if removed < u64::from(ROWS) {
+                return Ok(rows);
+            }
+        }
+    }
+}
+
+pub(super) struct Transactional<E, H> {
+    pub handler: H,
+    pub inbox: Inbox,
+    pub event: PhantomData<fn(E)>,
+}
+
+impl<E: DecodeEvent, H: TransactionalHandler<E>> Transactional<E, H> {
+    async fn handle_once(&self, delivery: &Delivery) -> Result<(), HandlerError> {
+        let event = decode(delivery)?;
+        let Inbox { pool, outbox, .. } = &self.inbox;
+        let mut transaction = pool.begin().await?;
+        if outbox.remember(&mut transaction, delivery.group(), delivery.event_id()).await? {
+            self.handler.handle(event, delivery, &mut transaction).await?;
+            // An unknown outcome is an outage: the next delivery finds the row or does not.
+            transaction.commit().await?;
+        } else {
+            tracing::debug!(event = %delivery.event_id(), group = delivery.group(), "handled before");
+            transaction.rollback().await?;
+        }
+        Ok(())
+    }
+}
+
+impl<E: DecodeEvent, H: TransactionalHandler<E>> AnyHandler for Transactional<E, H> {
+    fn handle<'a>(&'a self, deliveries: &'a [Delivery]) -> BoxFuture<'a, Result<(), HandlerError>> {
+        async move {
+            for delivery in deliveries {
+                self.handle_once(delivery).await?;
+            }
+            Ok(())
+        }
+        .boxed()
+    }
+}

@@ -1,0 +1,338 @@
+//! One membership in the group of one stream: reads, hands out to workers, acknowledges, takes over from the dead.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::ConsumerState;
+use super::effects::Effects;
+use super::handler::AnyHandler;
+use super::lanes::{Item, Lanes, What};
+use super::status::Reporter;
+use crate::backoff::Backoff;
+use crate::config::{ConsumerSettings, UnknownEvents};
+use crate::streams::{EntryId, Member, Received, Streams, StreamsError, TakenOver};
+
+/// Acknowledgements, and aggregates given back, in one call.
+const MOST_REPORTED: usize = 2_000;
+/// Entries read again, or taken over, in one call.
+const PAGE: usize = 200;
+/// Longest wait for a new entry, and between two looks for dead members.
+pub(super) const LONGEST_WAIT: Duration = Duration::from_secs(5);
+const LONGEST_BEAT: Duration = Duration::from_secs(1);
+/// While others have too much queued up, their work is not added to.
+const CONGESTION: Duration = Duration::from_millis(20);
+
+/// Which handler an event goes to, for one stream.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Routes {
+    pub by_type: HashMap<String, usize>,
+    /// Takes what no other handler is for.
+    pub raw: Option<usize>,
+}
+
+/// Why a session ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    Stopped,
+    /// Others have what was in hand. Begin anew, as somebody else.
+    TakenOver,
+}
+
+pub(super) struct Session {
+    pub settings: Arc<ConsumerSettings>,
+    pub streams: Streams,
+    /// A connection to wait on for new entries.
+    pub waiting: Streams,
+    pub member: Member,
+    pub stream: Arc<str>,
+    pub group: Arc<str>,
+    pub routes: Routes,
+    pub handlers: Arc<[Arc<dyn AnyHandler>]>,
+    pub effects: Effects,
+    pub reporter: Reporter,
+    pub stop: watch::Receiver<bool>,
+    pub lanes: Mutex<Lanes>,
+    /// There is something to handle.
+    pub ready: Notify,
+    /// Something was handled.
+    pub settled: Notify,
+}
+
+impl Session {
+    pub fn lanes(&self) -> MutexGuard<'_, Lanes> {
+        // Lanes are consistent after each call, whoever panicked.
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Works until told to stop, or until others have taken over.
+    pub async fn run(self: &Arc<Self>) -> Result<End, StreamsError> {
+        let made = self.streams.join_group(&self.member, self.settings.start_from).await?;
+        if made {
+            tracing::info!(stream = %self.stream, group = %self.group, from = ?self.settings.start_from, "consumer group made; it reads from there");
+        }
+        let mut workers = JoinSet::new();
+        for _ in 0..self.settings.concurrency {
+            workers.spawn(Arc::clone(self).work());
+        }
+        let end = self.feed().await;
+        if matches!(end, Ok(End::Stopped)) {
+            self.finish(&mut workers).await;
+        }
+        // What handlers are doing ends here, also after a takeover.
+        workers.shutdown().await;
+        end
+    }
+
+    /// The loop that talks to Redis. An outage is waited for, and what is in hand is kept.
+    async fn feed(&self) -> Result<End, StreamsError> {
+        let (mut backoff, mut unsure) = (Backoff::default(), true);
+        let (mut beat, mut wait): (Instant, Option<BoxFuture<'_, _>>) = (Instant::now(), None);
+        loop {
+            if *self.stop.borrow() {
+                return Ok(End::Stopped);
+            }
+            let pause = match self.turn(&mut beat, &mut unsure).await {
+                Ok(Ok(pause)) => {
+                    backoff = Backoff::default();
+                    self.reporter.state(ConsumerState::Active);
+                    pause
+                }
+                Ok(Err(TakenOver)) => return Ok(End::TakenOver),
+                Err(error) if is_no_group(&error) => return Err(error),
+                Err(error) => {
+                    self.reporter.state(ConsumerState::Unable { reason: error.to_string() });
+                    unsure = true;
+                    Pause::For(backoff.next())
+                }
+            };
+            self.reporter.in_hand(self.lanes().in_hand());
+            let after = match pause {
+                Pause::No => continue,
+                Pause::For(duration) => {
+                    self.asleep(Instant::now() + duration, false).await;
+                    continue;
+                }
+                Pause::Full => None,
+                Pause::UntilEntryAfter(id) => Some(id),
+            };
+            if let (Some(after), None) = (after, &wait) {
+                wait = Some(self.waiting.wait_for_entry(&self.stream, after, LONGEST_WAIT).boxed());
+            }
+            let until = self.lanes().next_wake().map_or(beat, |wake| wake.min(beat));
+            let Some(entry) = wait.as_mut().filter(|_| after.is_some()) else {
+                self.asleep(until, true).await;
+                continue;
+            };
+            tokio::select! {
+                waited = entry => {
+                    wait = None;
+                    if let Err(error) = waited {
+                        self.reporter.state(ConsumerState::Unable { reason: error.to_string() });
+                        self.asleep(Instant::now() + backoff.next(), false).await;
+                    }
+                }
+                () = self.asleep(until, true) => {}
+            }
+        }
+    }
+
+    /// Sleeps until then, until told to stop or, if wanted, until a handler has finished something.
+    async fn asleep(&self, until: Instant, wake: bool) {
+        let mut stop = self.stop.clone();
+        tokio::select! {
+            () = tokio::time::sleep_until(until) => {}
+            () = self.settled.notified(), if wake => {}
+            // An error means that nobody can say stop any more: the consumer was dropped.
+            _ = stop.wait_for(|stop| *stop) => {}
+        }
+    }
+
+    /// One exchange with Redis.
+    async fn turn(&self, beat: &mut Instant, unsure: &mut bool) -> Result<Result<Pause, TakenOver>, StreamsError> {
+        if Instant::now() >= *beat {
+            let more = match self.streams.take_over(&self.member, PAGE).await? {
+                Ok((taken, more)) => {
+                    if taken > 0 {
+                        tracing::info!(stream = %self.stream, group = %self.group, entries = taken, "took over what others had left");
+                    }
+                    more
+                }
+                Err(gone) => return Ok(Err(gone)),
+            };
+            if !more {
+                *beat = Instant::now() + LONGEST_BEAT.min(self.member.life / 4);
+            }
+        }
+        self.read_again().await?;
+        if *unsure {
+            self.find_what_is_in_hand().await?;
+            *unsure = false;
+        }
+        let batch = self.settings.batch_size as usize;
+        let ((done, idle), room) = {
+            let mut lanes = self.lanes();
+            (lanes.report(MOST_REPORTED), lanes.room(batch, self.settings.max_in_flight_bytes))
+        };
+        let cycle = match self.streams.cycle(&self.member, &done, &idle, room).await {
+            Ok(Ok(cycle)) => cycle,
+            Ok(Err(gone)) => return Ok(Err(gone)),
+            Err(error) => {
+                self.lanes().report_again(done, idle);
+                return Err(error);
+            }
+        };
+        if !cycle.released {
+            self.lanes().report_again(Vec::new(), idle);
+        }
+        let (received, end) = (cycle.received.len(), cycle.end);
+        self.offer(cycle.received);
+        let lanes = self.lanes();
+        Ok(Ok(if received > 0 || lanes.has_report() {
+            Pause::No
+        } else if room == 0 {
+            Pause::Full
+        } else {
+            end.map_or(Pause::For(CONGESTION), Pause::UntilEntryAfter)
+        }))
+    }
+
+    /// Entries whose wait is over are read again, as only their ids were kept.
+    async fn read_again(&self) -> Result<(), StreamsError> {
+        self.lanes().wake(Instant::now());
+        loop {
+            let Some((aggregate, ids)) = self.lanes().next_unread(PAGE) else { return Ok(()) };
+            let read = self.streams.entries(&self.stream, &ids).await;
+            let whats = read.as_ref().map_or_else(|_| Vec::new(), |entries| entries.iter().map(|e| self.judge(e)).collect());
+            self.lanes().read(&aggregate, whats);
+            self.ready.notify_one();
+            read?;
+        }
+    }
+
+    /// An answer may have been lost: what Redis has given to this member and it does not know of is taken in hand.
+    async fn find_what_is_in_hand(&self) -> Result<(), StreamsError> {
+        let mut after = EntryId::default();
+        loop {
+            let page = self.streams.in_hand(&self.member, after, PAGE).await?;
+            let Some(last) = page.last() else { return Ok(()) };
+            after = last.id;
+            let unknown = {
+                let lanes = self.lanes();
+                page.into_iter().filter(|entry| !lanes.knows(entry.id)).collect()
+            };
+            self.offer(unknown);
+        }
+    }
+
+    fn offer(&self, received: Vec<Received>) {
+        if received.is_empty() {
+            return;
+        }
+        let items = received.into_iter().map(|entry| {
+            let aggregate = match &entry.event {
+                Some(Ok(envelope)) => envelope.aggregate_id.clone(),
+                _ => String::new(),
+            };
+            let what = self.judge(&entry);
+            let failures = failures_in(&entry.history);
+            let suspect = entry.deliveries > 2;
+            (aggregate, Item { id: entry.id, what, history: entry.history, failures, alone: false, suspect })
+        });
+        let items: Vec<_> = items.collect();
+        let mut lanes = self.lanes();
+        items.into_iter().for_each(|(aggregate, item)| lanes.offer(&aggregate, item));
+        drop(lanes);
+        self.ready.notify_one();
+    }
+
+    /// What is to be done with an entry.
+    fn judge(&self, entry: &Received) -> What {
+        if entry.only_for.as_deref().is_some_and(|group| *group != *self.group) {
+            return What::Pass;
+        }
+        let envelope = match &entry.event {
+            Some(Ok(envelope)) => envelope,
+            Some(Err(reason)) => return What::Bury(reason.clone()),
+            None => {
+                tracing::warn!(stream = %self.stream, group = %self.group, entry = %entry.id,
+                    "an entry was removed from the stream before it was handled");
+                return What::Pass;
+            }
+        };
+        let envelope = || Arc::new(envelope.clone());
+        let by_type = |envelope: &crate::EventEnvelope| self.routes.by_type.get(&envelope.event_type).copied();
+        let Some(Ok(event)) = &entry.event else { return What::Pass };
+        match by_type(event).or(self.routes.raw) {
+            Some(handler) => What::Handle(handler, envelope()),
+            None => match self.settings.unknown_events {
+                UnknownEvents::Skip => {
+                    self.reporter.skipped();
+                    What::Pass
+                }
+                UnknownEvents::Park => What::Bury(no_handler(&event.event_type)),
+                UnknownEvents::Error => What::Unknown(envelope()),
+            },
+        }
+    }
+
+    /// Waits for the handlers that are at work, tells Redis what they have done, and leaves.
+    async fn finish(&self, workers: &mut JoinSet<()>) {
+        let deadline = Instant::now() + self.settings.shutdown_timeout;
+        while !workers.is_empty() {
+            tokio::select! {
+                // They end by themselves when told to stop; a panic was caught.
+                _ = workers.join_next() => {}
+                () = tokio::time::sleep_until(deadline) => break,
+                () = tokio::time::sleep(LONGEST_BEAT.min(self.member.life / 4)) => drop(self.flush().await),
+            }
+        }
+        while self.flush().await && Instant::now() < deadline + LONGEST_BEAT {}
+        if let Err(error) = self.streams.leave_group(&self.member).await {
+            tracing::warn!(stream = %self.stream, %error, "could not leave the group: others take over when claimIdle is over");
+        }
+    }
+
+    /// Acknowledges what is done. Returns whether there is more.
+    async fn flush(&self) -> bool {
+        let (done, idle) = self.lanes().report(MOST_REPORTED);
+        match self.streams.cycle(&self.member, &done, &idle, 0).await {
+            Ok(_) => self.lanes().has_report(),
+            Err(error) => {
+                tracing::warn!(stream = %self.stream, %error, "could not acknowledge; handled events may be delivered again");
+                self.lanes().report_again(done, idle);
+                false
+            }
+        }
+    }
+}
+
+pub(super) fn no_handler(event_type: &str) -> String {
+    format!("no handler for events of type {event_type}")
+}
+
+/// Attempts in a JSON array of them.
+fn failures_in(history: &str) -> u32 {
+    let attempts: Vec<serde::de::IgnoredAny> = serde_json::from_str(history).unwrap_or_default();
+    u32::try_from(attempts.len()).unwrap_or(u32::MAX)
+}
+
+/// Until the next exchange.
+enum Pause {
+    No,
+    For(Duration),
+    /// Until a handler has finished something.
+    Full,
+    UntilEntryAfter(EntryId),
+}
+
+/// Somebody has removed the group, or Redis has lost it.
+fn is_no_group(error: &StreamsError) -> bool {
+    matches!(error, StreamsError::Refused { source, .. } if source.code() == Some("NOGROUP"))
+}
