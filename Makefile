@@ -26,7 +26,7 @@ demo: ## see it work: PostgreSQL, Redis, the example service, a relay (SECONDS=,
 	@$(CARGO) run --release --quiet -p commitstream-cli --bin commitstream -- demo $(DEMO_OPTIONS)
 
 test: ## run all tests against a throwaway PostgreSQL and Redis (TEST_ARGS=)
-	@scripts/install-servers.sh
+	@scripts/install-servers.sh --python
 	@echo "Building the tests ..."
 	@$(CARGO) test --quiet --no-run $(TEST_ARGS)
 	@echo "Running the tests against a private PostgreSQL and Redis ..."

@@ -3,18 +3,23 @@
 # PostgreSQL and Redis, and a C linker for Rust. No server is started, and servers
 # that run already are not touched: Commitstream starts private ones of its own.
 #
-#   scripts/install-servers.sh [--dry-run]     --dry-run: say what would be done
+#   scripts/install-servers.sh [--dry-run] [--python]
+#       --dry-run: say what would be done
+#       --python: also Python's Redis client, with which a test reads a stream
 set -eu
 
 DRY_RUN=no
-case ${1-} in
-'') ;;
---dry-run) DRY_RUN=yes ;;
-*)
-    echo "usage: scripts/install-servers.sh [--dry-run]" >&2
-    exit 2
-    ;;
-esac
+PYTHON=no
+for option in "$@"; do
+    case $option in
+    --dry-run) DRY_RUN=yes ;;
+    --python) PYTHON=yes ;;
+    *)
+        echo "usage: scripts/install-servers.sh [--dry-run] [--python]" >&2
+        exit 2
+        ;;
+    esac
+done
 
 say() { printf '%s\n' "$*"; }
 fail() {
@@ -52,11 +57,21 @@ missing_psql() { ! has_together psql; }
 missing_redis() { ! has_together redis-server || ! has_together redis-cli; }
 missing_linker() { ! has cc; }
 
+# The places where the test crates/commitstream/tests/it/python.rs looks: change both together.
+VENV=target/python
+missing_python() {
+    [ "$PYTHON" = yes ] || return 1
+    for python in "$VENV/bin/python3" python3 /usr/bin/python3; do
+        ! "$python" -c 'import redis' 2>/dev/null || return 1
+    done
+}
+
 missing=
 if missing_postgres; then missing="$missing PostgreSQL"; fi
 if missing_psql; then missing="$missing psql"; fi
 if missing_redis; then missing="$missing Redis"; fi
 if missing_linker; then missing="$missing C-linker"; fi
+if missing_python; then missing="$missing redis-py"; fi
 
 # apt-get with the package's usual habits held back: it would create a database cluster
 # and start services. Both measures are undone at the end, also after a failure.
@@ -89,6 +104,7 @@ install_debian() {
     if missing_postgres || missing_psql; then packages="$packages postgresql-client"; fi
     if missing_redis; then packages="$packages redis-server redis-tools"; fi
     if missing_linker; then packages="$packages gcc libc6-dev"; fi
+    if missing_python; then packages="$packages python3-redis"; fi
     packages=${packages# }
     say "Installing with apt-get: $packages"
     [ "$DRY_RUN" = no ] || exit 0
@@ -111,11 +127,17 @@ install_macos() {
     packages=
     if missing_postgres || missing_psql; then packages="$packages postgresql@17"; fi
     if missing_redis; then packages="$packages redis"; fi
+    if missing_python && ! has python3; then packages="$packages python@3.13"; fi
     packages=${packages# }
-    say "Installing with Homebrew: $packages"
+    say "Installing with Homebrew: ${packages:-nothing}"
+    if missing_python; then say "Installing with pip, in $VENV: redis"; fi
     [ "$DRY_RUN" = no ] || exit 0
     # shellcheck disable=SC2086 # one word for each package
-    brew install --quiet $packages
+    [ -z "$packages" ] || brew install --quiet $packages
+    if missing_python; then
+        python3 -m venv "$VENV"
+        "$VENV/bin/pip" install --quiet redis
+    fi
 }
 
 # Systems on which nobody has tried this script: the command, and not more.
@@ -145,10 +167,10 @@ if [ -n "$missing" ]; then
     else
         advise
     fi
-    if missing_postgres || missing_psql || missing_redis || missing_linker; then
+    if missing_postgres || missing_psql || missing_redis || missing_linker || missing_python; then
         fail "The packages were installed, but some program still cannot be found. Missing before:$missing."
     fi
-    say "PostgreSQL, Redis and a C linker are installed."
+    say "What was missing is installed:$missing."
 fi
 
 if ! has cargo && [ ! -x "${HOME:-/nonexistent}/.cargo/bin/cargo" ]; then

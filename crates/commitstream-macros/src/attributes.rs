@@ -156,10 +156,19 @@ fn holds(name: &str) -> &'static str {
 
 /// True when serde writes the enum without its default tag, so that there is no tag to strip.
 pub(crate) fn serde_changes_tagging(attributes: &[Attribute]) -> bool {
+    has_serde_option(attributes, &["tag", "untagged", "into"])
+}
+
+/// True when serde does not read this variant, and does not count it.
+pub(crate) fn serde_skips_reading(attributes: &[Attribute]) -> bool {
+    has_serde_option(attributes, &["skip", "skip_deserializing"])
+}
+
+fn has_serde_option(attributes: &[Attribute], names: &[&str]) -> bool {
     let in_list = |attribute: &Attribute| {
         // What cannot be read here is serde's to report.
         let options = attribute.parse_args_with(Punctuated::<Meta, Token![,]>::parse_terminated);
-        options.unwrap_or_default().iter().any(|option| ["tag", "untagged", "into"].iter().any(|o| option.path().is_ident(o)))
+        options.unwrap_or_default().iter().any(|option| names.iter().any(|name| option.path().is_ident(name)))
     };
     attributes.iter().any(|attribute| attribute.path().is_ident("serde") && in_list(attribute))
 }

@@ -29,6 +29,7 @@ pub(crate) fn domain_event(input: TokenStream) -> Result<TokenStream> {
     let aggregate_id = events.iter().map(aggregate_id_arm);
     let occurred_at = occurred_at(&events);
     let payload = payload(&events);
+    let decode = decode(&input, &events);
 
     Ok(quote! {
         // A deprecated variant is still an event.
@@ -55,7 +56,52 @@ pub(crate) fn domain_event(input: TokenStream) -> Result<TokenStream> {
                 #payload
             }
         }
+
+        #decode
     })
+}
+
+/// The way back, for types that serde reads. The bound names a lifetime of its own, so that it may be false: then the
+/// type just has no way back.
+fn decode(input: &DeriveInput, events: &[Event]) -> TokenStream {
+    let ident = &input.ident;
+    let mut generics = input.generics.clone();
+    let (_, type_generics, _) = input.generics.split_for_impl();
+    generics.make_where_clause().predicates.push(syn::parse_quote! {
+        for<'__commitstream> #ident #type_generics:
+            ::commitstream::event::derive_support::Deserialize<'__commitstream> + ::core::marker::Send + 'static
+    });
+    let (impl_generics, _, where_clause) = generics.split_for_impl();
+    let kinds = events.iter().map(|Event { aggregate, name, .. }| {
+        quote!(::commitstream::event::EventKind { aggregate_type: #aggregate, event_type: #name })
+    });
+    let arms = events.iter().filter_map(|event| {
+        let Event { aggregate, name, tagged, .. } = event;
+        let number = event.number?;
+        let call = match tagged {
+            true => quote!(::commitstream::event::derive_support::decode_variant(#number, envelope)),
+            false => quote!(::commitstream::event::derive_support::decode(envelope)),
+        };
+        Some(quote!((#aggregate, #name) => #call,))
+    });
+    let wanted = ident.to_string();
+    quote! {
+        #[automatically_derived]
+        impl #impl_generics ::commitstream::event::DecodeEvent for #ident #type_generics #where_clause {
+            const KINDS: &'static [::commitstream::event::EventKind] = &[#(#kinds),*];
+
+            fn decode(
+                envelope: &::commitstream::event::EventEnvelope,
+            ) -> ::core::result::Result<Self, ::commitstream::event::EventError> {
+                // Two variants of one type and aggregate: the first one is tried.
+                #[allow(unreachable_patterns)]
+                match (envelope.aggregate_type.as_str(), envelope.event_type.as_str()) {
+                    #(#arms)*
+                    _ => ::core::result::Result::Err(::commitstream::event::derive_support::another_type(envelope, #wanted)),
+                }
+            }
+        }
+    }
 }
 
 /// One arm for each event that reads none of its fields.

@@ -6,7 +6,9 @@ use syn::ext::IdentExt;
 use syn::spanned::Spanned;
 use syn::{Data, DataEnum, DeriveInput, Error, Fields, Ident, Index, Member, Result, Type, Variant};
 
-use crate::attributes::{ContainerOptions, Errors, FieldMarks, Lane, Place, check_name, serde_changes_tagging};
+use crate::attributes::{
+    ContainerOptions, Errors, FieldMarks, Lane, Place, check_name, serde_changes_tagging, serde_skips_reading,
+};
 
 const MARK_KEY: &str = "write `#[event(key)]` on the field that holds the aggregate's id";
 
@@ -21,6 +23,8 @@ pub(crate) struct Event {
     pub(crate) time: Option<MarkedField>,
     /// Serde puts its default tag around this event; the payload goes without it.
     pub(crate) tagged: bool,
+    /// Its number among the variants that serde reads; `None` if it does not read this one.
+    pub(crate) number: Option<u32>,
 }
 
 /// A field that is the key or the time.
@@ -61,6 +65,7 @@ fn struct_event(input: &DeriveInput, fields: &Fields, errors: &mut Errors) -> Op
         key: key?,
         time,
         tagged: false,
+        number: Some(0),
     })
 }
 
@@ -71,10 +76,21 @@ fn enum_events(input: &DeriveInput, data: &DataEnum, errors: &mut Errors) -> Vec
         errors.push(Error::new(input.ident.span(), message));
     }
     let tagged = !serde_changes_tagging(&input.attrs);
-    data.variants.iter().filter_map(|variant| variant_event(variant, &defaults, tagged, errors)).collect()
+    let mut read = 0..;
+    let mut event = |variant: &Variant| {
+        let number = if serde_skips_reading(&variant.attrs) { None } else { read.next() };
+        variant_event(variant, &defaults, tagged, number, errors)
+    };
+    data.variants.iter().filter_map(&mut event).collect()
 }
 
-fn variant_event(variant: &Variant, defaults: &ContainerOptions, tagged: bool, errors: &mut Errors) -> Option<Event> {
+fn variant_event(
+    variant: &Variant,
+    defaults: &ContainerOptions,
+    tagged: bool,
+    number: Option<u32>,
+    errors: &mut Errors,
+) -> Option<Event> {
     let options = ContainerOptions::read(&variant.attrs, Place::Variant, errors);
     let aggregate = options.aggregate.as_ref().or(defaults.aggregate.as_ref());
     if aggregate.is_none() && !options.faulty && !defaults.faulty {
@@ -95,6 +111,7 @@ fn variant_event(variant: &Variant, defaults: &ContainerOptions, tagged: bool, e
         key: key?,
         time,
         tagged: tagged && !serde_changes_tagging(&variant.attrs),
+        number,
     })
 }
 

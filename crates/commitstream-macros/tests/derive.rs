@@ -3,8 +3,9 @@
 use std::time::{Duration, SystemTime};
 
 use chrono::{DateTime, TimeZone, Utc};
-use commitstream::{DomainEvent, Lane};
-use serde::Serialize;
+use commitstream::event::EventKind;
+use commitstream::{DecodeEvent, DomainEvent, Lane};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -273,4 +274,101 @@ mod unusual_names {
         let event = Made { id: 1, at: noon() };
         assert_eq!((event.event_type(), event.occurred_at()), ("Made", noon()));
     }
+}
+
+/// As a consumer has it, after the way through the stream.
+fn back<E: DomainEvent + DecodeEvent>(event: &E) -> E {
+    E::decode(&event.envelope().unwrap()).unwrap()
+}
+
+#[test]
+fn a_struct_comes_back() {
+    #[derive(Debug, PartialEq, Serialize, Deserialize, DomainEvent)]
+    #[event(aggregate = "user", name = "user.created")]
+    #[serde(rename_all = "camelCase", deny_unknown_fields)]
+    struct UserCreated {
+        #[event(key)]
+        user_id: u64,
+        extra: Vec<u8>,
+        #[serde(default)]
+        added_later: Option<String>,
+    }
+    let event = UserCreated { user_id: 7, extra: vec![1, 2], added_later: None };
+    assert_eq!(back(&event), event);
+    assert_eq!(UserCreated::KINDS, [EventKind { aggregate_type: "user", event_type: "user.created" }]);
+
+    let mut envelope = event.envelope().unwrap();
+    envelope.payload = serde_json::value::to_raw_value(&json!({"userId": 7, "extra": [3]})).unwrap();
+    assert_eq!(UserCreated::decode(&envelope).unwrap().extra, [3]);
+    envelope.payload = serde_json::value::to_raw_value(&json!({"userId": "seven"})).unwrap();
+    let error = UserCreated::decode(&envelope).unwrap_err();
+    assert_eq!(error.to_string(), "the payload is not that of user.created");
+    envelope.event_type = "user.deleted".into();
+    let error = UserCreated::decode(&envelope).unwrap_err();
+    assert!(error.to_string().contains("user.deleted of user is none of UserCreated"), "{error}");
+}
+
+#[test]
+fn every_kind_of_variant_comes_back() {
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    struct Details {
+        job: u64,
+        note: String,
+    }
+    #[derive(Debug, PartialEq, Serialize, Deserialize, DomainEvent)]
+    #[event(aggregate = "training")]
+    #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+    enum Training {
+        #[serde(skip)]
+        NotWritten {
+            #[event(key)]
+            job: u64,
+        },
+        #[event(name = "TrainingStarted")]
+        Started {
+            #[event(key)]
+            job: u64,
+            #[serde(flatten)]
+            details: Details2,
+        },
+        #[serde(rename = "x")]
+        Progress(#[event(key)] u64, String),
+        Finished(#[event(key)] u64),
+        #[event(aggregate = "model")]
+        Stopped {
+            #[event(key)]
+            #[serde(skip)]
+            job: u64,
+        },
+    }
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    struct Details2 {
+        inner: Details,
+    }
+    let details = Details2 { inner: Details { job: 3, note: "\"}".into() } };
+    let events = [
+        Training::Started { job: 1, details },
+        Training::Progress(2, "half".into()),
+        Training::Finished(3),
+        Training::Stopped { job: 0 },
+    ];
+    for event in events {
+        assert_eq!(back(&event), event);
+    }
+    assert_eq!(Training::KINDS.len(), 5);
+    assert_eq!(Training::KINDS[4], EventKind { aggregate_type: "model", event_type: "Stopped" });
+}
+
+#[test]
+fn an_enum_that_keeps_its_tag_comes_back() {
+    #[derive(Debug, PartialEq, Serialize, Deserialize, DomainEvent)]
+    #[event(aggregate = "order")]
+    #[serde(tag = "kind")]
+    enum Order {
+        Placed {
+            #[event(key)]
+            id: u64,
+        },
+    }
+    assert_eq!(back(&Order::Placed { id: 1 }), Order::Placed { id: 1 });
 }

@@ -3,12 +3,12 @@
 use anyhow::Result;
 use chrono::{DateTime, SubsecRound, Utc};
 use commitstream::{DomainEvent, EventEnvelope};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::value::to_raw_value;
 use uuid::Uuid;
 
 /// Critical.
-#[derive(Debug, Clone, Serialize, DomainEvent)]
+#[derive(Debug, Clone, Serialize, Deserialize, DomainEvent)]
 #[event(aggregate = "user")]
 pub struct UserCreated {
     #[event(key)]
