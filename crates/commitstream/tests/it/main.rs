@@ -19,4 +19,5 @@ mod sentinel;
 mod sharing;
 mod sql_acceptance;
 mod support;
+mod trim;
 mod verify;
