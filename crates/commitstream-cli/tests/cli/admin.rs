@@ -1,9 +1,11 @@
 //! Statistics, failed events, clean-up.
 
+use std::path::Path;
+
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use crate::support::World;
+use crate::support::{World, finish};
 
 #[test]
 fn stats_as_programs_read_them() -> Result<()> {
@@ -125,16 +127,54 @@ fn cleanup_deletes_what_is_old() -> Result<()> {
     world.publish_user("2")?;
     world.ok(&["relay", "--until-empty"])?;
     world.publish_user("3")?;
-    assert_eq!(world.ok(&["cleanup"])?, "nothing to delete: no event was published more than 7 days ago\n");
+    let nothing = "nothing to delete: no event was published more than 7 days ago\nnothing to trim in the streams\n";
+    assert_eq!(world.ok(&["cleanup"])?, nothing);
     world.database.psql("UPDATE event_outbox SET published_at = now() - interval '8 days' WHERE aggregate_id = '1'")?;
-    assert_eq!(world.json(&["cleanup", "--retention-days", "9"])?, json!({ "events": 0, "batches": 0, "inbox": 0 }));
-    let text = world.ok(&["cleanup"])?;
-    assert!(
-        text.starts_with("deleted 1 event that was published more than 7 days ago, 0 journal rows and 0 inbox rows, in "),
-        "{text}"
+    let untouched = json!({ "acknowledged": 0, "unread": 0 });
+    assert_eq!(
+        world.json(&["cleanup", "--retention-days", "9"])?,
+        json!({ "events": 0, "batches": 0, "inbox": 0, "streams": untouched })
     );
+    let text = world.ok(&["cleanup"])?;
+    let deleted = "deleted 1 event that was published more than 7 days ago, 0 journal rows and 0 inbox rows, in ";
+    assert!(text.starts_with(deleted), "{text}");
     world.database.psql("INSERT INTO event_inbox VALUES ('mailer', gen_random_uuid(), now() - interval '31 days')")?;
-    assert_eq!(world.json(&["cleanup", "--retention-days", "0"])?, json!({ "events": 1, "batches": 0, "inbox": 1 }));
+    assert_eq!(
+        world.json(&["cleanup", "--retention-days", "0"])?,
+        json!({ "events": 1, "batches": 0, "inbox": 1, "streams": untouched })
+    );
     assert_eq!(world.stats()?["pending"], 1);
+    Ok(())
+}
+
+#[test]
+fn cleanup_trims_the_streams_where_there_is_a_redis() -> Result<()> {
+    let world = World::new()?;
+    let mut redis = world.redis()?;
+    for id in ["1-1", "1-2", "1-3", "1-4"] {
+        redis::cmd("XADD").arg(world.user_stream()).arg(id).arg("n").arg(id).exec(&mut redis)?;
+    }
+    redis::cmd("XGROUP").arg("CREATE").arg(world.user_stream()).arg("mailer").arg("1-2").exec(&mut redis)?;
+
+    let mut command = world.command(&["cleanup"]);
+    command.env_remove("REDIS_URL");
+    assert_eq!(finish(command)?.stdout, "nothing to delete: no event was published more than 7 days ago\n");
+    let mut command = world.command(&["cleanup"]);
+    command.env("REDIS_URL", "redis://127.0.0.1:1");
+    let answer = finish(command)?;
+    assert_eq!((answer.code, answer.stdout.lines().count()), (Some(1), 1), "{answer:?}");
+
+    let answer = world.run(&["cleanup"])?;
+    assert_eq!(answer.stdout.lines().nth(1), Some("trimmed 2 stream entries that every consumer group had acknowledged"));
+    assert_eq!((answer.code, answer.stderr.as_str()), (Some(0), ""));
+
+    let settings = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}.conf", world.database.name()));
+    std::fs::write(&settings, "app.streams.maxEntries = 1")?;
+    let answer = world.run(&["cleanup", "--json", "--config", &settings.to_string_lossy()])?;
+    std::fs::remove_file(&settings)?;
+    assert_eq!(answer.json()?["streams"], json!({ "acknowledged": 0, "unread": 1 }));
+    for part in ["\"group\":\"mailer\"", "\"entries\":1", &world.user_stream(), "app.streams.maxEntries"] {
+        assert!(answer.stderr.contains(part), "{part}: {answer:?}");
+    }
     Ok(())
 }

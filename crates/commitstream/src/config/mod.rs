@@ -202,8 +202,10 @@ pub struct StreamsSettings {
     pub trim: bool,
     /// Days that entries are kept at least. Default 7; at least 1.
     pub retention_days: u32,
-    /// A hard cap: a stream with more entries is cut to this number, read or not, with a warning that counts what nobody has read.
-    /// Default 0, which is none.
+    /// A hard cap: a stream with more entries is cut to this number, whether or not every group has acknowledged them, with a
+    /// warning where one has not. Default 0, which is none. Give it room for an hour of events at least: after a failover of
+    /// Redis the relay looks for the last entries of recent batches, and takes those that were cut for lost where their
+    /// markers are gone too.
     pub max_entries: u32,
 }
 

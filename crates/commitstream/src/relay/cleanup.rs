@@ -1,12 +1,13 @@
-//! Removes what was published or handled long ago.
+//! Removes what was published or handled long ago, from the tables and from the streams.
 
 use std::convert::Infallible;
 use std::time::Duration;
 
 use sqlx::PgConnection;
 
-use crate::config::Settings;
+use crate::config::{Settings, StreamsSettings};
 use crate::outbox::{self, OutboxError, OutboxRepository};
+use crate::streams::{Streams, StreamsError, Trimmed};
 
 /// What one clean-up removed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -49,13 +50,34 @@ fn days(days: u32) -> Duration {
     Duration::from_secs(u64::from(days) * 86_400)
 }
 
-/// Cleans up now and then every interval. A failure is logged and tried again at the next interval: it must not stop the relay.
-pub(super) async fn run(outbox: &OutboxRepository, settings: &Settings, url: &str) -> Infallible {
-    let cleanup = &settings.outbox.cleanup;
-    if !cleanup.enabled {
+/// Trims every stream, as the settings say, and tells `report` what came of each. A stream that fails stops no other.
+///
+/// # Errors
+/// Redis cannot be asked for its streams.
+pub async fn trim(
+    streams: &Streams,
+    settings: &StreamsSettings,
+    mut report: impl FnMut(&str, Result<Trimmed, StreamsError>),
+) -> Result<(), StreamsError> {
+    if !settings.trim && settings.max_entries == 0 {
+        return Ok(());
+    }
+    // No entry is as old as that.
+    let retention = if settings.trim { days(settings.retention_days) } else { Duration::MAX };
+    for stream in streams.list().await? {
+        let trimmed = streams.trim(&stream, retention, settings.max_entries.into()).await;
+        report(&stream, trimmed);
+    }
+    Ok(())
+}
+
+/// Cleans up now and then every interval, first the tables and then the streams. A failure is logged and tried again at the next
+/// interval: it must not stop the relay, nor what else there is to clean up.
+pub(super) async fn run(outbox: &OutboxRepository, streams: &Streams, settings: &Settings, url: &str) -> Infallible {
+    if !settings.outbox.cleanup.enabled {
         return std::future::pending().await;
     }
-    let mut interval = tokio::time::interval(cleanup.interval);
+    let mut interval = tokio::time::interval(settings.outbox.cleanup.interval);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         interval.tick().await;
@@ -68,5 +90,16 @@ pub(super) async fn run(outbox: &OutboxRepository, settings: &Settings, url: &st
             Ok(Cleaned { events, batches, inbox }) => tracing::info!(events, batches, inbox, "clean-up removed old rows"),
             Err(error) => tracing::warn!(error = %error, "clean-up failed, and will be tried again at the next interval"),
         }
+        if let Err(error) = trim(streams, &settings.streams, log_trimmed).await {
+            tracing::warn!(%error, "trimming failed, and will be tried again at the next interval");
+        }
+    }
+}
+
+fn log_trimmed(stream: &str, trimmed: Result<Trimmed, StreamsError>) {
+    match trimmed {
+        Ok(Trimmed { acknowledged: 0, unread: 0 }) => tracing::debug!(stream, "nothing to trim"),
+        Ok(Trimmed { acknowledged, unread }) => tracing::info!(stream, acknowledged, unread, "trimmed a stream"),
+        Err(error) => tracing::warn!(stream, %error, "trimming failed, and will be tried again at the next interval"),
     }
 }

@@ -160,7 +160,7 @@ impl Relay {
         }
         tokio::select! {
             ended = engine.run(&self.wake, until) => ended.map(Some),
-            never = cleanup::run(&self.outbox, &self.settings, &self.url) => match never {},
+            never = cleanup::run(&self.outbox, &self.streams, &self.settings, &self.url) => match never {},
         }
     }
 

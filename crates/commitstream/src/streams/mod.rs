@@ -1,4 +1,4 @@
-//! All Redis commands: the append of the protocol, the direct lane, and reading.
+//! All Redis commands: the append of the protocol, the direct lane, reading, and trimming.
 
 mod append;
 mod bury;
@@ -16,6 +16,7 @@ mod replicas;
 mod sentinel;
 mod server;
 mod tail;
+mod trim;
 
 pub use append::{Appended, Marker, StreamRefusal};
 pub use bury::Burial;
@@ -26,6 +27,7 @@ pub use presence::Presence;
 pub use publish::NotPublished;
 pub use read::Entry;
 pub use tail::StreamTail;
+pub use trim::{Excess, Trimmed};
 
 /// Key of the marker that decides whether a batch was appended. It shares the hash slot of its stream, so that one script
 /// may touch both in Redis Cluster.

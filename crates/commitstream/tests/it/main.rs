@@ -22,4 +22,5 @@ mod sentinel;
 mod sharing;
 mod sql_acceptance;
 mod support;
+mod trim;
 mod verify;
