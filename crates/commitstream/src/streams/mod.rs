@@ -1,9 +1,12 @@
-//! All Redis commands: the append of the protocol, the direct lane, and reading.
+//! All Redis commands: the append of the protocol, the direct lane, reading, consumer groups and their dead letters.
 
 mod append;
+mod bury;
 mod cluster;
 mod connection;
+mod dead;
 mod error;
+mod groups;
 mod node;
 mod presence;
 mod publish;
@@ -15,8 +18,11 @@ mod server;
 mod tail;
 
 pub use append::{Appended, Marker, StreamRefusal};
+pub use bury::Burial;
 pub use connection::Streams;
+pub use dead::{DeadLetter, RetriedAs};
 pub use error::StreamsError;
+pub use groups::{GroupConsumer, GroupInfo};
 pub use presence::Presence;
 pub use publish::NotPublished;
 pub use read::Entry;
@@ -26,4 +32,21 @@ pub use tail::StreamTail;
 /// may touch both in Redis Cluster.
 fn marker_key(stream: &str, batch_id: uuid::Uuid) -> String {
     format!("{{{stream}}}:batch:{batch_id}")
+}
+
+/// Key of what the consumers of a group keep beside their stream, in its hash slot: `members`, `owners`, `failures`.
+fn group_key(stream: &str, group: &str, name: &str) -> String {
+    format!("{{{stream}}}:group:{group}:{name}")
+}
+
+/// A consumer of every group that nobody is: a living one takes over what is pending for it.
+pub const RETURNED: &str = "returned";
+
+/// What the key of a stream of dead letters ends in; so no aggregate type may.
+pub(crate) const DEAD: &str = ":dead";
+
+/// Key of the stream that takes the dead letters of `stream`.
+#[must_use]
+pub fn dead_stream(stream: &str) -> String {
+    format!("{stream}{DEAD}")
 }

@@ -4,6 +4,7 @@ mod bad_input;
 mod claim;
 mod cluster;
 mod crash_windows;
+mod dead;
 mod docs;
 mod events;
 mod explain;
