@@ -90,6 +90,11 @@ impl ContainerOptions {
                 let message = "an aggregate has no braces, they would change the Redis Cluster slot of its stream: write it without `{` and `}`";
                 return Err(Error::new(value.span(), message));
             }
+            if value.value().ends_with(":dead") {
+                let message =
+                    "an aggregate does not end in `:dead`, the streams of dead letters are named so: write another name";
+                return Err(Error::new(value.span(), message));
+            }
             set_once(&mut self.aggregate, value, option)
         } else if path.is_ident("lane") {
             set_once(&mut self.lane, lane(option)?, option)

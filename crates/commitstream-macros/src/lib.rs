@@ -68,7 +68,7 @@ use proc_macro::TokenStream;
 /// | `time` | field | when it happened; a type that is `Clone + Into<DateTime<Utc>>` | the time of the call |
 ///
 /// What an enum states holds for each variant that does not state its own. An aggregate or a name has 1 to 255 bytes and no NUL;
-/// an aggregate has no braces either. All of this is checked when the macro runs, and the errors say what to write.
+/// an aggregate has no braces either, and does not end in `:dead`. All of this is checked when the macro runs, and the errors say what to write.
 ///
 /// # Payload
 ///

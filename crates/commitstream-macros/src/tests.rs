@@ -135,6 +135,10 @@ fn literals_obey_the_limits_of_the_library() {
         "an aggregate has no braces, they would change the Redis Cluster slot of its stream: write it without `{` and `}`";
     assert_message(&aggregate("{user}"), brace);
     assert_message(&aggregate("user}"), brace);
+    assert_message(
+        &aggregate("user:dead"),
+        "an aggregate does not end in `:dead`, the streams of dead letters are named so: write another name",
+    );
     let long = "X".repeat(256);
     assert_message(
         &format!("#[event(aggregate = \"user\")] struct {long}(#[event(key)] i64);"),

@@ -16,7 +16,7 @@
 //! | `effects` | effects outside PostgreSQL | Redis |
 //! | `memory` | the test kit: the same handlers without servers | none |
 //!
-//! The processes of a group share the work through scripts in Redis: `streams/group.rs`.
+//! The processes of a group share the work through scripts in Redis: `streams/members.rs`.
 
 mod delivery;
 mod effects;

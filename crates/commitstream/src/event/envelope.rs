@@ -4,6 +4,7 @@ use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use super::{DomainEvent, EventError, json};
+use crate::streams::DEAD;
 
 /// The one wire form of an event: a row of the outbox and an entry of a stream carry exactly this.
 ///
@@ -44,6 +45,9 @@ impl EventEnvelope {
         check_name("aggregate_id", &self.aggregate_id)?;
         if self.aggregate_type.contains(['{', '}']) {
             return Err(EventError::Brace(self.aggregate_type.clone()));
+        }
+        if self.aggregate_type.ends_with(DEAD) {
+            return Err(EventError::Dead(self.aggregate_type.clone()));
         }
         if !(first_time()..=last_time()).contains(&self.occurred_at) {
             return Err(EventError::Time(self.occurred_at));
@@ -181,6 +185,7 @@ mod tests {
         assert!(check(|e| e.aggregate_id = "x".repeat(256)).contains("aggregate_id has 256 bytes: at most 255"));
         assert!(check(|e| e.aggregate_id = "a\0b".into()).contains("NUL"));
         assert!(check(|e| e.aggregate_type = "a{b}".into()).contains("brace"));
+        assert!(check(|e| e.aggregate_type = "a:dead".into()).contains("dead letters"));
         assert!(
             check(|e| e.payload = RawValue::from_string(format!("\"{}\"", "x".repeat(99))).unwrap()).contains("maxPayloadBytes")
         );

@@ -19,6 +19,9 @@ pub enum EventError {
     #[error("aggregate_type {0:?} contains a brace: braces would change the Redis Cluster slot of its stream")]
     Brace(String),
 
+    #[error("aggregate_type {0:?} ends in :dead: the streams of dead letters are named so")]
+    Dead(String),
+
     #[error(
         "the event has {bytes} bytes of payload and headers as jsonb writes them: at most {max} are allowed (setting app.eventPublishing.maxPayloadBytes)"
     )]

@@ -51,7 +51,7 @@ pub trait DomainEvent: Send + Sync {
     /// Name of the event, for example `UserCreated`. 1 to 255 bytes.
     fn event_type(&self) -> &str;
 
-    /// Kind of aggregate, for example `user`; names the stream `events:user`. 1 to 255 bytes, no braces.
+    /// Kind of aggregate, for example `user`; names the stream `events:user`. 1 to 255 bytes, no braces, no `:dead` at its end.
     fn aggregate_type(&self) -> &str;
 
     /// Which aggregate; events of one aggregate stay in order. 1 to 255 bytes.

@@ -140,7 +140,7 @@ impl Streams {
         look.cmd("XPENDING").arg(stream).arg(group).arg(entry).arg(entry).arg(1);
         look.cmd("XRANGE").arg(stream).arg(entry).arg(entry);
         let (pending, entries): (Pending, Entries) = self.send(DOING, stream, Request::Pipeline(&look)).await?;
-        if !pending.first().is_some_and(|(_, owner, ..)| owner == consumer) {
+        if pending.first().is_none_or(|(_, owner, ..)| owner != consumer) {
             return Ok(false);
         }
         let dead = dead_stream(stream);

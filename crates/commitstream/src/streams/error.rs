@@ -61,6 +61,18 @@ pub enum StreamsError {
         source: Option<RedisError>,
     },
 
+    #[error("the stream {stream} has no consumer group {group}: start its consumer, which makes the group, and retry then")]
+    NoGroup {
+        stream: String,
+        group: String,
+        #[source]
+        source: RedisError,
+    },
+
+    /// The entry had been trimmed away before it was buried.
+    #[error("the dead letter {dead_id} of {stream} holds no event that could be delivered again: discard it")]
+    EmptyDeadLetter { stream: String, dead_id: String },
+
     #[error(
         "the Redis URL is not usable: write redis://[user:password@]host:port[/db], \
          redis-sentinel://[user:password@]host:port,host:port/[db]#master, \

@@ -1,12 +1,14 @@
-//! All Redis commands: the append of the protocol, the direct lane, reading, and trimming.
+//! All Redis commands: the append of the protocol, the direct lane, reading, consumer groups and their dead letters, trimming.
 
 mod append;
 mod bury;
 mod cluster;
 mod connection;
+mod dead;
 mod effects;
 mod error;
-mod group;
+mod groups;
+mod members;
 mod node;
 mod presence;
 mod publish;
@@ -21,8 +23,10 @@ mod trim;
 pub use append::{Appended, Marker, StreamRefusal};
 pub use bury::Burial;
 pub use connection::Streams;
+pub use dead::{DeadLetter, RetriedAs};
 pub use error::StreamsError;
-pub use group::{Cycle, EntryId, Member, Received, TakenOver};
+pub use groups::{GroupConsumer, GroupInfo};
+pub use members::{Cycle, EntryId, Member, Received, TakenOver};
 pub use presence::Presence;
 pub use publish::NotPublished;
 pub use read::Entry;
@@ -35,10 +39,13 @@ fn marker_key(stream: &str, batch_id: uuid::Uuid) -> String {
     format!("{{{stream}}}:batch:{batch_id}")
 }
 
-/// Key of what the members of a consumer group share, in the hash slot of its stream.
+/// Key of what the consumers of a group keep beside their stream, in its hash slot: `members`, `owners`, `failures`.
 fn group_key(stream: &str, group: &str, name: &str) -> String {
     format!("{{{stream}}}:group:{group}:{name}")
 }
+
+/// A consumer of every group that nobody is: a living one takes over what is pending for it.
+pub const RETURNED: &str = "returned";
 
 /// What the key of a stream of dead letters ends in; so no aggregate type may.
 pub(crate) const DEAD: &str = ":dead";

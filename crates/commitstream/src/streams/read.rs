@@ -2,7 +2,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use redis::streams::{StreamId, StreamRangeReply};
 
-use super::{Streams, StreamsError};
+use super::{DEAD, Streams, StreamsError};
 use crate::event::{EventEnvelope, EventError};
 
 /// One entry of a stream.
@@ -45,12 +45,32 @@ impl Entry {
 }
 
 impl Streams {
-    /// The streams under the prefix, sorted.
+    /// The streams of events under the prefix, sorted. Those of dead letters are left out.
     ///
     /// # Errors
     /// Redis is not reachable or refuses.
     pub async fn list(&self) -> Result<Vec<String>, StreamsError> {
-        let doing = "listing streams";
+        let mut streams = self.keys("listing streams").await?;
+        streams.retain(|key| self.without_dead(key).is_none());
+        Ok(streams)
+    }
+
+    /// The streams that have dead letters, or had some, sorted: the events' stream of each, for [`dead_letters`](Self::dead_letters).
+    ///
+    /// # Errors
+    /// Redis is not reachable or refuses.
+    pub async fn dead_streams(&self) -> Result<Vec<String>, StreamsError> {
+        let keys = self.keys("listing dead letters").await?;
+        Ok(keys.iter().filter_map(|key| self.without_dead(key)).map(str::to_owned).collect())
+    }
+
+    /// Of the key of a stream of dead letters, that of the events' stream. The stream of the aggregate type `dead` is none.
+    fn without_dead<'a>(&self, key: &'a str) -> Option<&'a str> {
+        key.strip_suffix(DEAD).filter(|stream| stream.len() > self.prefix.len())
+    }
+
+    /// Every stream under the prefix, sorted.
+    async fn keys(&self, doing: &'static str) -> Result<Vec<String>, StreamsError> {
         let pattern = format!("{}*", escape_glob(&self.prefix));
         let mut found = BTreeSet::new();
         for master in self.masters(doing).await? {

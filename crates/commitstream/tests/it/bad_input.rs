@@ -57,7 +57,7 @@ async fn assert_refused(what: &str, spoil: Spoil, expected: &[&str]) -> Result<(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn bad_names_are_refused() -> Result<()> {
-    let cases: [(&str, Spoil, &[&str]); 12] = [
+    let cases: [(&str, Spoil, &[&str]); 13] = [
         ("no event_type", |e| e.event_type.clear(), &["event_type", "empty", "255"]),
         ("no aggregate_type", |e| e.aggregate_type.clear(), &["aggregate_type", "empty", "255"]),
         ("no aggregate_id", |e| e.aggregate_id.clear(), &["aggregate_id", "empty", "255"]),
@@ -69,6 +69,7 @@ async fn bad_names_are_refused() -> Result<()> {
         ("NUL in aggregate_id", |e| e.aggregate_id = "a\0b".into(), &["aggregate_id", "NUL"]),
         ("left brace", |e| e.aggregate_type = "a{b".into(), &["aggregate_type", "brace"]),
         ("right brace", |e| e.aggregate_type = "}".into(), &["aggregate_type", "brace"]),
+        ("name of dead letters", |e| e.aggregate_type = "user:dead".into(), &["aggregate_type", ":dead"]),
         ("year 10000", |e| e.occurred_at = DateTime::<Utc>::MAX_UTC, &["occurred_at", "9999"]),
     ];
     for (what, spoil, expected) in cases {

@@ -6,6 +6,7 @@ mod cluster;
 mod consumer;
 mod consumer_rate;
 mod crash_windows;
+mod dead;
 mod docs;
 mod events;
 mod explain;

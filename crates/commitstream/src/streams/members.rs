@@ -16,7 +16,7 @@ use std::time::Duration;
 use redis::{FromRedisValue, ParsingError, Script, ScriptInvocation, Value, from_redis_value};
 
 use super::append::millis;
-use super::{Streams, StreamsError, group_key};
+use super::{RETURNED, Streams, StreamsError, group_key};
 use crate::config::StartFrom;
 use crate::event::EventEnvelope;
 
@@ -227,7 +227,8 @@ static CYCLE: LazyLock<Script> = LazyLock::new(|| {
     ))
 });
 
-/// Takes what the dead have left, or others have returned. Further ARGV: idle time of consumers that never were members, how many entries.
+/// Takes what the dead have left, or others have returned. Further ARGV: idle time of consumers that never were members, how many
+/// entries, and who stands for what was returned.
 static TAKE: LazyLock<Script> = LazyLock::new(|| {
     Script::new(&format!(
         "{NOW}{COMMON}{}",
@@ -274,7 +275,7 @@ static TAKE: LazyLock<Script> = LazyLock::new(|| {
             for i = 1, #info, 2 do fields[info[i]] = info[i + 1] end
             local name = fields['name']
             if room > 0 and fields['pending'] > 0 and not redis.call('ZSCORE', members, name)
-                and redis.call('HEXISTS', takers, name) == 0 and (name == 'returned' or fields['idle'] >= idle) then
+                and redis.call('HEXISTS', takers, name) == 0 and (name == ARGV[7] or fields['idle'] >= idle) then
                 take(name, false)
             end
         end
@@ -351,7 +352,7 @@ impl Streams {
     /// As for [`cycle`](Self::cycle).
     pub async fn take_over(&self, member: &Member, count: usize) -> Result<Result<(u64, bool), TakenOver>, StreamsError> {
         let mut call = common(&TAKE, member);
-        call.arg(millis(member.life)).arg(count);
+        call.arg(millis(member.life)).arg(count).arg(RETURNED);
         let reply: Vec<Value> = self.invoke("taking over from dead consumers", &member.stream, &call).await?;
         numbers(&reply).map(|n| n.map(|n| (n[0], n[1] == 1))).map_err(|error| self.unreadable(&member.stream, error))
     }

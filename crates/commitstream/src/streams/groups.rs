@@ -1,0 +1,218 @@
+use std::collections::{BTreeMap, HashMap};
+use std::sync::LazyLock;
+
+use redis::{Script, Value, from_redis_value};
+use serde::Serialize;
+
+use super::node::Request;
+use super::{RETURNED, Streams, StreamsError, dead_stream, group_key};
+
+/// A page of a stream without its payloads: the id of its last entry, and what each entry has as the `group` of a dead letter.
+static PAGE: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(
+        r"
+        local entries = redis.pcall('XRANGE', KEYS[1], '(' .. ARGV[1], '+', 'COUNT', ARGV[2])
+        if entries.err then return entries end
+        local last, groups = '', {}
+        for i, entry in ipairs(entries) do
+            local fields = entry[2]
+            last = entry[1]
+            groups[i] = fields[#fields - 11] == 'group' and fields[#fields - 10] or ''
+        end
+        return {last, groups}
+        ",
+    )
+});
+
+const PAGE_ENTRIES: usize = 100;
+
+/// Most consumers of a group that are looked at.
+const MOST_CONSUMERS: usize = 10_000;
+
+const DOING: &str = "looking at consumer groups";
+
+/// How a consumer group stands.
+#[derive(Debug, Clone, Serialize)]
+pub struct GroupInfo {
+    pub stream: String,
+    pub group: String,
+    pub consumers: Vec<GroupConsumer>,
+    /// Entries that were delivered and not yet acknowledged: in hand, or waiting for another attempt.
+    pub pending: u64,
+    /// How long ago the oldest of them was written, by the server's clock.
+    pub oldest_pending_age_ms: Option<u64>,
+    /// Entries that were not delivered yet; `None` if they are more than [`GroupInfo::COUNTED`] and Redis does not know their number.
+    pub behind: Option<u64>,
+    /// Id of the last entry that was delivered.
+    pub last_delivered: String,
+    /// Dead letters; `None` if those of the stream are more than [`GroupInfo::COUNTED`].
+    pub dead: Option<u64>,
+}
+
+/// A consumer of a group.
+#[derive(Debug, Clone, Serialize)]
+pub struct GroupConsumer {
+    pub name: String,
+    pub pending: u64,
+    pub oldest_pending_age_ms: Option<u64>,
+    /// Since it last read or claimed something.
+    pub idle_ms: u64,
+    /// Whether it has reported lately; `None` if it is not among those that report: it has left, or is of another library.
+    pub alive: Option<bool>,
+}
+
+impl GroupInfo {
+    /// Entries that are counted one by one.
+    pub const COUNTED: usize = 10_000;
+}
+
+impl GroupConsumer {
+    /// True of [`RETURNED`], which is no process.
+    #[must_use]
+    pub fn is_returned(&self) -> bool {
+        self.name == RETURNED
+    }
+}
+
+impl Streams {
+    /// The consumer groups of a stream; none if there is no such stream.
+    ///
+    /// # Errors
+    /// Redis is not reachable or refuses.
+    pub async fn groups(&self, stream: &str) -> Result<Vec<GroupInfo>, StreamsError> {
+        let groups: Vec<Group> = match self.query(DOING, stream, redis::cmd("XINFO").arg("GROUPS").arg(stream)).await {
+            Err(StreamsError::Refused { source, .. }) if source.detail() == Some("no such key") => return Ok(Vec::new()),
+            answer => answer?,
+        };
+        if groups.is_empty() {
+            return Ok(Vec::new());
+        }
+        let dead = self.walk(&dead_stream(stream), "0").await?.map(|groups| {
+            let mut counts = BTreeMap::<String, u64>::new();
+            groups.into_iter().for_each(|group| *counts.entry(group).or_default() += 1);
+            counts
+        });
+        let mut infos = Vec::with_capacity(groups.len());
+        for group in groups {
+            let dead = dead.as_ref().map(|counts| counts.get(&group.name).copied().unwrap_or_default());
+            match self.group(stream, group, dead).await {
+                Ok(info) => infos.push(info),
+                // It was destroyed meanwhile.
+                Err(StreamsError::Refused { source, .. }) if source.code() == Some("NOGROUP") => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(infos)
+    }
+
+    async fn group(&self, stream: &str, group: Group, dead: Option<u64>) -> Result<GroupInfo, StreamsError> {
+        let Group { name, last_delivered, lag } = group;
+        let mut look = redis::pipe();
+        look.cmd("TIME");
+        look.cmd("XPENDING").arg(stream).arg(&name);
+        look.cmd("XINFO").arg("CONSUMERS").arg(stream).arg(&name);
+        look.cmd("ZRANGE").arg(group_key(stream, &name, "members")).arg(0).arg(MOST_CONSUMERS - 1).arg("WITHSCORES");
+        type Answers = ((u64, u64), (u64, Option<String>, Value, Value), Vec<Consumer>, Vec<(String, f64)>);
+        let (time, pending, mut consumers, members): Answers = self.send(DOING, stream, Request::Pipeline(&look)).await?;
+        let now = time.0 * 1_000 + time.1 / 1_000;
+        consumers.truncate(MOST_CONSUMERS);
+        let members: HashMap<String, f64> = members.into_iter().collect();
+        let oldest = self.oldest_pending(stream, &name, &consumers).await?;
+        let age = |id: &String| id.split('-').next()?.parse().ok().map(|written: u64| now.saturating_sub(written));
+        let behind = match lag {
+            Some(entries) => Some(entries),
+            None => self.walk(stream, &last_delivered).await?.map(|entries| entries.len() as u64),
+        };
+        let consumers = consumers.into_iter().map(|consumer| GroupConsumer {
+            oldest_pending_age_ms: oldest.get(&consumer.name).and_then(age),
+            alive: members.get(&consumer.name).map(|deadline| *deadline > now as f64),
+            pending: consumer.pending,
+            idle_ms: consumer.idle_ms,
+            name: consumer.name,
+        });
+        Ok(GroupInfo {
+            stream: stream.to_owned(),
+            consumers: consumers.collect(),
+            pending: pending.0,
+            oldest_pending_age_ms: pending.1.as_ref().and_then(age),
+            behind,
+            last_delivered,
+            dead,
+            group: name,
+        })
+    }
+
+    /// The id of the oldest entry of each consumer that has any.
+    async fn oldest_pending(
+        &self,
+        stream: &str,
+        group: &str,
+        consumers: &[Consumer],
+    ) -> Result<HashMap<String, String>, StreamsError> {
+        type Pending = Vec<(String, String, u64, u64)>;
+        let busy: Vec<&Consumer> = consumers.iter().filter(|consumer| consumer.pending > 0).collect();
+        if busy.is_empty() {
+            return Ok(HashMap::new());
+        }
+        let mut look = redis::pipe();
+        for consumer in busy {
+            look.cmd("XPENDING").arg(stream).arg(group).arg("-").arg("+").arg(1).arg(&consumer.name);
+        }
+        let found: Vec<Pending> = self.send(DOING, stream, Request::Pipeline(&look)).await?;
+        Ok(found.into_iter().flatten().map(|(id, consumer, ..)| (consumer, id)).collect())
+    }
+
+    /// What each entry after this one has as the `group` of a dead letter; `None` if there are too many to look at.
+    async fn walk(&self, key: &str, after: &str) -> Result<Option<Vec<String>>, StreamsError> {
+        let (mut found, mut after) = (Vec::new(), after.to_owned());
+        while found.len() <= GroupInfo::COUNTED {
+            let mut call = PAGE.prepare_invoke();
+            call.key(key).arg(&after).arg(PAGE_ENTRIES);
+            let (last, page): (String, Vec<String>) = self.invoke(DOING, key, &call).await?;
+            if page.is_empty() {
+                return Ok(Some(found));
+            }
+            found.extend(page);
+            after = last;
+        }
+        Ok(None)
+    }
+}
+
+/// One of `XINFO GROUPS`. Before Redis 7 there is no `lag`; where entries were deleted, it is not known.
+struct Group {
+    name: String,
+    last_delivered: String,
+    lag: Option<u64>,
+}
+
+/// One of `XINFO CONSUMERS`.
+struct Consumer {
+    name: String,
+    pending: u64,
+    idle_ms: u64,
+}
+
+impl redis::FromRedisValue for Group {
+    fn from_redis_value(value: Value) -> Result<Self, redis::ParsingError> {
+        let mut fields: HashMap<String, Value> = from_redis_value(value)?;
+        let mut field = |name: &str| fields.remove(name).unwrap_or(Value::Nil);
+        Ok(Self {
+            name: from_redis_value(field("name"))?,
+            last_delivered: from_redis_value(field("last-delivered-id"))?,
+            lag: from_redis_value(field("lag"))?,
+        })
+    }
+}
+
+impl redis::FromRedisValue for Consumer {
+    fn from_redis_value(value: Value) -> Result<Self, redis::ParsingError> {
+        let mut fields: HashMap<String, Value> = from_redis_value(value)?;
+        let mut field = |name: &str| fields.remove(name).unwrap_or(Value::Nil);
+        Ok(Self {
+            name: from_redis_value(field("name"))?,
+            pending: from_redis_value(field("pending"))?,
+            idle_ms: from_redis_value(field("idle"))?,
+        })
+    }
+}
