@@ -3,7 +3,7 @@
 
 use chrono::{DateTime, Utc};
 use commitstream::{DomainEvent, Lane};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 #[derive(Serialize, DomainEvent)]
@@ -17,7 +17,7 @@ pub struct UserCreated {
     pub occurred_at: DateTime<Utc>,
 }
 
-#[derive(Serialize, DomainEvent)]
+#[derive(Serialize, Deserialize, DomainEvent)]
 #[event(aggregate = "user")]
 pub struct PaymentProcessed {
     #[event(key)]

@@ -12,6 +12,7 @@ mod interrupt;
 mod latency;
 mod live;
 mod load;
+mod receipts;
 mod report;
 mod servers;
 mod service;
@@ -33,6 +34,7 @@ use crate::output::{Output, Style, count};
 use interrupt::{INTERRUPTED, Interrupt};
 use live::Live;
 use load::Plan;
+use receipts::{Receipts, Receiver};
 use report::Report;
 use servers::Servers;
 use service::{ROLLBACK_EVERY, Service};
@@ -97,11 +99,11 @@ async fn demonstrate(plan: Plan, servers: &Servers, interrupt: &Interrupt, outpu
     let watched = observe(plan, servers, &streams, &relay, interrupt, output).await;
     // Before any error is passed on: nobody must work on tables that are about to be removed.
     let stopped = relay.stop().await;
-    let (watched, took) = watched?;
+    let (watched, receipts, took) = watched?;
     stopped?;
 
     let verdict = audit::read(&streams, &watched.ledger).await?;
-    let report = Report::new(plan, &verdict, &watched, servers.are_private(), took);
+    let report = Report::new(plan, &verdict, receipts, &watched, servers.are_private(), took);
     report.print(output)?;
     Ok(report)
 }
@@ -114,8 +116,9 @@ async fn observe(
     relay: &RelayHandle,
     interrupt: &Interrupt,
     output: &Output,
-) -> anyhow::Result<(Watched, Duration)> {
+) -> anyhow::Result<(Watched, Receipts, Duration)> {
     let service = Arc::new(Service::open(&servers.settings, relay.waker(), plan.connections()).await?);
+    let receiver = Receiver::start(&servers.settings).await?;
     tokio::select! {
         active = is_active(relay) => active?,
         // The load then ends as it begins.
@@ -124,10 +127,11 @@ async fn observe(
     let (mut watcher, notes) = Watcher::start(streams, Live::new(*output))?;
     let loaded = load::run(plan, &service, notes, interrupt.stop()).await;
     watcher.caught_up(PATIENCE).await;
+    let receipts = receiver.finish(PATIENCE).await;
     let mut watched = watcher.finish().await?;
     settle_doubts(&service, &mut watched).await?;
     service.close().await;
-    Ok((watched, loaded?))
+    Ok((watched, receipts?, loaded?))
 }
 
 async fn is_active(relay: &RelayHandle) -> anyhow::Result<()> {
@@ -168,6 +172,7 @@ fn introduce(output: &Output, plan: &Plan) -> anyhow::Result<()> {
          to Redis; one transaction in {ROLLBACK_EVERY} is rolled back on purpose.\n\
          A relay moves what was committed to Redis Streams: watch how long that takes (p50,\n\
          p99) and how many events wait (backlog).\n\
+         A consumer writes a receipt for each payment, in a transaction of its own.\n\
          At the end every stream is read back and compared with what was committed. Ctrl-C\n\
          ends the load early.\n"
     ))?;

@@ -8,6 +8,7 @@ use super::audit::{Findings, LaneVerdict, Verdict};
 use super::latency::Summary;
 use super::live::{millis, per_second};
 use super::load::Plan;
+use super::receipts::Receipts;
 use super::watch::Watched;
 use crate::output::{Output, Style, count, plural};
 
@@ -30,6 +31,8 @@ pub struct Report {
     duplicated: u64,
     out_of_order: u64,
     invented: u64,
+    /// What the consumer has made of the payments.
+    receipts: Receipts,
     /// Transactions that were rolled back on purpose, after they had published.
     rolled_back: u64,
     failed_operations: u64,
@@ -77,11 +80,18 @@ impl LaneReport {
 
 impl Report {
     /// `took` is how long the load ran.
-    pub fn new(plan: Plan, verdict: &Verdict, watched: &Watched, private_servers: bool, took: Duration) -> Self {
+    pub fn new(
+        plan: Plan,
+        verdict: &Verdict,
+        receipts: Receipts,
+        watched: &Watched,
+        private_servers: bool,
+        took: Duration,
+    ) -> Self {
         let critical = LaneReport::new(&verdict.critical, watched.critical.summary(), took);
         let high_frequency = LaneReport::new(&verdict.high_frequency, watched.high_frequency.summary(), took);
         Self {
-            ok: verdict.is_clean(),
+            ok: verdict.is_clean() && receipts.is_clean(),
             private_servers,
             seconds: took.as_secs_f64(),
             rate_asked: plan.critical_rate + plan.high_frequency_rate,
@@ -90,6 +100,7 @@ impl Report {
             duplicated: critical.duplicated + high_frequency.duplicated,
             out_of_order: critical.out_of_order + high_frequency.out_of_order,
             invented: critical.invented + high_frequency.invented,
+            receipts,
             rolled_back: watched.ledger.rolled_back.len() as u64,
             failed_operations: watched.failures.count,
             last_failure: watched.failures.last.clone(),
@@ -120,9 +131,25 @@ impl Report {
         for (name, of) in rows {
             text += &row(name, &of(&self.critical), &of(&self.high_frequency));
         }
+        text += &self.consumed(output);
         text += &self.remarks();
         let (style, verdict) = self.verdict();
         text + &format!("\n{}\n", output.paint(style, &verdict)) + &self.named()
+    }
+
+    fn consumed(&self, output: &Output) -> String {
+        let Receipts { payments, receipts, missing, twice, out_of_order } = self.receipts;
+        let title = output.paint(Style::Label, "Receipts that the consumer wrote, against the payments:");
+        let mut text = format!("\n{title}\n");
+        let rows = [
+            ("payments", payments),
+            ("receipts", receipts),
+            ("missing", missing),
+            ("twice", twice),
+            ("out of order", out_of_order),
+        ];
+        rows.iter().for_each(|(name, number)| text += &format!("  {name:<16}{:>12}\n", count(*number)));
+        text
     }
 
     fn remarks(&self) -> String {
@@ -141,13 +168,15 @@ impl Report {
     fn verdict(&self) -> (Style, String) {
         let rolled_back = plural(self.rolled_back, "transaction");
         if self.ok {
-            let good = "Nothing was lost, duplicated, out of order or invented.";
+            let good = "Nothing was lost, duplicated, out of order or invented; each payment has one receipt.";
             return (Style::Good, format!("{good}\nOf {rolled_back} rolled back on purpose, no event is in a stream."));
         }
         if self.critical.events + self.high_frequency.events == 0 {
             return (Style::Error, "Nothing was published.".to_owned());
         }
-        (Style::Error, "The streams are not what was committed.".to_owned())
+        let faults = self.lost + self.duplicated + self.out_of_order + self.invented;
+        let what = if faults == 0 { "receipts" } else { "streams" };
+        (Style::Error, format!("The {what} are not what was committed."))
     }
 
     fn named(&self) -> String {
@@ -192,6 +221,7 @@ mod tests {
             duplicated: 0,
             out_of_order: 0,
             invented: 0,
+            receipts: Receipts { payments: 3_000, receipts: 3_000, ..Receipts::default() },
             rolled_back: 107,
             failed_operations: 0,
             last_failure: None,
@@ -217,11 +247,18 @@ mod tests {
           out of order               0                 0
           invented                   0                 0
 
+        Receipts that the consumer wrote, against the payments:
+          payments               3,000
+          receipts               3,000
+          missing                    0
+          twice                      0
+          out of order               0
+
         Latency is the time until a reader of the stream has the entry: of a critical event
         from the return of commit(), of a high-frequency event from the call of publish().
         This machine reached 1,500 of the 2,000 events a second asked for.
 
-        Nothing was lost, duplicated, out of order or invented.
+        Nothing was lost, duplicated, out of order or invented; each payment has one receipt.
         Of 107 transactions rolled back on purpose, no event is in a stream.
         ");
     }
@@ -231,7 +268,7 @@ mod tests {
         let mut verdict = Verdict::default();
         verdict.critical.entries = 5_000;
         verdict.critical.lost = Findings { count: 2, first: vec!["a".to_owned(), "b".to_owned()] };
-        let text = report(&verdict).text(&PLAIN);
+        let text = Report { lost: 2, ..report(&verdict) }.text(&PLAIN);
         assert!(text.ends_with("The streams are not what was committed.\n  lost: a, b\n"), "{text}");
     }
 }

@@ -21,7 +21,9 @@ use super::events::{MetricUpdated, PaymentProcessed, SessionStarted, TrainingSta
 const TABLES: &str = "
     CREATE TABLE users (id uuid PRIMARY KEY, email text NOT NULL, sequence bigint NOT NULL, trainings bigint NOT NULL DEFAULT 0);
     CREATE TABLE payments (id uuid PRIMARY KEY, user_id uuid NOT NULL REFERENCES users, amount_cents bigint NOT NULL);
-    CREATE TABLE training_jobs (id uuid PRIMARY KEY, user_id uuid NOT NULL REFERENCES users, model text NOT NULL)";
+    CREATE TABLE training_jobs (id uuid PRIMARY KEY, user_id uuid NOT NULL REFERENCES users, model text NOT NULL);
+    CREATE TABLE receipts (number bigint GENERATED ALWAYS AS IDENTITY, payment_id uuid NOT NULL, user_id uuid NOT NULL,
+        sequence bigint NOT NULL)";
 
 /// Users that come back. Few enough that transactions meet on the same one.
 const REGULARS: usize = 100;
@@ -54,25 +56,30 @@ pub struct Service {
     regulars: Mutex<Vec<Uuid>>,
 }
 
+/// Sessions in the schema of the demonstration.
+pub async fn pool(settings: &Settings, connections: u32, of: &str) -> anyhow::Result<PgPool> {
+    let url = settings.database.url.as_deref().context("the demonstration has a database")?;
+    let schema = settings.database.schema.clone();
+    PgPoolOptions::new()
+        .max_connections(connections)
+        .acquire_timeout(PATIENCE)
+        // A lost connection shows in the next statement; asking first would cost a round trip each time.
+        .test_before_acquire(false)
+        .after_connect(move |connection, _| {
+            let path = schema.clone();
+            Box::pin(async move {
+                sqlx::query("SELECT set_config('search_path', $1, false)").bind(path).execute(connection).await.map(drop)
+            })
+        })
+        .connect_with(PgConnectOptions::from_str(url)?.application_name(&format!("commitstream demo: {of}")))
+        .await
+        .with_context(|| format!("the {of} of the example cannot connect to PostgreSQL"))
+}
+
 impl Service {
     /// Creates the business tables and connects, with up to `connections` sessions.
     pub async fn open(settings: &Settings, relay: RelayWaker, connections: u32) -> anyhow::Result<Self> {
-        let url = settings.database.url.as_deref().context("the demonstration has a database")?;
-        let schema = settings.database.schema.clone();
-        let pool = PgPoolOptions::new()
-            .max_connections(connections)
-            .acquire_timeout(PATIENCE)
-            // A lost connection shows in the next statement; asking first would cost a round trip each time.
-            .test_before_acquire(false)
-            .after_connect(move |connection, _| {
-                let path = schema.clone();
-                Box::pin(async move {
-                    sqlx::query("SELECT set_config('search_path', $1, false)").bind(path).execute(connection).await.map(drop)
-                })
-            })
-            .connect_with(PgConnectOptions::from_str(url)?.application_name("commitstream demo: user service"))
-            .await
-            .context("the example service cannot connect to PostgreSQL")?;
+        let pool = pool(settings, connections, "user service").await?;
         sqlx::raw_sql(TABLES).execute(&pool).await.context("cannot create the tables of the example service")?;
         let publisher = HybridEventPublisher::new(settings)?.with_relay(relay);
         Ok(Self { pool, publisher, regulars: Mutex::default() })
