@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::commands::{cleanup, config, demo, failed, migrate, publish, relay, relays, stats, tail, verify};
+use crate::commands::{cleanup, config, dead, demo, failed, groups, migrate, publish, relay, relays, stats, tail, verify};
 
 const ABOUT: &str = "Transactional events from PostgreSQL to Redis Streams: exactly once, in order";
 
@@ -99,6 +99,8 @@ Examples:
     Publish(publish::Args),
     Stats(stats::Args),
     Failed(failed::Args),
+    Groups(groups::Args),
+    Dead(dead::Args),
     Cleanup(cleanup::Args),
     Tail(tail::Args),
     Verify(verify::Args),

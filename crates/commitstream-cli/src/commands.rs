@@ -2,8 +2,10 @@
 
 pub mod cleanup;
 pub mod config;
+pub mod dead;
 pub mod demo;
 pub mod failed;
+pub mod groups;
 pub mod migrate;
 pub mod publish;
 pub mod relay;
@@ -26,6 +28,8 @@ pub async fn run(command: Command, context: &Context) -> anyhow::Result<ExitCode
         Command::Publish(args) => publish::run(args, context).await,
         Command::Stats(args) => stats::run(args, context).await,
         Command::Failed(args) => failed::run(args, context).await,
+        Command::Groups(args) => groups::run(args, context).await,
+        Command::Dead(args) => dead::run(args, context).await,
         Command::Cleanup(args) => cleanup::run(args, context).await,
         Command::Tail(args) => tail::run(args, context).await,
         Command::Verify(args) => verify::run(args, context).await,

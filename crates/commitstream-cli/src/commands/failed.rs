@@ -192,10 +192,15 @@ async fn confirmed(
         more if more > u64::from(COUNTED) => format!("more than {}", plural(u64::from(COUNTED), "event")),
         found => plural(found, "event"),
     };
-    let question = match change {
+    agrees(match change {
         Change::Retry => format!("Retry {found}? [y/N] "),
         Change::Discard => format!("Delete {found} for good? [y/N] "),
-    };
+    })
+    .await
+}
+
+/// Asks on the terminal.
+pub async fn agrees(question: String) -> anyhow::Result<bool> {
     let answer = tokio::task::spawn_blocking(move || -> io::Result<String> {
         let mut stderr = io::stderr();
         stderr.write_all(question.as_bytes())?;

@@ -78,7 +78,7 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
 }
 
 /// A key as it is, or the key of an aggregate type.
-fn key_of(streams: &Streams, prefix: &str, name: &str) -> String {
+pub fn key_of(streams: &Streams, prefix: &str, name: &str) -> String {
     if name.starts_with(prefix) { name.to_owned() } else { streams.stream_of(name) }
 }
 

@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use crate::support::{bare_command, finish};
 
-const COMMANDS: [&[&str]; 15] = [
+const COMMANDS: [&[&str]; 20] = [
     &[],
     &["demo"],
     &["migrate"],
@@ -16,6 +16,11 @@ const COMMANDS: [&[&str]; 15] = [
     &["failed", "list"],
     &["failed", "retry"],
     &["failed", "discard"],
+    &["groups"],
+    &["dead"],
+    &["dead", "list"],
+    &["dead", "retry"],
+    &["dead", "discard"],
     &["cleanup"],
     &["tail"],
     &["verify"],

@@ -3,7 +3,9 @@
 mod admin;
 mod config;
 mod daemon;
+mod dead;
 mod flow;
+mod groups;
 mod help;
 mod mistakes;
 mod relays;

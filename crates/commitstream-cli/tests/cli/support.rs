@@ -98,6 +98,23 @@ impl World {
         format!("{}user", self.prefix)
     }
 
+    /// What stays the same of a table: `events:` in place of the prefix, `TIME` in place of durations, one space between words.
+    pub fn lasting(&self, text: &str) -> String {
+        const UNITS: [&str; 6] = ["ms", "s", "min", "h", "day", "days"];
+        let mut lasting = String::new();
+        for line in text.lines() {
+            let line = line.replace(&self.prefix, "events:");
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let is_unit = |at: usize| words.get(at).is_some_and(|word| UNITS.contains(word));
+            // Of `2 h 10 min`, only the 2 is kept.
+            let is_dropped = |at: usize| is_unit(at) || (at > 1 && is_unit(at - 1) && is_unit(at + 1));
+            let kept = words.iter().enumerate().filter(|(at, _)| !is_dropped(*at));
+            let kept: Vec<&str> = kept.map(|(at, word)| if is_unit(at + 1) { "TIME" } else { *word }).collect();
+            lasting += &format!("{}\n", kept.join(" "));
+        }
+        lasting
+    }
+
     pub fn redis(&self) -> Result<redis::Connection> {
         Ok(redis::Client::open(self.redis_url.as_str())?.get_connection()?)
     }

@@ -175,7 +175,7 @@ impl Streams {
         }
         let (how, detail): (String, String) = match self.invoke(RETRYING, stream, &call).await {
             Err(StreamsError::Refused { source, .. }) if source.code() == Some("NOGROUP") => {
-                return Err(StreamsError::NoGroup { stream: stream.clone(), group: group.clone(), source });
+                return Err(StreamsError::NoGroup { stream: stream.clone(), group: group.clone() });
             }
             answer => answer?,
         };

@@ -62,12 +62,7 @@ pub enum StreamsError {
     },
 
     #[error("the stream {stream} has no consumer group {group}: start its consumer, which makes the group, and retry then")]
-    NoGroup {
-        stream: String,
-        group: String,
-        #[source]
-        source: RedisError,
-    },
+    NoGroup { stream: String, group: String },
 
     /// The entry had been trimmed away before it was buried.
     #[error("the dead letter {dead_id} of {stream} holds no event that could be delivered again: discard it")]
