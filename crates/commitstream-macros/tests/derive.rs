@@ -277,6 +277,7 @@ mod unusual_names {
 }
 
 /// As a consumer has it, after the way through the stream.
+#[allow(clippy::unwrap_used)]
 fn back<E: DomainEvent + DecodeEvent>(event: &E) -> E {
     E::decode(&event.envelope().unwrap()).unwrap()
 }
@@ -319,6 +320,7 @@ fn every_kind_of_variant_comes_back() {
     #[event(aggregate = "training")]
     #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
     enum Training {
+        #[allow(dead_code)]
         #[serde(skip)]
         NotWritten {
             #[event(key)]

@@ -1,4 +1,5 @@
 //! Consumers share the work, keep the order, and lose nothing.
+#![allow(clippy::unwrap_used, reason = "locks that only a failed test poisons")]
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -484,4 +485,37 @@ async fn an_effect_of_which_nobody_knows_whether_it_happened_is_as_the_handler_s
         assert_eq!((sent.load(Ordering::Relaxed), status.dead), (sent_again, dead), "{when_unknown:?}");
     }
     Ok(())
+}
+
+/// As an operator does it: the dead letter goes to its group again, when what was wrong is mended.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_letter_that_is_retried_succeeds_in_its_group_only() -> Result<()> {
+    let mut world = World::new().await?;
+    world.settings.consumer.max_deliveries = 1;
+    publish(&world, 30, 3).await?;
+    let (book, mended) = (Arc::new(Book::default()), Arc::new(AtomicBool::new(false)));
+    let consumer = start(&world, Choosy { book: book.clone(), refused: "2", mended: mended.clone() })?;
+    let bystander = Arc::new(Book::default());
+    let other = Consumer::new("others", &world.settings)?.on_any("user", Writer(bystander.clone())).start()?;
+    all_acknowledged_of(&world, 30, &consumer).await?;
+    assert_eq!(consumer.status().dead, 10);
+    mended.store(true, Ordering::Relaxed);
+    let letters = world.streams.dead_letters(&world.user_stream(), "0", 100).await?;
+    // One of them has to come back although its entry is gone.
+    let mut delete = redis::cmd("XDEL");
+    let _: u8 = delete.arg(world.user_stream()).arg(&letters[9].entry).query_async(&mut world.redis().await?).await?;
+    for letter in &letters {
+        world.streams.retry_dead(letter).await?;
+    }
+    eventually("the retried events to be handled", async || Ok(book.count() == 30)).await?;
+    all_acknowledged(&world).await?;
+    assert!(dead_letters(&world).await?.is_empty());
+    let read_on = async || Ok(world.streams.groups(&world.user_stream()).await?.iter().all(|group| group.behind == Some(0)));
+    eventually("the other group to have read on", read_on).await?;
+    consumer.stop().await?;
+    other.stop().await?;
+    // What comes back comes behind what went on without it, in no promised order.
+    book.seen.lock().unwrap().values_mut().for_each(|seen| seen.sort_unstable());
+    book.check(30)?;
+    bystander.check(30)
 }
