@@ -24,6 +24,7 @@ fn the_readme_shows_the_quickstart_example_as_it_is() -> Result<()> {
 fn every_promise_names_a_test_that_exists() -> Result<()> {
     let mut sources = String::new();
     collect(&root().join("crates"), &mut sources)?;
+    collect(&root().join("examples"), &mut sources)?;
     for document in ["README.md", "ARCHITECTURE.md"] {
         let text = read(&root().join(document))?;
         let tables = text.lines().filter(|line| line.starts_with('|')).flat_map(|line| line.split('`').skip(1).step_by(2));

@@ -1,0 +1,7 @@
+//! The programs as they are, on real servers.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
+mod handlers;
+mod mail_server;
+mod programs;
+mod support;
