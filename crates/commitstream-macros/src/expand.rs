@@ -72,17 +72,22 @@ fn decode(input: &DeriveInput, events: &[Event]) -> TokenStream {
             ::commitstream::event::derive_support::Deserialize<'__commitstream> + ::core::marker::Send + 'static
     });
     let (impl_generics, _, where_clause) = generics.split_for_impl();
-    let kinds = events.iter().map(|Event { aggregate, name, .. }| {
+    // Of several variants with one aggregate and name the first is read, unless serde chooses.
+    let mut read: Vec<&Event> = Vec::new();
+    for event in events.iter().filter(|event| event.number.is_some()) {
+        if !read.iter().any(|known| (&known.aggregate, &known.name) == (&event.aggregate, &event.name)) {
+            read.push(event);
+        }
+    }
+    let kinds = read.iter().map(|Event { aggregate, name, .. }| {
         quote!(::commitstream::event::EventKind { aggregate_type: #aggregate, event_type: #name })
     });
-    let arms = events.iter().filter_map(|event| {
-        let Event { aggregate, name, tagged, .. } = event;
-        let number = event.number?;
+    let arms = read.iter().map(|Event { aggregate, name, tagged, number, .. }| {
         let call = match tagged {
             true => quote!(::commitstream::event::derive_support::decode_variant(#number, envelope)),
             false => quote!(::commitstream::event::derive_support::decode(envelope)),
         };
-        Some(quote!((#aggregate, #name) => #call,))
+        quote!((#aggregate, #name) => #call,)
     });
     let wanted = ident.to_string();
     quote! {
@@ -93,8 +98,6 @@ fn decode(input: &DeriveInput, events: &[Event]) -> TokenStream {
             fn decode(
                 envelope: &::commitstream::event::EventEnvelope,
             ) -> ::core::result::Result<Self, ::commitstream::event::EventError> {
-                // Two variants of one type and aggregate: the first one is tried.
-                #[allow(unreachable_patterns)]
                 match (envelope.aggregate_type.as_str(), envelope.event_type.as_str()) {
                     #(#arms)*
                     _ => ::core::result::Result::Err(::commitstream::event::derive_support::another_type(envelope, #wanted)),

@@ -11,7 +11,7 @@ mod tests;
 
 use proc_macro::TokenStream;
 
-/// Implements `DomainEvent` for a struct (one event) or an enum (one event for each variant).
+/// Implements `DomainEvent` for a struct (one event) or an enum (one event for each variant), and `DecodeEvent`.
 ///
 /// The type must also implement `serde::Serialize`, which gives the payload.
 ///
@@ -93,6 +93,39 @@ use proc_macro::TokenStream;
 ///     user_id: i64, // no field is marked as the key: write `#[event(key)]` …
 /// }
 /// ```
+///
+/// # Reading back
+///
+/// A type that also implements `serde::Deserialize` implements `DecodeEvent`. The envelope's aggregate type and event type say
+/// which variant it holds:
+///
+/// ```
+/// use commitstream::{DecodeEvent, DomainEvent};
+/// use serde::{Deserialize, Serialize};
+///
+/// #[derive(Debug, PartialEq, Serialize, Deserialize, DomainEvent)]
+/// #[event(aggregate = "training")]
+/// enum Training {
+///     Started {
+///         #[event(key)]
+///         job: i64,
+///     },
+///     Stopped {
+///         #[event(key)]
+///         job: i64,
+///     },
+/// }
+///
+/// let envelope = Training::Stopped { job: 7 }.envelope()?;
+/// assert_eq!(envelope.payload.get(), r#"{"job":7}"#);
+/// assert_eq!(Training::decode(&envelope)?, Training::Stopped { job: 7 });
+/// # Ok::<(), commitstream::EventError>(())
+/// ```
+///
+/// Serde's options say what else a payload may hold: `#[serde(default)]` on a field that older events lack,
+/// `#[serde(deny_unknown_fields)]` against fields that newer ones add. Variants with `#[serde(skip)]` or
+/// `#[serde(skip_deserializing)]` are not read. Of several variants with the same aggregate and name the first is read, unless serde
+/// chooses (`tag`, `untagged`).
 #[proc_macro_derive(DomainEvent, attributes(event))]
 pub fn derive_domain_event(input: TokenStream) -> TokenStream {
     expand::domain_event(input.into()).unwrap_or_else(syn::Error::into_compile_error).into()

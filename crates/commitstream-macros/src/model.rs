@@ -24,7 +24,7 @@ pub(crate) struct Event {
     /// Serde puts its default tag around this event; the payload goes without it.
     pub(crate) tagged: bool,
     /// Its number among the variants that serde reads; `None` if it does not read this one.
-    pub(crate) number: Option<u32>,
+    pub(crate) number: Option<u64>,
 }
 
 /// A field that is the key or the time.
@@ -88,7 +88,7 @@ fn variant_event(
     variant: &Variant,
     defaults: &ContainerOptions,
     tagged: bool,
-    number: Option<u32>,
+    number: Option<u64>,
     errors: &mut Errors,
 ) -> Option<Event> {
     let options = ContainerOptions::read(&variant.attrs, Place::Variant, errors);

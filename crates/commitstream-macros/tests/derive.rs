@@ -357,8 +357,8 @@ fn every_kind_of_variant_comes_back() {
     for event in events {
         assert_eq!(back(&event), event);
     }
-    assert_eq!(Training::KINDS.len(), 5);
-    assert_eq!(Training::KINDS[4], EventKind { aggregate_type: "model", event_type: "Stopped" });
+    assert_eq!(Training::KINDS.len(), 4, "what serde skips is not read");
+    assert_eq!(Training::KINDS[3], EventKind { aggregate_type: "model", event_type: "Stopped" });
 }
 
 #[test]

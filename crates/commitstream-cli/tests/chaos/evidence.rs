@@ -8,7 +8,9 @@ use std::io::{BufRead, BufReader};
 use anyhow::Result;
 use uuid::Uuid;
 
+use crate::RELAYS;
 use crate::judge::Judgement;
+use crate::relay::Role;
 use crate::world::World;
 
 /// Events of each kind of fault that are looked into.
@@ -69,12 +71,13 @@ async fn find(world: &World, places: &mut HashMap<Uuid, Vec<String>>) -> Result<
     Ok(())
 }
 
-/// The end of each relay's log.
+/// The end of each log of a relay or consumer.
 pub fn tails_of_logs(world: &World) -> Result<String> {
     let mut text = String::new();
-    for relay in 0..world.links.len() {
+    for number in 0..world.links.len() {
+        let name = if number < RELAYS { Role::Relay.name() } else { Role::Consumer.name() };
         // One that was never started has none.
-        let Ok(log) = File::open(world.directory.join(format!("relay-{relay}/log"))) else { continue };
+        let Ok(log) = File::open(world.directory.join(format!("{name}-{number}/log"))) else { continue };
         let mut tail = VecDeque::new();
         for line in BufReader::new(log).lines() {
             tail.push_back(line?);
@@ -82,7 +85,7 @@ pub fn tails_of_logs(world: &World) -> Result<String> {
                 tail.pop_front();
             }
         }
-        writeln!(text, "relay {relay}, last lines:")?;
+        writeln!(text, "{name} {number}, last lines:")?;
         for line in tail {
             writeln!(text, "  {line}")?;
         }

@@ -1,14 +1,15 @@
-//! The randomised fault test: producers, relays and faults for as long as one likes, from one seed; then the recorded history is
-//! judged.
+//! The randomised fault test: producers, relays, consumers and faults for as long as one likes, from one seed; then the recorded
+//! history is judged.
 //!
 //! | variable | what | default |
 //! |---|---|---|
 //! | `COMMITSTREAM_CHAOS_SECONDS` | how long faults happen | 60 |
 //! | `COMMITSTREAM_CHAOS_SEED` | what everything random comes from | random, and printed |
 //!
-//! Each actor (a producer, a relay, PostgreSQL, Redis) draws from dice of its own, so the seed fixes what each of them does. How these
+//! Each actor (a producer, a relay, a consumer, PostgreSQL, Redis) draws from dice of its own, so the seed fixes what each of them does. How these
 //! meet is up to the machine: a seed makes a defect likely to be seen again, not certain.
 
+mod consumers;
 mod evidence;
 mod faults;
 mod history;
@@ -36,11 +37,13 @@ use rand::Rng;
 use tokio::task::JoinSet;
 
 use crate::history::Ledger;
+use crate::relay::Role;
 use crate::relay_faults::Tormented;
 use crate::report::Report;
 use crate::world::{Phase, World};
 
 const RELAYS: usize = 4;
+const CONSUMERS: usize = 3;
 const PRODUCERS: usize = 6;
 
 /// How long the relays have for what is left once all is well again.
@@ -51,7 +54,7 @@ async fn nothing_is_lost_doubled_or_out_of_order_whatever_fails_when() -> Result
     let duration = Duration::from_secs(variable("COMMITSTREAM_CHAOS_SECONDS")?.unwrap_or(60));
     let seed = variable("COMMITSTREAM_CHAOS_SEED")?.unwrap_or_else(|| rand::rng().random_range(0..1_000_000_000));
     println!("{} of faults, seed {seed}", words::age(duration));
-    let world = Arc::new(World::start(seed, RELAYS).await?);
+    let world = Arc::new(World::start(seed, RELAYS + CONSUMERS).await?);
     let outcome = run(&world, duration).await;
     let again = format!("make chaos SECONDS={} SEED={seed}", duration.as_secs());
     let directory = world.directory.display();
@@ -91,8 +94,9 @@ async fn run(world: &Arc<World>, duration: Duration) -> Result<Report> {
     striking.spawn(postgres_faults::torment(world.clone()));
     striking.spawn(redis_faults::torment(world.clone()));
     let mut relays = JoinSet::new();
-    for number in 0..RELAYS {
-        relays.spawn(relay_faults::torment(world.clone(), number));
+    for number in 0..RELAYS + CONSUMERS {
+        let role = if number < RELAYS { Role::Relay } else { Role::Consumer };
+        relays.spawn(relay_faults::torment(world.clone(), role, number));
     }
 
     // Whatever ends early has failed.
@@ -100,7 +104,7 @@ async fn run(world: &Arc<World>, duration: Duration) -> Result<Report> {
         () = tokio::time::sleep(duration) => {}
         Some(ended) = producing.join_next() => drop(ended?.context("a producer")?),
         Some(ended) = striking.join_next() => ended?.context("faults of a server")?,
-        Some(ended) = relays.join_next() => drop(ended?.context("faults of a relay")?),
+        Some(ended) = relays.join_next() => drop(ended?.context("faults of a relay or consumer")?),
         else => {}
     }
     world.enter(Phase::Calm);
@@ -109,7 +113,7 @@ async fn run(world: &Arc<World>, duration: Duration) -> Result<Report> {
     }
     let mut tormented = Vec::new();
     while let Some(ended) = relays.join_next().await {
-        tormented.push(ended?.context("faults of a relay")?);
+        tormented.push(ended?.context("faults of a relay or consumer")?);
     }
     world.enter(Phase::Drain);
     let mut ledger = Ledger::default();
@@ -120,27 +124,39 @@ async fn run(world: &Arc<World>, duration: Duration) -> Result<Report> {
     world.drained(DRAIN_LIMIT).await?;
     world.enter(Phase::Over);
     let watched = watching.await?;
-    let (relays, recoveries) = stop(world, tormented).await?;
+    consumers::caught_up(world, DRAIN_LIMIT).await?;
+    let Stopped { relays, consumers, recoveries } = stop(world, tormented).await?;
+
+    let effects = consumers::judge(world).await?;
     let judgement = judge::judge(world, &ledger).await?;
     let longest_truce = Duration::from_millis(world.longest_truce.load(Ordering::Relaxed));
     let (faults, redis_lost) = (world.faults.counts(), world.redis.lost());
-    Ok(Report { took, ledger, judgement, watched, longest_truce, relays, recoveries, faults, redis_lost })
+    Ok(Report { took, ledger, judgement, effects, watched, longest_truce, relays, consumers, recoveries, faults, redis_lost })
 }
 
-/// Stops the relays, which must end well now that nothing is in the way. Returns how many had been started, and how long it took after
-/// each kill until all that had waited then was published.
-async fn stop(world: &World, tormented: Vec<Tormented>) -> Result<(u64, Vec<Duration>)> {
-    let (mut started, mut recoveries) = (0, Vec::new());
+/// How many processes had been started, and how long it took after each kill of a relay until all that had waited then was published.
+struct Stopped {
+    relays: u64,
+    consumers: u64,
+    recoveries: Vec<Duration>,
+}
+
+/// Stops relays and consumers, which must end well now that nothing is in the way.
+async fn stop(world: &World, tormented: Vec<Tormented>) -> Result<Stopped> {
+    let mut stopped = Stopped { relays: 0, consumers: 0, recoveries: Vec::new() };
     for Tormented { mut relay, mut recovering } in tormented {
         while let Some(recovery) = recovering.join_next().await {
-            recoveries.extend(recovery?);
+            stopped.recoveries.extend(recovery?);
         }
-        started += relay.started();
+        match relay.role {
+            Role::Relay => stopped.relays += relay.started(),
+            Role::Consumer => stopped.consumers += relay.started(),
+        }
         let status = relay.end().await?;
         if !status.success() {
-            world.findings.add(format!("relay {} ended with {status} at a graceful stop when all was well", relay.number));
+            world.findings.add(format!("{relay} ended with {status} at a graceful stop when all was well"));
         }
     }
-    recoveries.sort_unstable();
-    Ok((started, recoveries))
+    stopped.recoveries.sort_unstable();
+    Ok(stopped)
 }

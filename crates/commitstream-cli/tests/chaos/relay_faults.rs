@@ -1,4 +1,4 @@
-//! Faults of one relay, and of its own connections.
+//! Faults of one relay or consumer, and of its own connections.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,17 +11,17 @@ use tokio::time::sleep;
 
 use crate::faults::choose;
 use crate::link_faults::LinkFault;
-use crate::relay::{LONGER_THAN_LEASE_MILLIS, Relay};
+use crate::relay::{LONGER_THAN_LEASE_MILLIS, Relay, Role};
 use crate::watch;
 use crate::world::World;
 
-/// Of the first relay.
+/// Of the first of them.
 const ACTOR: u64 = 10;
 
 #[derive(Debug, Clone, Copy)]
 enum Fault {
     Kill,
-    /// For longer than its lease: others take over, and then it goes on.
+    /// For so long that others take over, and then it goes on.
     Pause,
     Restart,
     /// It leaves, and joins again later.
@@ -39,16 +39,17 @@ const FAULTS: [(u32, Fault); 6] = [
     (3, Fault::RedisLink),
 ];
 
-/// A relay that has been through the storm, and runs.
+/// A process that has been through the storm, and runs.
 pub struct Tormented {
     pub relay: Relay,
-    /// For each kill, how long it took until all that had waited then was published.
+    /// For each kill of a relay, how long it took until all that had waited then was published.
     pub recovering: JoinSet<Option<Duration>>,
 }
 
-pub async fn torment(world: Arc<World>, number: usize) -> Result<Tormented> {
+pub async fn torment(world: Arc<World>, role: Role, number: usize) -> Result<Tormented> {
+    let name = role.name();
     let mut dice = world.dice(ACTOR + number as u64);
-    let mut relay = Relay::new(world.clone(), number)?;
+    let mut relay = Relay::new(world.clone(), role, number)?;
     let mut recovering = JoinSet::new();
     relay.start(&mut dice)?;
     while world.pause(&mut dice, 200..2_000).await {
@@ -57,25 +58,27 @@ pub async fn torment(world: Arc<World>, number: usize) -> Result<Tormented> {
             Fault::Kill => {
                 let waiting = watch::waiting(&world).await;
                 relay.kill()?;
-                world.faults.count("relay killed");
-                recovering.spawn(watch::recovery(world.clone(), waiting));
+                world.faults.count(format!("{name} killed"));
+                if role == Role::Relay {
+                    recovering.spawn(watch::recovery(world.clone(), waiting));
+                }
                 sleep(millis(&mut dice, 0..2_000)).await;
                 relay.start(&mut dice)?;
             }
             Fault::Pause => {
-                world.faults.count("relay paused past its lease");
+                world.faults.count(format!("{name} paused until others take over"));
                 relay.signal("STOP")?;
                 sleep(millis(&mut dice, LONGER_THAN_LEASE_MILLIS)).await;
                 relay.signal("CONT")?;
             }
             Fault::Restart => {
-                world.faults.count("relay restarted gracefully");
+                world.faults.count(format!("{name} restarted gracefully"));
                 relay.end().await?;
                 relay.start(&mut dice)?;
             }
             // The first one always comes back at once, so that there is one.
             Fault::Leave if number > 0 => {
-                world.faults.count("relay left, and joined again");
+                world.faults.count(format!("{name} left, and joined again"));
                 relay.end().await?;
                 world.pause(&mut dice, 2_000..8_000).await;
                 relay.start(&mut dice)?;
@@ -83,12 +86,12 @@ pub async fn torment(world: Arc<World>, number: usize) -> Result<Tormented> {
             Fault::Leave => {}
             Fault::PostgresLink => {
                 let fault = LinkFault::draw(&mut dice)?;
-                world.faults.count(format!("one link to PostgreSQL: {}", fault.name()));
+                world.faults.count(format!("one {name}'s link to PostgreSQL: {}", fault.name()));
                 fault.strike(&[&world.links[number].postgres], &mut dice).await?;
             }
             Fault::RedisLink => {
                 let fault = LinkFault::draw(&mut dice)?;
-                world.faults.count(format!("one link to Redis: {}", fault.name()));
+                world.faults.count(format!("one {name}'s link to Redis: {}", fault.name()));
                 fault.strike(&[&world.links[number].redis], &mut dice).await?;
             }
         }

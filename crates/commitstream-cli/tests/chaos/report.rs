@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
+use crate::consumers::Effects;
 use crate::history::Ledger;
 use crate::judge::Judgement;
 use crate::watch::Watched;
@@ -13,10 +14,12 @@ pub struct Report {
     pub took: Duration,
     pub ledger: Ledger,
     pub judgement: Judgement,
+    pub effects: Effects,
     pub watched: Watched,
     pub longest_truce: Duration,
     /// Started, all in all.
     pub relays: u64,
+    pub consumers: u64,
     /// After each kill, ascending.
     pub recoveries: Vec<Duration>,
     pub faults: BTreeMap<String, u64>,
@@ -26,7 +29,7 @@ pub struct Report {
 
 impl Report {
     pub fn is_clean(&self) -> bool {
-        self.judgement.is_clean()
+        self.judgement.is_clean() && self.effects.is_clean()
     }
 }
 
@@ -47,6 +50,7 @@ impl fmt::Display for Report {
         row(f, "commits without an answer", count(ledger.in_doubt.len() as u64))?;
         row(f, "of these carried out", count(judgement.in_doubt_committed))?;
         row(f, "relays started", count(self.relays))?;
+        row(f, "consumers started", count(self.consumers))?;
         row(f, "entries lost by Redis, at least", count(self.redis_lost))?;
         row(f, "events published again for that", count(judgement.republished))?;
         row(f, "longest without progress", age(watched.longest))?;
@@ -60,6 +64,10 @@ impl fmt::Display for Report {
         row(f, "entries", count(judgement.entries))?;
         for (kind, events) in judgement.faulty.kinds() {
             row(f, kind, count(events.len() as u64))?;
+        }
+        writeln!(f, "\nWhat the consumers made of them:")?;
+        for (kind, number) in self.effects.kinds() {
+            row(f, kind, count(number))?;
         }
         for finding in &judgement.findings {
             writeln!(f, "  {finding}")?;

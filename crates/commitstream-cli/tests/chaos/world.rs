@@ -41,7 +41,7 @@ pub enum Phase {
     Over,
 }
 
-/// One relay's own ways to the servers, so that a fault can hit it alone.
+/// The own ways of one relay or consumer to the servers, so that a fault can hit it alone.
 pub struct Links {
     pub postgres: FaultProxy,
     pub redis: FaultProxy,
@@ -49,7 +49,7 @@ pub struct Links {
 
 pub struct World {
     seed: u64,
-    /// Of settings and logs of the relays. It stays when something was found.
+    /// Of settings and logs of relays and consumers. It stays when something was found.
     pub directory: PathBuf,
     pub postgres: Postgres,
     pub redis: RedisPair,
@@ -67,7 +67,7 @@ pub struct World {
 }
 
 impl World {
-    pub async fn start(seed: u64, relays: usize) -> Result<Self> {
+    pub async fn start(seed: u64, links: usize) -> Result<Self> {
         let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("chaos-{seed}-{}", std::process::id()));
         fs::create_dir_all(&directory)?;
         let postgres = Postgres::start()?;
@@ -76,7 +76,7 @@ impl World {
             let postgres = FaultProxy::start(address(&postgres.url())?)?;
             Ok(Links { postgres, redis: FaultProxy::start(address(&redis.master().url())?)? })
         };
-        let links = (0..relays).map(link).collect::<Result<_>>()?;
+        let links = (0..links).map(link).collect::<Result<_>>()?;
         let world = Self {
             seed,
             directory,
@@ -101,6 +101,7 @@ impl World {
         // What the service has beside its events: how many each aggregate has had.
         let sql = "CREATE TABLE aggregate (type text, id text, events bigint NOT NULL DEFAULT 0, PRIMARY KEY (type, id))";
         sqlx::raw_sql(sql).execute(&mut connection).await?;
+        sqlx::raw_sql(crate::consumers::TABLE).execute(&mut connection).await?;
         let sql = "INSERT INTO aggregate (type, id) SELECT type, n::text FROM unnest($1::text[]) type, generate_series(1, $2) n";
         sqlx::query(sql).bind(TYPES).bind(i32::try_from(AGGREGATES)?).execute(&mut connection).await?;
         Ok(())

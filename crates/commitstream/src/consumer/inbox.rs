@@ -16,6 +16,8 @@ use crate::outbox::{OutboxError, OutboxRepository};
 /// Rows removed in one statement, and how often old ones are looked for.
 const ROWS: u32 = 1_000;
 const INTERVAL: Duration = Duration::from_secs(60 * 60);
+/// After a time-out.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// The inbox of one consumer group.
 #[derive(Debug, Clone)]
@@ -23,6 +25,8 @@ pub(super) struct Inbox {
     pub pool: PgPool,
     pub outbox: OutboxRepository,
     pub retention: Duration,
+    /// Of beginning and of ending a transaction.
+    pub timeout: Duration,
 }
 
 impl Inbox {
@@ -63,16 +67,26 @@ impl<E: DecodeEvent, H: TransactionalHandler<E>> Transactional<E, H> {
     async fn handle_once(&self, delivery: &Delivery) -> Result<(), HandlerError> {
         let event = decode(delivery)?;
         let Inbox { pool, outbox, .. } = &self.inbox;
-        let mut transaction = pool.begin().await?;
-        if outbox.remember(&mut transaction, delivery.group(), delivery.event_id()).await? {
+        let begin = async {
+            let mut transaction = pool.begin().await?;
+            let is_new = outbox.remember(&mut transaction, delivery.group(), delivery.event_id()).await?;
+            Ok::<_, HandlerError>((transaction, is_new))
+        };
+        let (mut transaction, is_new) = self.bounded(begin).await?;
+        if is_new {
             self.handler.handle(event, delivery, &mut transaction).await?;
-            // An unknown outcome is an outage: the next delivery finds the row or does not.
-            transaction.commit().await?;
         } else {
             tracing::debug!(event = %delivery.event_id(), group = delivery.group(), "handled before");
-            transaction.rollback().await?;
         }
-        Ok(())
+        // An unknown outcome is an outage: the next delivery finds the row or does not.
+        self.bounded(async { Ok(transaction.commit().await?) }).await
+    }
+
+    async fn bounded<T>(&self, work: impl Future<Output = Result<T, HandlerError>>) -> Result<T, HandlerError> {
+        let limit = self.inbox.timeout;
+        tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
+            Err(HandlerError::retry_later(AGAIN, format!("PostgreSQL did not answer within {limit:?} (app.database.timeout)")))
+        })
     }
 }
 

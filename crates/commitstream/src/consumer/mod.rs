@@ -32,6 +32,7 @@ mod worker;
 
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -169,6 +170,7 @@ impl Consumer {
             pool: pool.clone(),
             outbox: OutboxRepository::new(&self.settings.database.schema),
             retention: Duration::from_secs(u64::from(self.settings.consumer.inbox_retention_days) * 86_400),
+            timeout: self.settings.database.timeout,
         };
         if self.inboxes.is_empty() {
             self.inboxes.push(inbox.clone());
@@ -237,6 +239,7 @@ impl Consumer {
                     reporter: reporter.clone(),
                     stop: stop.clone(),
                     lanes: Mutex::new(Lanes::default()),
+                    turn: AtomicU64::new(0),
                     ready: Notify::new(),
                     settled: Notify::new(),
                 })

@@ -1,6 +1,7 @@
 //! One membership in the group of one stream: reads, hands out to workers, acknowledges, takes over from the dead.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ use super::lanes::{Item, Lanes, What};
 use super::status::Reporter;
 use crate::backoff::Backoff;
 use crate::config::{ConsumerSettings, UnknownEvents};
-use crate::streams::{EntryId, Member, Received, Streams, StreamsError, TakenOver};
+use crate::streams::{Cycle, EntryId, Member, Received, Streams, StreamsError, TakenOver};
 
 /// Acknowledgements, and aggregates given back, in one call.
 const MOST_REPORTED: usize = 2_000;
@@ -59,6 +60,8 @@ pub(super) struct Session {
     pub reporter: Reporter,
     pub stop: watch::Receiver<bool>,
     pub lanes: Mutex<Lanes>,
+    /// Counts the calls, so that one that arrives late is told from the last one.
+    pub turn: AtomicU64,
     /// There is something to handle.
     pub ready: Notify,
     /// Something was handled.
@@ -172,6 +175,10 @@ impl Session {
         }
         self.read_again().await?;
         if *unsure {
+            // From here on, a call that was given up finds that it is too late. What it did before is found now.
+            if let Err(gone) = self.cycle(&[], &[], 0).await? {
+                return Ok(Err(gone));
+            }
             self.find_what_is_in_hand().await?;
             *unsure = false;
         }
@@ -180,7 +187,7 @@ impl Session {
             let mut lanes = self.lanes();
             (lanes.report(MOST_REPORTED), lanes.room(batch, self.settings.max_in_flight_bytes))
         };
-        let cycle = match self.streams.cycle(&self.member, &done, &idle, room).await {
+        let cycle = match self.cycle(&done, &idle, room).await {
             Ok(Ok(cycle)) => cycle,
             Ok(Err(gone)) => return Ok(Err(gone)),
             Err(error) => {
@@ -201,6 +208,11 @@ impl Session {
         } else {
             end.map_or(Pause::For(CONGESTION), Pause::UntilEntryAfter)
         }))
+    }
+
+    async fn cycle(&self, done: &[EntryId], idle: &[Arc<str>], room: usize) -> Result<Result<Cycle, TakenOver>, StreamsError> {
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed) + 1;
+        self.streams.cycle(&self.member, turn, done, idle, room).await
     }
 
     /// Entries whose wait is over are read again, as only their ids were kept.
@@ -299,14 +311,15 @@ impl Session {
         }
     }
 
-    /// Acknowledges what is done. Returns whether there is more.
+    /// Acknowledges what is done. Returns whether there is more. No aggregate is given back: where an answer was lost, entries of it may be
+    /// in hand and not known of; whoever takes over has them all.
     async fn flush(&self) -> bool {
-        let (done, idle) = self.lanes().report(MOST_REPORTED);
-        match self.streams.cycle(&self.member, &done, &idle, 0).await {
+        let (done, _) = self.lanes().report(MOST_REPORTED);
+        match self.cycle(&done, &[], 0).await {
             Ok(_) => self.lanes().has_report(),
             Err(error) => {
                 tracing::warn!(stream = %self.stream, %error, "could not acknowledge; handled events may be delivered again");
-                self.lanes().report_again(done, idle);
+                self.lanes().report_again(done, Vec::new());
                 false
             }
         }

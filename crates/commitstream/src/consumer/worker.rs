@@ -15,7 +15,7 @@ use super::{Delivery, HandlerError};
 use crate::backoff::{Backoff, delay};
 use crate::chain::chain;
 use crate::event::rfc3339;
-use crate::streams::{Burial, Member, StreamsError};
+use crate::streams::{Burial, Member, StreamsError, TakenOver};
 
 /// Events that a worker handles before it lets others run.
 const TURN: u32 = 32;
@@ -117,7 +117,9 @@ impl Session {
                 return Err(HandlerError::give_up("its consumers died while they handled it"));
             }
             let history = self.history(item, "its consumer died while it handled this, or just before");
-            self.note(item, item.failures + 1, &history).await;
+            if self.note(item, item.failures + 1, &history).await.is_err() {
+                return Err(HandlerError::retry_later(LONGEST_LATER, "others have taken over"));
+            }
         }
         match AssertUnwindSafe(handler.handle(deliveries)).catch_unwind().await {
             Ok(result) => result,
@@ -154,22 +156,24 @@ impl Session {
         }
         let wait = delay(item.failures, self.settings.retry_base_delay, self.settings.retry_max_delay);
         tracing::info!(stream = %self.stream, entry = %item.id, attempt = item.failures + 1, reason, ?wait, "a handler failed");
-        if !self.note(&item, item.failures + 1, &history).await {
-            return Outcome { gone: vec![item.id], ..Outcome::default() };
+        match self.note(&item, item.failures + 1, &history).await {
+            Ok(true) => {}
+            Ok(false) => return Outcome { gone: vec![item.id], ..Outcome::default() },
+            Err(TakenOver) => return left(item),
         }
         back(Item { failures: item.failures + 1, history, suspect: false, ..item }, wait)
     }
 
-    /// Notes a failure in Redis, so that whoever takes over knows of it. `false`: somebody has.
-    async fn note(&self, item: &Item, failures: u32, history: &str) -> bool {
+    /// Notes a failure in Redis, so that whoever takes over knows of it. `false`: somebody has acknowledged it.
+    async fn note(&self, item: &Item, failures: u32, history: &str) -> Result<bool, TakenOver> {
         let mut backoff = Backoff::default();
         loop {
             match self.streams.note_failure(&self.member, item.id, failures, history).await {
-                Ok(noted) => return noted.unwrap_or(false),
+                Ok(noted) => return noted,
                 Err(error) if error.is_outage() => tokio::time::sleep(backoff.next()).await,
                 Err(error) => {
                     tracing::warn!(stream = %self.stream, entry = %item.id, %error, "could not note a failure; it counts in this process only");
-                    return true;
+                    return Ok(true);
                 }
             }
         }
@@ -188,6 +192,8 @@ impl Session {
                     if buried {
                         self.reporter.dead();
                         tracing::warn!(stream, group, entry = %item.id, reason, "an event is a dead letter; see `commitstream dead list`");
+                    } else if self.note(&item, item.failures, history).await.is_err() {
+                        return left(item);
                     }
                     return Outcome { gone: vec![item.id], ..Outcome::default() };
                 }
@@ -210,6 +216,11 @@ impl Session {
         attempts.push(json!({ "at": rfc3339(Utc::now()), "consumer": self.member.name, "reason": cut(reason) }));
         Value::Array(attempts).to_string()
     }
+}
+
+/// Others have it: what stands behind it in this process is theirs as well, and must not overtake it here. The session ends soon.
+fn left(item: Item) -> Outcome {
+    Outcome { back: vec![item], wait: Some(Instant::now() + LONGEST_LATER), ..Outcome::default() }
 }
 
 /// A server was away: that says nothing about the event.

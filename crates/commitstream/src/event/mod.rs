@@ -92,103 +92,37 @@ pub mod derive_support {
     pub use serde_json::{Error as JsonError, value::RawValue};
 
     use serde::Serialize;
-    use serde::de::{DeserializeOwned, Deserializer, EnumAccess, Error, IntoDeserializer, VariantAccess, Visitor};
+    use serde::de::DeserializeOwned;
+    use serde::de::value::{MapAccessDeserializer, MapDeserializer};
     use serde_json::value::to_raw_value;
 
-    use super::{EventEnvelope, EventError};
+    use super::{DomainEvent, EventEnvelope, EventError};
 
     /// Reads the payload of a struct, or of an enum that keeps its tag.
-    pub fn decode<T: DeserializeOwned>(envelope: &EventEnvelope) -> Result<T, EventError> {
-        serde_json::from_str(envelope.payload.get()).map_err(|source| unreadable(envelope, source))
+    pub fn decode<T: DomainEvent + DeserializeOwned>(envelope: &EventEnvelope) -> Result<T, EventError> {
+        checked(envelope, serde_json::from_str(envelope.payload.get()))
     }
 
     /// Reads the payload of a variant, which goes without its tag. Serde is told the variant by its number among those that it
-    /// reads, so that no renaming matters.
-    pub fn decode_variant<T: DeserializeOwned>(number: u32, envelope: &EventEnvelope) -> Result<T, EventError> {
-        let tagged = Tagged { number, content: envelope.payload.get() };
-        T::deserialize(tagged).map_err(|source| unreadable(envelope, source))
+    /// reads, so that no renaming matters: as from `{number: payload}`, the form of an externally tagged enum.
+    pub fn decode_variant<T: DomainEvent + DeserializeOwned>(number: u64, envelope: &EventEnvelope) -> Result<T, EventError> {
+        let tagged = MapDeserializer::new(std::iter::once((number, envelope.payload.as_ref())));
+        checked(envelope, T::deserialize(MapAccessDeserializer::new(tagged)))
+    }
+
+    /// An enum without tags may have read another variant of the same form.
+    fn checked<T: DomainEvent>(envelope: &EventEnvelope, read: Result<T, JsonError>) -> Result<T, EventError> {
+        let event = read.map_err(|source| EventError::Payload { event_type: envelope.event_type.clone(), source })?;
+        if (event.aggregate_type(), event.event_type()) == (&*envelope.aggregate_type, &*envelope.event_type) {
+            return Ok(event);
+        }
+        Err(another_type(envelope, event.event_type()))
     }
 
     /// The envelope holds an event of another type.
     pub fn another_type(envelope: &EventEnvelope, wanted: &str) -> EventError {
         let EventEnvelope { id, event_type, aggregate_type, .. } = envelope;
         EventError::Decode { entry: id.to_string(), reason: format!("{event_type} of {aggregate_type} is none of {wanted}") }
-    }
-
-    fn unreadable(envelope: &EventEnvelope, source: JsonError) -> EventError {
-        EventError::Payload { event_type: envelope.event_type.clone(), source }
-    }
-
-    /// An externally tagged enum whose tag is known.
-    struct Tagged<'a> {
-        number: u32,
-        content: &'a str,
-    }
-
-    impl<'de> Deserializer<'de> for Tagged<'de> {
-        type Error = JsonError;
-
-        fn deserialize_any<V: Visitor<'de>>(self, _visitor: V) -> Result<V::Value, JsonError> {
-            Err(JsonError::custom("an enum with untagged variants cannot be read without its tag"))
-        }
-
-        fn deserialize_enum<V: Visitor<'de>>(
-            self,
-            _name: &'static str,
-            _variants: &'static [&'static str],
-            visitor: V,
-        ) -> Result<V::Value, JsonError> {
-            visitor.visit_enum(self)
-        }
-
-        serde::forward_to_deserialize_any! {
-            bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit unit_struct
-            newtype_struct seq tuple tuple_struct map struct identifier ignored_any
-        }
-    }
-
-    impl<'de> EnumAccess<'de> for Tagged<'de> {
-        type Error = JsonError;
-        type Variant = Content<'de>;
-
-        fn variant_seed<S: serde::de::DeserializeSeed<'de>>(self, seed: S) -> Result<(S::Value, Content<'de>), JsonError> {
-            let variant = seed.deserialize(IntoDeserializer::<JsonError>::into_deserializer(self.number))?;
-            Ok((variant, Content(self.content)))
-        }
-    }
-
-    /// What stands in the variant.
-    struct Content<'a>(&'a str);
-
-    impl<'de> Content<'de> {
-        fn read<T>(
-            self,
-            read: impl FnOnce(&mut serde_json::Deserializer<serde_json::de::StrRead<'de>>) -> Result<T, JsonError>,
-        ) -> Result<T, JsonError> {
-            let mut json = serde_json::Deserializer::from_str(self.0);
-            let value = read(&mut json)?;
-            json.end().map(|()| value)
-        }
-    }
-
-    impl<'de> VariantAccess<'de> for Content<'de> {
-        type Error = JsonError;
-
-        fn unit_variant(self) -> Result<(), JsonError> {
-            Ok(())
-        }
-
-        fn newtype_variant_seed<S: serde::de::DeserializeSeed<'de>>(self, seed: S) -> Result<S::Value, JsonError> {
-            self.read(|json| seed.deserialize(json))
-        }
-
-        fn tuple_variant<V: Visitor<'de>>(self, len: usize, visitor: V) -> Result<V::Value, JsonError> {
-            self.read(|json| json.deserialize_tuple(len, visitor))
-        }
-
-        fn struct_variant<V: Visitor<'de>>(self, fields: &'static [&'static str], visitor: V) -> Result<V::Value, JsonError> {
-            self.read(|json| json.deserialize_struct("", fields, visitor))
-        }
     }
 
     /// Serialises a struct as its payload.

@@ -90,7 +90,7 @@ local function now()
 end
 ";
 
-/// KEYS: stream, members, owners, successors, takers, failures. ARGV: group, member, life, prefix of the queues.
+/// KEYS: stream, members, owners, successors, takers, failures, turns. ARGV: group, member, life, prefix of the queues.
 const COMMON: &str = r"
 local stream, members, owners, successors, takers, failures = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local group, me, life, queue = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
@@ -136,24 +136,29 @@ static JOIN: LazyLock<Script> = LazyLock::new(|| {
 });
 
 /// Acknowledges, gives aggregates back, and takes entries. Further ARGV: how many may queue up for another member, how many entries to
-/// take, how many acknowledgements, these, and the aggregates.
+/// take, number of the call, how many acknowledgements, these, and the aggregates.
+///
+/// A call that arrives after a later one of its member, because its connection stalled, does nothing: the member has given it up, and
+/// would not know of the entries that it takes, nor that it gives back what is in hand again.
 static CYCLE: LazyLock<Script> = LazyLock::new(|| {
     Script::new(&format!(
         "{NOW}{COMMON}{}",
         r"
-        local longest, count, done = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+        local longest, count, turn, done = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
+        if turn <= tonumber(redis.call('HGET', KEYS[7], me) or 0) then return {'late'} end
+        redis.call('HSET', KEYS[7], me, turn)
         if done > 0 then
-            redis.call('XACK', stream, group, unpack(ARGV, 8, 7 + done))
-            if redis.call('EXISTS', failures) == 1 then redis.call('HDEL', failures, unpack(ARGV, 8, 7 + done)) end
+            redis.call('XACK', stream, group, unpack(ARGV, 9, 8 + done))
+            if redis.call('EXISTS', failures) == 1 then redis.call('HDEL', failures, unpack(ARGV, 9, 8 + done)) end
         end
 
         local mine = queue .. me
         local released = 1
-        if #ARGV > 7 + done then
+        if #ARGV > 8 + done then
             if redis.call('LLEN', mine) > 0 then
                 released = 0
             else
-                local names = {unpack(ARGV, 8 + done)}
+                local names = {unpack(ARGV, 9 + done)}
                 local held, free = redis.call('HMGET', owners, unpack(names)), {}
                 for i, name in ipairs(names) do
                     if held[i] and resolve(held[i]) == me then free[#free + 1] = name end
@@ -176,6 +181,8 @@ static CYCLE: LazyLock<Script> = LazyLock::new(|| {
 
         local new, last = {}, ''
         local room = count - #queued
+        -- Some that queued up may be known and done already; what stands behind them comes before anything new.
+        if room > 0 and redis.call('LLEN', mine) > 0 then room = 0 end
         if room > 0 then
             local living = redis.call('ZRANGEBYSCORE', members, time, '+inf')
             for _, name in ipairs(living) do
@@ -266,6 +273,7 @@ static TAKE: LazyLock<Script> = LazyLock::new(|| {
             if room > 0 and resolve(work[i + 1]) == me and take(name, true) then
                 redis.call('HSET', successors, name, me)
                 redis.call('HDEL', takers, name)
+                redis.call('HDEL', KEYS[7], name)
                 redis.call('DEL', queue .. name)
                 redis.call('XGROUP', 'DELCONSUMER', stream, group, name)
             end
@@ -322,19 +330,21 @@ impl Streams {
     }
 
     /// Acknowledges `done`, gives `released` back, and takes up to `count` entries: at most 1,000 of them, and 3,000 of each of the others. May
-    /// be called again after an unknown outcome; what that call had taken is then to be found with [`in_hand`](Self::in_hand).
+    /// be called again after an unknown outcome, with a higher `turn`; what that call had taken is then to be found with
+    /// [`in_hand`](Self::in_hand).
     ///
     /// # Errors
     /// Redis is not reachable or refuses; `NOGROUP` if somebody has removed the group.
     pub async fn cycle(
         &self,
         member: &Member,
+        turn: u64,
         done: &[EntryId],
         released: &[impl AsRef<str>],
         count: usize,
     ) -> Result<Result<Cycle, TakenOver>, StreamsError> {
         let mut call = common(&CYCLE, member);
-        call.arg(LONGEST_QUEUE).arg(count).arg(done.len());
+        call.arg(LONGEST_QUEUE).arg(count).arg(turn).arg(done.len());
         for id in done {
             call.arg(id.to_string());
         }
@@ -440,7 +450,7 @@ impl Streams {
 fn common<'a>(script: &'a Script, member: &Member) -> ScriptInvocation<'a> {
     let mut call = script.prepare_invoke();
     call.key(&member.stream);
-    for name in ["members", "owners", "successors", "takers", "failures"] {
+    for name in ["members", "owners", "successors", "takers", "failures", "turns"] {
         call.key(group_key(&member.stream, &member.group, name));
     }
     call.arg(&member.group).arg(&member.name).arg(millis(member.life)).arg(group_key(&member.stream, &member.group, "queue:"));
