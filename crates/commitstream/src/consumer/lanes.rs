@@ -94,6 +94,11 @@ pub(super) struct Lanes {
     waiting: BTreeSet<(Instant, Arc<str>)>,
     unread: VecDeque<Arc<str>>,
     known: HashSet<EntryId>,
+    /// Over, but an answer that is on its way may still have it.
+    over: HashSet<EntryId>,
+    /// Of these, those that need no acknowledgement: not reported yet, and reported.
+    gone: Vec<EntryId>,
+    gone_reported: Vec<EntryId>,
     /// Entries with their payload, queued or being handled.
     loaded: usize,
     bytes: usize,
@@ -115,6 +120,9 @@ impl Default for Lanes {
             waiting: BTreeSet::new(),
             unread: VecDeque::new(),
             known: HashSet::new(),
+            over: HashSet::new(),
+            gone: Vec::new(),
+            gone_reported: Vec::new(),
             loaded: 0,
             bytes: 0,
             typical: LARGE,
@@ -127,7 +135,7 @@ impl Default for Lanes {
 impl Lanes {
     /// Takes an entry in hand, behind the others of its aggregate. One that is known already is left as it is.
     pub fn offer(&mut self, aggregate: &str, mut item: Item) {
-        if !self.known.insert(item.id) {
+        if self.over.contains(&item.id) || !self.known.insert(item.id) {
             return;
         }
         if !self.queues.contains_key(aggregate) {
@@ -192,8 +200,10 @@ impl Lanes {
         }
         for id in outcome.done.iter().chain(&outcome.gone) {
             self.known.remove(id);
+            self.over.insert(*id);
         }
         self.done.extend(outcome.done);
+        self.gone.extend(outcome.gone);
         let Some(queue) = self.queues.get_mut(aggregate) else { return };
         for item in outcome.back.into_iter().rev() {
             self.loaded += 1;
@@ -276,17 +286,27 @@ impl Lanes {
             return 0;
         }
         let fits = bytes.saturating_sub(self.bytes) / self.typical.max(1);
+        // One that is larger than all that is allowed is taken alone.
+        let fits = if self.loaded == 0 { fits.max(1) } else { fits };
         batch.min((2 * batch).saturating_sub(self.loaded)).min(fits)
     }
 
     /// What is to be acknowledged, and which aggregates have nothing in hand any more. Up to `most` of each.
     pub fn report(&mut self, most: usize) -> (Vec<EntryId>, Vec<Arc<str>>) {
         let done: Vec<EntryId> = self.done.drain(..self.done.len().min(most)).collect();
+        self.gone_reported.append(&mut self.gone);
         // What an aggregate has done is acknowledged before it is given back.
         let most = if self.done.is_empty() { most } else { 0 };
         let idle: Vec<Arc<str>> = self.idle.iter().take(most).cloned().collect();
         idle.iter().for_each(|name| drop(self.idle.take(name)));
         (done, idle)
+    }
+
+    /// Redis has answered to the report: no later answer has these entries.
+    pub fn heard(&mut self, done: &[EntryId]) {
+        for id in done.iter().copied().chain(std::mem::take(&mut self.gone_reported)) {
+            self.over.remove(&id);
+        }
     }
 
     /// Redis has not heard of it, or has not given the aggregates back.
@@ -295,13 +315,18 @@ impl Lanes {
         self.idle.extend(idle.into_iter().filter(|name| !self.queues.contains_key(name)));
     }
 
+    /// Entries whose turn has come are to be read.
+    pub fn has_unread(&self) -> bool {
+        !self.unread.is_empty()
+    }
+
     pub fn has_report(&self) -> bool {
         !self.done.is_empty()
     }
 
-    /// Whether an acknowledgement of this entry is on its way, or it is in hand.
+    /// Whether it is in hand, or over and Redis may not know yet.
     pub fn knows(&self, id: EntryId) -> bool {
-        self.known.contains(&id) || self.done.contains(&id)
+        self.known.contains(&id) || self.over.contains(&id)
     }
 
     /// Entries in hand, and how many of them wait.

@@ -115,6 +115,7 @@ impl Model {
                     assert!(open, "{aggregate} is given back with something in hand");
                 }
                 if *heard {
+                    self.lanes.heard(&done);
                     self.reported.extend(done.iter().map(|id| id.millis));
                 } else {
                     self.lanes.report_again(done, idle);

@@ -24,6 +24,10 @@ use crate::streams::{Cycle, EntryId, Member, Received, Streams, StreamsError, Ta
 const MOST_REPORTED: usize = 2_000;
 /// Entries read again, or taken over, in one call.
 const PAGE: usize = 200;
+/// Deliveries, of which each but the first followed the end of a consumer, after which an entry may be the cause.
+const SUSPICIOUS: u32 = 3;
+/// Aggregates whose entries are read again between two signs of life.
+const MOST_READ_AGAIN: usize = 50;
 /// Longest wait for a new entry, and between two looks for dead members.
 pub(super) const LONGEST_WAIT: Duration = Duration::from_secs(5);
 const LONGEST_BEAT: Duration = Duration::from_secs(1);
@@ -93,22 +97,27 @@ impl Session {
         end
     }
 
-    /// The loop that talks to Redis. An outage is waited for, and what is in hand is kept.
+    /// The loop that talks to Redis. An outage is waited for, and what is in hand is kept as long as others do not count this member dead.
     async fn feed(&self) -> Result<End, StreamsError> {
-        let (mut backoff, mut unsure) = (Backoff::default(), true);
+        // A new name has nothing in hand yet.
+        let (mut backoff, mut unsure) = (Backoff::default(), false);
+        let mut heard = Instant::now();
         let (mut beat, mut wait): (Instant, Option<BoxFuture<'_, _>>) = (Instant::now(), None);
         loop {
             if *self.stop.borrow() {
                 return Ok(End::Stopped);
             }
+            let begun = Instant::now();
             let pause = match self.turn(&mut beat, &mut unsure).await {
                 Ok(Ok(pause)) => {
-                    backoff = Backoff::default();
+                    (backoff, heard) = (Backoff::default(), begun);
                     self.reporter.state(ConsumerState::Active);
                     pause
                 }
                 Ok(Err(TakenOver)) => return Ok(End::TakenOver),
                 Err(error) if is_no_group(&error) => return Err(error),
+                // Others may have taken over, and handle what is in hand here.
+                Err(_) if heard.elapsed() > self.member.life => return Ok(End::TakenOver),
                 Err(error) => {
                     self.reporter.state(ConsumerState::Unable { reason: error.to_string() });
                     unsure = true;
@@ -182,11 +191,8 @@ impl Session {
             self.find_what_is_in_hand().await?;
             *unsure = false;
         }
-        let batch = self.settings.batch_size as usize;
-        let ((done, idle), room) = {
-            let mut lanes = self.lanes();
-            (lanes.report(MOST_REPORTED), lanes.room(batch, self.settings.max_in_flight_bytes))
-        };
+        let room = self.room();
+        let (done, idle) = self.lanes().report(MOST_REPORTED);
         let cycle = match self.cycle(&done, &idle, room).await {
             Ok(Ok(cycle)) => cycle,
             Ok(Err(gone)) => return Ok(Err(gone)),
@@ -195,13 +201,14 @@ impl Session {
                 return Err(error);
             }
         };
+        self.lanes().heard(&done);
         if !cycle.released {
             self.lanes().report_again(Vec::new(), idle);
         }
         let (received, end) = (cycle.received.len(), cycle.end);
         self.offer(cycle.received);
         let lanes = self.lanes();
-        Ok(Ok(if received > 0 || lanes.has_report() {
+        Ok(Ok(if received > 0 || lanes.has_report() || (lanes.has_unread() && room > 0) {
             Pause::No
         } else if room == 0 {
             Pause::Full
@@ -215,10 +222,14 @@ impl Session {
         self.streams.cycle(&self.member, turn, done, idle, room).await
     }
 
-    /// Entries whose wait is over are read again, as only their ids were kept.
+    /// Entries whose wait is over are read again, as only their ids were kept; so many at a time that others are not kept waiting for
+    /// a sign of life, and as there is room.
     async fn read_again(&self) -> Result<(), StreamsError> {
         self.lanes().wake(Instant::now());
-        loop {
+        for _ in 0..MOST_READ_AGAIN {
+            if self.room() == 0 {
+                return Ok(());
+            }
             let Some((aggregate, ids)) = self.lanes().next_unread(PAGE) else { return Ok(()) };
             let read = self.streams.entries(&self.stream, &ids).await;
             let whats = read.as_ref().map_or_else(|_| Vec::new(), |entries| entries.iter().map(|e| self.judge(e)).collect());
@@ -226,6 +237,11 @@ impl Session {
             self.ready.notify_one();
             read?;
         }
+        Ok(())
+    }
+
+    fn room(&self) -> usize {
+        self.lanes().room(self.settings.batch_size as usize, self.settings.max_in_flight_bytes)
     }
 
     /// An answer may have been lost: what Redis has given to this member and it does not know of is taken in hand.
@@ -254,7 +270,7 @@ impl Session {
             };
             let what = self.judge(&entry);
             let failures = failures_in(&entry.history);
-            let suspect = entry.deliveries > 2;
+            let suspect = entry.deliveries > SUSPICIOUS;
             (aggregate, Item { id: entry.id, what, history: entry.history, failures, alone: false, suspect })
         });
         let items: Vec<_> = items.collect();
@@ -305,6 +321,8 @@ impl Session {
                 () = tokio::time::sleep(LONGEST_BEAT.min(self.member.life / 4)) => drop(self.flush().await),
             }
         }
+        // Nobody may be at work here when others take over.
+        workers.shutdown().await;
         while self.flush().await && Instant::now() < deadline + LONGEST_BEAT {}
         if let Err(error) = self.streams.leave_group(&self.member).await {
             tracing::warn!(stream = %self.stream, %error, "could not leave the group: others take over when claimIdle is over");

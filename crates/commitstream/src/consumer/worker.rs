@@ -136,6 +136,7 @@ impl Session {
         let error = match error {
             HandlerError::RetryLater { after, reason } => {
                 tracing::debug!(stream = %self.stream, entry = %item.id, reason, "a handler wants to try again later");
+                let item = self.cleared(item).await;
                 return back(item, (*after).min(LONGEST_LATER));
             }
             HandlerError::GiveUp { reason } => {
@@ -147,6 +148,7 @@ impl Session {
         let reason = chain(error.as_ref());
         if is_outage(error.as_ref()) {
             tracing::debug!(stream = %self.stream, entry = %item.id, reason, "a handler could not reach a server");
+            let item = self.cleared(item).await;
             return back(item, delay(0, Duration::from_secs(1), Duration::from_secs(1)));
         }
         self.reporter.failed();
@@ -162,6 +164,17 @@ impl Session {
             Err(TakenOver) => return left(item),
         }
         back(Item { failures: item.failures + 1, history, suspect: false, ..item }, wait)
+    }
+
+    /// A suspect whose handler came back has killed nobody: the note that was made in advance is taken back.
+    async fn cleared(&self, item: Item) -> Item {
+        if item.suspect {
+            let history = if item.history.is_empty() { "[]" } else { &item.history };
+            if self.note(&item, item.failures, history).await.is_err() {
+                tracing::debug!(stream = %self.stream, entry = %item.id, "others took over, and count one failure more");
+            }
+        }
+        Item { suspect: false, ..item }
     }
 
     /// Notes a failure in Redis, so that whoever takes over knows of it. `false`: somebody has acknowledged it.

@@ -94,7 +94,10 @@ end
 const COMMON: &str = r"
 local stream, members, owners, successors, takers, failures = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local group, me, life, queue = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-if not redis.call('ZSCORE', members, me) then return {'gone'} end
+-- 0 is the score of one that has left.
+if (tonumber(redis.call('ZSCORE', members, me) or 0)) == 0 then return {'gone'} end
+local group_is_there = redis.pcall('XPENDING', stream, group)
+if group_is_there.err then return group_is_there end
 local time = now()
 redis.call('ZADD', members, time + life, me)
 

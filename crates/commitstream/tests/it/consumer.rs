@@ -364,9 +364,15 @@ async fn a_graceful_stop_finishes_what_is_at_work_and_returns_the_rest() -> Resu
     let (gate, book) = (Arc::new(Semaphore::new(0)), Arc::new(Book::default()));
     let first = start(&world, Gate(gate.clone(), book.clone()))?;
     eventually("two handlers to begin", async || Ok(book.count() == 2)).await?;
-    let stopping = tokio::spawn(first.stop());
+    let mut stopping = std::pin::pin!(first.stop());
+    // It is asked for before the gate opens.
+    tokio::select! {
+        biased;
+        _ = &mut stopping => anyhow::bail!("it did not wait for its handlers"),
+        () = std::future::ready(()) => {}
+    }
     gate.add_permits(100);
-    let status = stopping.await??;
+    let status = stopping.await?;
     assert_eq!(status.handled, 2, "what had begun, and no more");
     assert_eq!(pending(&world).await?, 38);
     let begun = std::time::Instant::now();
