@@ -2,6 +2,7 @@
 
 pub mod cleanup;
 pub mod config;
+mod days;
 pub mod dead;
 pub mod demo;
 pub mod failed;
