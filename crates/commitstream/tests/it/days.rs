@@ -11,7 +11,7 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
-use crate::support::{Form, World, eventually};
+use crate::support::{FUNCTIONS, Form, World, eventually};
 
 const MIGRATIONS: [&str; 3] = [
     include_str!("../../../../migrations/V3__create_outbox_table.sql"),
@@ -431,9 +431,7 @@ async fn dropping_gives_space_back_at_once_and_deleting_does_not() -> Result<()>
         let world = World::of(form).await?;
         let mut connection = world.connect().await?;
         if form == Form::Whole {
-            world.database.psql(
-                "CREATE FUNCTION outbox_test_id(day int, n bigint) RETURNS uuid LANGUAGE sql AS 'SELECT outbox_uuid_v7()';",
-            )?;
+            world.database.psql(FUNCTIONS)?;
         }
         world.database.psql(
             "DO $$ DECLARE leaf regclass; BEGIN

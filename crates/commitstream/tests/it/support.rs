@@ -44,6 +44,7 @@ impl World {
     pub async fn of(form: Form) -> Result<Self> {
         let world = Self::unmigrated()?;
         world.outbox.migrate(&mut world.connect().await?).await?;
+        println!("event_outbox: {form:?}");
         if form == Form::ByDay {
             world.partition_days_ago(10).await?;
         }
@@ -54,6 +55,7 @@ impl World {
     pub async fn partition_days_ago(&self, days: i32) -> Result<()> {
         let mut connection = self.connect().await?;
         self.outbox.partition_by_day(&mut connection).await?;
+        self.database.psql(FUNCTIONS)?;
         self.database.psql(&PARTITIONED_DAYS_AGO.replace("{days}", &days.to_string()))?;
         days::make_ahead(&self.outbox, &mut connection).await?;
         Ok(())
@@ -200,16 +202,18 @@ impl World {
     }
 }
 
-/// `outbox_test_id(day, n)` is the `n`th id of the day so many days from now. The first partition is made one of the past, and followed
-/// by those of the days up to today.
-const PARTITIONED_DAYS_AGO: &str = "
+/// `outbox_test_id(day, n)` is the `n`th id of the day so many days from now, `outbox_test_name` its partition.
+pub const FUNCTIONS: &str = "
 CREATE FUNCTION outbox_test_id(day int, n bigint DEFAULT 0) RETURNS uuid LANGUAGE sql AS $$
     SELECT (lpad(to_hex((extract(epoch FROM (now() AT TIME ZONE 'UTC')::date + day) * 1000)::bigint), 12, '0')
             || '70008' || lpad(to_hex(n), 15, '0'))::uuid
 $$;
 CREATE FUNCTION outbox_test_name(day int) RETURNS text LANGUAGE sql AS $$
     SELECT to_char((now() AT TIME ZONE 'UTC')::date + day, '\"event_outbox_p\"YYYYMMDD')
-$$;
+$$;";
+
+/// The first partition is made one of the past, and followed by those of the days up to today.
+const PARTITIONED_DAYS_AGO: &str = "
 DO $$
 DECLARE
     first text := (SELECT inhrelid::regclass FROM pg_inherits JOIN pg_class ON oid = inhrelid
