@@ -127,7 +127,8 @@ pub struct CleanupSettings {
     pub enabled: bool,
     /// Default 1 h; at least 1 s.
     pub interval: Duration,
-    /// Days that published rows are kept (`OUTBOX_RETENTION_DAYS`). Default 7; 0 removes them at the next clean-up.
+    /// Days that published rows are kept (`OUTBOX_RETENTION_DAYS`). Default 7. With 0 the relay deletes each row as soon
+    /// as it is published, which is faster; then what a failover of Redis loses cannot be published again.
     pub retention_days: u32,
     /// Most rows deleted in one transaction. Default 1,000; 1 to 100,000.
     pub batch_size: u32,

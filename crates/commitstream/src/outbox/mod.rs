@@ -21,7 +21,7 @@ mod wake;
 
 pub use admin::{FailedEvent, Selection};
 pub use audit::{Finding, Findings};
-pub use claim::{Claim, ClaimRequest, OutboxEvent};
+pub use claim::{Batch, Claim, ClaimRequest, OutboxEvent};
 pub use connection::connect;
 pub use error::OutboxError;
 pub(crate) use error::is_outage;
@@ -29,7 +29,7 @@ pub use journal::{JournalBatch, OpenBatch, Requeued};
 pub use lease::{Lease, Partitions};
 pub use migrations::{LATEST_VERSION, Migrated};
 pub use relays::{Heartbeat, Members, RelayRow};
-pub use settle::{Refusal, Settlement};
+pub use settle::{AfterPublishing, Refusal, Settlement};
 pub use stats::OutboxStats;
 pub(crate) use wake::RELAYS_CHANGED;
 

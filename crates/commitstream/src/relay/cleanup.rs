@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use sqlx::PgConnection;
 
-use crate::config::{Settings, StreamsSettings};
-use crate::outbox::{self, OutboxError, OutboxRepository};
+use crate::config::{CleanupSettings, Settings, StreamsSettings};
+use crate::outbox::{self, AfterPublishing, OutboxError, OutboxRepository};
 use crate::streams::{Streams, StreamsError, Trimmed};
 
 /// What one clean-up removed.
@@ -44,6 +44,11 @@ pub async fn run_once(
             return Ok(cleaned);
         }
     }
+}
+
+/// A retention of nothing needs no clean-up: the settle deletes what it would have marked.
+pub(super) fn after_publishing(settings: &CleanupSettings) -> AfterPublishing {
+    if settings.enabled && settings.retention_days == 0 { AfterPublishing::Delete } else { AfterPublishing::Keep }
 }
 
 fn days(days: u32) -> Duration {

@@ -12,14 +12,15 @@ use uuid::Uuid;
 
 use super::append::{self, Ended};
 use super::chain::Chains;
+use super::cleanup::after_publishing;
 use super::cursor::Cursor;
-use super::pipeline::{Batch, Limits, Pipeline, batches_of};
+use super::pipeline::{Limits, Pipeline};
 use super::repair::Predecessors;
 use super::session::{SessionError, bounded};
 use super::sleep::SleepLock;
 use super::status::Reporter;
 use crate::config::{AfterFailure, Settings};
-use crate::outbox::{Claim, ClaimRequest, Lease, OutboxError, OutboxRepository, Refusal};
+use crate::outbox::{Batch, Claim, ClaimRequest, Lease, OutboxError, OutboxRepository, Refusal};
 use crate::streams::{Streams, StreamsError};
 
 /// A claim takes this many batches at most, so that small batches do not mean a commit for each.
@@ -172,9 +173,10 @@ impl Engine {
             && let Some(mut connection) = self.settles.take()
         {
             let (outbox, limit) = (self.outbox.clone(), self.settings.database.timeout);
+            let after = after_publishing(&self.settings.outbox.cleanup);
             let settle = async move {
                 crash_window!("before-settle");
-                let settled = bounded("settling batches", limit, outbox.settle(&mut connection, &settlements)).await?;
+                let settled = bounded("settling batches", limit, outbox.settle(&mut connection, &settlements, after)).await?;
                 crash_window!("after-settle");
                 // Fewer means that another relay has resolved some of them.
                 let all = usize::try_from(settled).is_ok_and(|settled| settled == settlements.len());
@@ -205,7 +207,7 @@ impl Engine {
         let claim = async move {
             crash_window!("before-claim");
             let found = bounded("claiming events", limit, outbox.claim(&mut connection, &request)).await?;
-            if !found.events.is_empty() {
+            if !found.batches.is_empty() {
                 crash_window!("after-claim");
             }
             Ok((connection, found))
@@ -243,9 +245,9 @@ impl Engine {
             let pause = self.settings.outbox.processor.poll_interval.max((now - self.claim_started) * SWEEP_SHARE);
             self.next_sweep = if self.sweep_again { now } else { now + pause };
         }
-        self.decide_sleep(!claim.events.is_empty() || claim.waiting > 0, now);
+        self.decide_sleep(!claim.batches.is_empty() || claim.waiting > 0, now);
         self.cursor.advance(&claim);
-        self.pipeline.claimed(batches_of(claim.events));
+        self.pipeline.claimed(claim.batches);
         Ok(())
     }
 

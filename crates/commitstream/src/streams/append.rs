@@ -9,7 +9,7 @@ use super::error::{concerns_whole_stream, is_unable_code};
 use super::node::{Node, Request};
 use super::{Streams, StreamsError, marker_key};
 use crate::event::rfc3339;
-use crate::outbox::OutboxEvent;
+use crate::outbox::Batch;
 
 /// Step 2 of the protocol, atomic: the marker and the entries are written together, and a second call changes nothing.
 ///
@@ -126,42 +126,42 @@ impl Marker {
 }
 
 impl Streams {
-    /// Appends a batch to its stream, or learns from its marker what became of it, and waits for replicas as the settings say. Calling it
-    /// again is safe. `predecessors` are batches that this stream must hold already.
+    /// Appends the first `count` events of a batch to its stream, or learns from its marker what became of it, and waits for replicas
+    /// as the settings say. Calling it again is safe. `predecessors` are batches that this stream must hold already.
     ///
     /// # Errors
     /// An outage ([`StreamsError::is_outage`]): call again. A refusal of the call itself (`NOPERM` on a key, a marker of another
     /// type), or [`StreamsError::Lost`]: nothing of this call was written.
     pub async fn append(
         &self,
-        stream: &str,
-        batch_id: Uuid,
+        batch: &Batch,
         predecessors: &[Uuid],
-        events: &[OutboxEvent],
+        count: usize,
         marker_life: Duration,
     ) -> Result<Appended, StreamsError> {
+        let Batch { id: batch_id, stream, aggregate_type, events } = batch;
+        let events = &events[..count.min(events.len())];
         let mut call = APPEND.prepare_invoke();
-        call.key(stream).key(marker_key(stream, batch_id));
+        call.key(stream).key(marker_key(stream, *batch_id));
         for batch in predecessors {
             call.key(marker_key(stream, *batch));
         }
-        call.arg(millis(marker_life)).arg(events.len());
-        call.arg(events.first().map_or("", |e| e.aggregate_type.as_str()));
+        call.arg(millis(marker_life)).arg(events.len()).arg(aggregate_type);
         for event in events {
             call.arg(event.id.hyphenated().to_string()).arg(&event.event_type).arg(&event.aggregate_id);
             call.arg(rfc3339(event.occurred_at)).arg(event.payload.as_deref().unwrap_or_default()).arg(&event.headers);
         }
         let (marker, error, last): (String, String, String) = self.invoke("appending a batch", stream, &call).await?;
         if marker == "lost" {
-            return Err(StreamsError::Lost { stream: stream.to_owned(), marker: error });
+            return Err(StreamsError::Lost { stream: stream.clone(), marker: error });
         }
-        self.await_replicas(stream, batch_id, marker_life).await?;
+        self.await_replicas(stream, *batch_id, marker_life).await?;
         let refusal = (!error.is_empty()).then(|| {
             let code = error.split(' ').next().unwrap_or_default();
             StreamRefusal { whole_stream: concerns_whole_stream(code), outage: is_unable_code(code), error: error.clone() }
         });
         let last_entry = (!last.is_empty()).then_some(last);
-        Ok(Appended { marker: Marker::parse(stream, batch_id, marker)?, last_entry, refusal })
+        Ok(Appended { marker: Marker::parse(stream, *batch_id, marker)?, last_entry, refusal })
     }
 
     /// Recovery: what became of a batch. If nothing is known of it, it is aborted.
