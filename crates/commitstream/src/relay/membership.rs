@@ -129,8 +129,9 @@ impl Membership {
 
     async fn beat(&mut self, shares: bool) -> Result<Members, OutboxError> {
         let heartbeat = self.heartbeat(shares);
+        let limit = self.timeout();
         let beat = self.outbox.beat(&mut self.connection, &heartbeat);
-        let members = bounded("sending a heartbeat", self.timeout(), beat).await?;
+        let members = bounded("sending a heartbeat", limit, beat).await?;
         self.alone = members.others.is_empty();
         Ok(members)
     }
