@@ -86,6 +86,11 @@ pub(super) struct Engine {
     settle: Slot<Result<PgConnection, SessionError>>,
     expire: Slot<Result<(), StreamsError>>,
     pulse: Slot<Result<(), StreamsError>>,
+    /// Markers of batches that were settled, perhaps not yet on disk.
+    settled: Vec<(String, Uuid)>,
+    /// Those of them that were settled before the latest claim began.
+    settled_before_claim: Vec<(String, Uuid)>,
+    /// Those whose life may be shortened: a crash of PostgreSQL cannot open their batches again.
     markers: Vec<(String, Uuid)>,
 }
 
@@ -115,6 +120,8 @@ impl Engine {
             settle: None,
             expire: None,
             pulse: None,
+            settled: Vec::new(),
+            settled_before_claim: Vec::new(),
             markers: Vec::new(),
             outbox: parts.outbox,
             streams: parts.streams,
@@ -195,6 +202,7 @@ impl Engine {
         if let Some(seq) = self.pipeline.start_claim() {
             self.cursor.rewind_to(seq);
         }
+        self.settled_before_claim.append(&mut self.settled);
         self.dirty = false;
         self.claim_started = Instant::now();
         self.sweeping = self.claim_started >= self.next_sweep;
@@ -239,6 +247,10 @@ impl Engine {
         self.claims = Some(connection);
         if !claim.held {
             return Err(SessionError::LeaseLost);
+        }
+        if !claim.batches.is_empty() {
+            // Its commit has brought to disk all that was committed before.
+            self.markers.append(&mut self.settled_before_claim);
         }
         let now = Instant::now();
         if self.sweeping {
@@ -307,8 +319,8 @@ impl Engine {
         self.settles = Some(connection);
         let done = self.pipeline.settled();
         self.reporter.count(done.published, done.refused, done.failed);
-        let room = MAX_MARKERS.saturating_sub(self.markers.len());
-        self.markers.extend(done.markers.into_iter().take(room));
+        let waiting = self.settled.len() + self.settled_before_claim.len() + self.markers.len();
+        self.settled.extend(done.markers.into_iter().take(MAX_MARKERS.saturating_sub(waiting)));
         self.dirty |= done.released || done.unblocked;
         if done.unblocked {
             // What waited behind these is below the cursor. A sweep that is under way may have looked too early.
