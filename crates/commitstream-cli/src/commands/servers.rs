@@ -16,6 +16,8 @@ pub struct Purpose {
     pub called: &'static str,
     /// Further settings of private servers, each as name and value.
     pub postgres: &'static [(&'static str, &'static str)],
+    /// The same, for what may be missing on this machine: left out if PostgreSQL does not start with it.
+    pub optional_postgres: &'static [(&'static str, &'static str)],
     pub redis: &'static [(&'static str, &'static str)],
 }
 
@@ -116,7 +118,10 @@ fn start(purpose: &Purpose) -> Result<(Postgres, Redis), SandboxError> {
     std::thread::scope(|scope| {
         let redis = scope.spawn(|| Redis::start_with(&[&[("appendfsync", "everysec")], purpose.redis].concat()));
         // The sandbox is made for tests and does not sync; the figures here are to be those of a durable server.
-        let postgres = Postgres::start_with(&[&[("fsync", "on")], purpose.postgres].concat());
+        let durable = [&[("fsync", "on")], purpose.postgres].concat();
+        let started = Postgres::start_with(&[&durable[..], purpose.optional_postgres].concat());
+        let postgres =
+            if purpose.optional_postgres.is_empty() { started } else { started.or_else(|_| Postgres::start_with(&durable)) };
         let redis = redis.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         Ok((postgres?, redis?))
     })

@@ -41,7 +41,7 @@ async fn read(path: &str) -> Option<String> {
 }
 
 /// The value of the first line `name: value`.
-fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+pub fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     let value = |line: &'a str| line.split_once(':').filter(|(key, _)| key.trim() == name).map(|(_, value)| value.trim());
     text.lines().find_map(value)
 }

@@ -2,10 +2,18 @@
 
 mod drain;
 mod figure;
+mod flow;
+mod held;
+mod idle;
+mod latency;
 mod machine;
 mod poller;
+mod process;
+mod publish;
 mod report;
 mod stage;
+mod streams;
+mod sustained;
 mod workload;
 
 use std::process::ExitCode;
@@ -21,20 +29,19 @@ use crate::context::Context;
 use figure::Measured;
 use machine::Machine;
 use report::Report;
-use stage::{MOST_ROUNDS, Scale, Stage};
+use stage::{KEPT, MOST_ROUNDS, Scale, Stage};
 
 /// Both sides of every figure have the same server.
 const PURPOSE: Purpose = Purpose {
     name: "bench",
     called: "a benchmark",
     postgres: &[("shared_buffers", "1GB"), ("max_wal_size", "8GB"), ("checkpoint_timeout", "30min")],
+    optional_postgres: &[("shared_preload_libraries", "pg_stat_statements")],
     redis: &[("auto-aof-rewrite-percentage", "0")],
 };
 
 /// What is still at work when it is interrupted has so long to end.
 const PATIENCE: Duration = Duration::from_secs(15);
-/// A retention of more than nothing, in days: that of the default settings.
-const KEPT: u32 = 7;
 
 /// Measure how fast it is, beside baselines in the same run
 ///
@@ -74,6 +81,21 @@ pub struct Args {
 enum Name {
     /// Waiting rows to streams, against a loop in bare SQL
     Drain,
+    /// The same while a transaction stays open that began before everything else
+    Held,
+    /// From the commit to a reader of the stream
+    Latency,
+    /// 16 producers and a relay at the same time
+    Sustained,
+    /// A transaction that publishes, against the same statements by hand
+    Publish,
+    /// 500 events in one transaction, against one INSERT by hand
+    #[value(alias = "publish-all")]
+    PublishAll,
+    /// Straight to Redis, against redis-benchmark
+    Streams,
+    /// A relay with nothing to do
+    Idle,
 }
 
 impl Args {
@@ -95,8 +117,7 @@ impl Args {
 pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
     let output = context.output;
     let configured = context.settings()?;
-    // Where the servers are is the user's; everything else is as the figures are defined.
-    let configured = Settings { database: configured.database, redis: configured.redis, ..Settings::default() };
+    let configured = servers_of(configured);
     let interrupt = Interrupt::listen()?;
     let servers = tokio::select! {
         servers = Servers::obtain(&configured, &PURPOSE) => servers?,
@@ -113,12 +134,21 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Where the servers are is the user's; everything else is as the figures are defined.
+fn servers_of(configured: Settings) -> Settings {
+    let mut settings = Settings::default();
+    settings.database.url = configured.database.url;
+    settings.redis.url = configured.redis.url;
+    settings.redis.sentinel_password = configured.redis.sentinel_password;
+    settings
+}
+
 /// `None` when it was interrupted.
 ///
 /// On a runtime of its own: when that has ended, nobody works any more on tables that are about to be removed.
 async fn measure(args: Args, servers: &Servers, interrupt: &Interrupt) -> anyhow::Result<Option<Report>> {
     let scale = Scale { events: args.events, rounds: args.rounds };
-    let stage = Stage::new(servers.settings.clone(), servers.streams()?, scale);
+    let stage = Stage::new(servers, scale)?;
     let mut stopped = interrupt.stop();
     let task = tokio::task::spawn_blocking(move || {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
@@ -149,6 +179,13 @@ async fn run_all(args: &Args, stage: &Stage) -> anyhow::Result<Report> {
 async fn run_one(name: Name, args: &Args, stage: &Stage) -> anyhow::Result<Measured> {
     match name {
         Name::Drain => drain::measure(stage, &args.retentions()).await,
+        Name::Held => held::measure(stage).await,
+        Name::Latency => latency::measure(stage).await,
+        Name::Sustained => sustained::measure(stage).await,
+        Name::Publish => publish::measure(stage).await,
+        Name::PublishAll => publish::measure_all(stage).await,
+        Name::Streams => streams::measure(stage).await,
+        Name::Idle => idle::measure(stage).await,
     }
 }
 

@@ -7,11 +7,20 @@ use anyhow::Context;
 use commitstream::config::Settings;
 use commitstream::outbox::OutboxRepository;
 use commitstream::streams::Streams;
-use sqlx::{ConnectOptions, PgConnection, postgres::PgConnectOptions};
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{ConnectOptions, PgConnection, PgPool};
 
 use super::workload::{self, AGGREGATE_TYPE, State};
+use crate::commands::servers::Servers;
 use crate::output::{Progress, count};
 
+/// Tables of an application, beside the outbox.
+const TABLES: &str = "
+    CREATE TABLE bench_order (number bigint PRIMARY KEY, customer text NOT NULL, amount_cents bigint NOT NULL);
+    CREATE TABLE bench_row (number bigint NOT NULL)";
+
+/// A retention of more than nothing, in days: that of the default settings.
+pub const KEPT: u32 = 7;
 /// Most rounds of one figure.
 pub const MOST_ROUNDS: u32 = 99;
 
@@ -28,31 +37,52 @@ pub struct Stage {
     pub settings: Settings,
     pub streams: Streams,
     pub scale: Scale,
+    /// The servers are nobody else's.
+    pub is_private: bool,
     progress: Mutex<Progress>,
 }
 
 impl Stage {
-    pub fn new(settings: Settings, streams: Streams, scale: Scale) -> Self {
-        Self { settings, streams, scale, progress: Mutex::new(Progress::start()) }
+    pub fn new(servers: &Servers, scale: Scale) -> anyhow::Result<Self> {
+        let (settings, streams) = (servers.settings.clone(), servers.streams()?);
+        Ok(Self { settings, streams, scale, is_private: servers.are_private(), progress: Mutex::new(Progress::start()) })
     }
 
-    /// Creates the outbox tables.
+    /// Creates the tables.
     pub async fn migrate(&self) -> anyhow::Result<()> {
         self.streams.ping().await?;
         let mut connection = self.connect("set-up").await?;
         OutboxRepository::new(&self.settings.database.schema).migrate(&mut connection).await?;
+        sqlx::raw_sql(TABLES).execute(&mut connection).await?;
         Ok(())
     }
 
     /// A session as an application has one, in the schema of the benchmarks.
     pub async fn connect(&self, of: &str) -> anyhow::Result<PgConnection> {
-        let url = self.settings.database.url.as_deref().context("benchmarks have a database")?;
-        let options: PgConnectOptions = url.parse()?;
-        let options = options.application_name(&format!("commitstream bench: {of}"));
-        let mut connection = options.connect().await?;
+        let mut connection = self.options(of)?.connect().await?;
         let path = sqlx::query("SELECT set_config('search_path', $1, false)").bind(&self.settings.database.schema);
         path.execute(&mut connection).await?;
         Ok(connection)
+    }
+
+    /// The same for a pool of sessions.
+    pub async fn pool(&self, of: &str, connections: u32) -> anyhow::Result<PgPool> {
+        let schema = self.settings.database.schema.clone();
+        // Asking a connection whether it is there would cost a round trip each time.
+        let options = PgPoolOptions::new().max_connections(connections).test_before_acquire(false);
+        let options = options.after_connect(move |connection, _| {
+            let path = schema.clone();
+            Box::pin(async move {
+                sqlx::query("SELECT set_config('search_path', $1, false)").bind(path).execute(connection).await.map(drop)
+            })
+        });
+        Ok(options.connect_with(self.options(of)?).await?)
+    }
+
+    fn options(&self, of: &str) -> anyhow::Result<PgConnectOptions> {
+        let url = self.settings.database.url.as_deref().context("benchmarks have a database")?;
+        let options: PgConnectOptions = url.parse()?;
+        Ok(options.application_name(&format!("commitstream bench: {of}")))
     }
 
     /// The rows of a benchmark that is defined with `full`.

@@ -1,8 +1,10 @@
 //! The events of the benchmarks: about 200 bytes of JSON each, of 10,000 aggregates, in one stream.
 
+use chrono::Utc;
 use commitstream::DomainEvent;
 use serde::Serialize;
 use sqlx::PgConnection;
+use uuid::Uuid;
 
 /// The stream is this behind the prefix.
 pub const AGGREGATE_TYPE: &str = "order";
@@ -83,6 +85,15 @@ pub async fn fill(connection: &mut PgConnection, events: u64, state: State, told
         filled = until;
         told(filled);
     }
+    Ok(())
+}
+
+/// What an application without this library writes: one event into the outbox, with its parameters in a prepared statement.
+pub async fn insert_by_hand(connection: &mut PgConnection, event: &OrderPlaced) -> anyhow::Result<()> {
+    let sql = "INSERT INTO event_outbox (id, event_type, aggregate_type, aggregate_id, occurred_at, payload)
+               VALUES ($1, 'OrderPlaced', 'order', $2, $3, $4::text::jsonb)";
+    let insert = sqlx::query(sql).bind(Uuid::now_v7()).bind(&event.order).bind(Utc::now()).bind(serde_json::to_string(event)?);
+    insert.execute(connection).await?;
     Ok(())
 }
 

@@ -41,7 +41,7 @@ use watch::{Watched, Watcher};
 const MOST_EVENTS: u64 = 20_000_000;
 /// Longest wait for the relay to take up its work, and for the last events to arrive.
 const PATIENCE: Duration = Duration::from_secs(30);
-const PURPOSE: Purpose = Purpose { name: "demo", called: "the demonstration", postgres: &[], redis: &[] };
+const PURPOSE: Purpose = Purpose { name: "demo", called: "the demonstration", postgres: &[], optional_postgres: &[], redis: &[] };
 
 /// See it work: an example service under load, a relay, and an audit of what arrived
 ///
