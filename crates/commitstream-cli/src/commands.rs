@@ -1,15 +1,19 @@
 //! One file per command.
 
+pub mod bench;
 pub mod cleanup;
 pub mod config;
 pub mod dead;
 pub mod demo;
 pub mod failed;
 pub mod groups;
+mod interrupt;
+mod latency;
 pub mod migrate;
 pub mod publish;
 pub mod relay;
 pub mod relays;
+mod servers;
 pub mod stats;
 pub mod tail;
 pub mod verify;
@@ -21,6 +25,7 @@ use crate::context::Context;
 
 pub async fn run(command: Command, context: &Context) -> anyhow::Result<ExitCode> {
     match command {
+        Command::Bench(args) => bench::run(args, context).await,
         Command::Demo(args) => demo::run(args, context).await,
         Command::Migrate(args) => migrate::run(args, context).await,
         Command::Relay(args) => relay::run(args, context).await,
