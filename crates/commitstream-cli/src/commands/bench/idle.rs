@@ -14,6 +14,8 @@ const TIME: Duration = Duration::from_secs(30);
 const SETTLING: Duration = Duration::from_secs(3);
 const EVENTS: u64 = 100;
 
+/// Of the difference of two counts, what the first one is itself.
+const OWN: i64 = 1;
 const STATEMENTS: &str = "SELECT sum(calls)::bigint FROM pg_stat_statements
     WHERE dbid = (SELECT oid FROM pg_database WHERE datname = current_database())";
 const TRANSACTIONS: &str = "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current_database()";
@@ -33,7 +35,7 @@ pub async fn measure(stage: &Stage) -> anyhow::Result<Measured> {
         let after = counter.read(&mut connection).await?;
         let (took, cpu_after) = (started.elapsed().as_secs_f64(), relay.cpu_seconds());
         relay.stop().await?;
-        statements.push(Round::alone((after - before - counter.own()).max(0) as f64 / took));
+        statements.push(Round::alone((after - before - OWN).max(0) as f64 / took));
         cpu.extend(cpu_before.zip(cpu_after).map(|(before, after)| Round::alone((after - before) / took * 100.0)));
     }
     stage.clear(&mut connection).await?;
@@ -68,11 +70,6 @@ impl Counter {
     async fn read(self, connection: &mut PgConnection) -> anyhow::Result<i64> {
         let sql = if self == Self::Statements { STATEMENTS } else { TRANSACTIONS };
         Ok(sqlx::query_scalar::<_, Option<i64>>(sql).fetch_one(connection).await?.unwrap_or(0))
-    }
-
-    /// Of the difference of two reads, what is the first read's own.
-    fn own(self) -> i64 {
-        1
     }
 
     fn unit(self) -> &'static str {

@@ -1,5 +1,7 @@
 //! `commitstream bench`: figures beside baselines that were measured in the same run, on the same servers.
 
+mod chart;
+mod cleanup;
 mod drain;
 mod figure;
 mod flow;
@@ -7,15 +9,18 @@ mod held;
 mod idle;
 mod latency;
 mod machine;
+mod markdown;
 mod poller;
 mod process;
 mod publish;
 mod report;
+mod scale;
 mod stage;
 mod streams;
 mod sustained;
 mod workload;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -28,6 +33,7 @@ use super::servers::{Purpose, Servers};
 use crate::context::Context;
 use figure::Measured;
 use machine::Machine;
+use markdown::{Page, write};
 use report::Report;
 use stage::{KEPT, MOST_ROUNDS, Scale, Stage};
 
@@ -74,6 +80,14 @@ pub struct Args {
     /// At most so many events, and seconds instead of longer times: to try it, not to measure
     #[arg(long, value_name = "EVENTS", value_parser = clap::value_parser!(u64).range(100..))]
     events: Option<u64>,
+
+    /// Also write the table into this file, between the two marks that it has, or into a new one
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+
+    /// Also draw the figures into this file
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -96,11 +110,15 @@ enum Name {
     Streams,
     /// A relay with nothing to do
     Idle,
+    /// Up to 5,000,000 waiting rows, up to 4 relays, and memory (long)
+    Scale,
+    /// Old rows removed while events flow (long)
+    Cleanup,
 }
 
 impl Args {
     fn names(&self) -> Vec<Name> {
-        let is_long = |_: &Name| false;
+        let is_long = |name: &Name| matches!(name, Name::Scale | Name::Cleanup);
         let is_wanted = |name: &Name| if self.names.is_empty() { self.all || !is_long(name) } else { self.names.contains(name) };
         Name::value_variants().iter().copied().filter(is_wanted).collect()
     }
@@ -118,6 +136,8 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
     let output = context.output;
     let configured = context.settings()?;
     let configured = servers_of(configured);
+    let page = args.markdown.as_deref().map(Page::open).transpose()?;
+    let svg = args.svg.clone();
     let interrupt = Interrupt::listen()?;
     let servers = tokio::select! {
         servers = Servers::obtain(&configured, &PURPOSE) => servers?,
@@ -131,6 +151,8 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
     removed?;
     let Some(report) = measured else { return Ok(ExitCode::from(INTERRUPTED)) };
     report.print(&output)?;
+    page.map_or(Ok(()), |page| page.write(&report))?;
+    svg.map_or(Ok(()), |file| write(&file, &chart::svg(&report)))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -186,6 +208,8 @@ async fn run_one(name: Name, args: &Args, stage: &Stage) -> anyhow::Result<Measu
         Name::PublishAll => publish::measure_all(stage).await,
         Name::Streams => streams::measure(stage).await,
         Name::Idle => idle::measure(stage).await,
+        Name::Scale => scale::measure(stage).await,
+        Name::Cleanup => cleanup::measure(stage).await,
     }
 }
 

@@ -86,9 +86,8 @@ async fn produce(stage: &Stage, connection: &mut PgConnection, publish: bool) ->
         commits += in_first + in_second;
         second_half += in_second;
     }
-    let took = start.elapsed();
     let backlog = [at_half, backlog(connection).await?];
-    Ok(Run { commits_per_second: per_second(commits, took), backlog, second_half })
+    Ok(Run { commits_per_second: per_second(commits, end - start), backlog, second_half })
 }
 
 /// Transaction after transaction, of one INSERT of one event each. Returns how many in each half.
