@@ -88,7 +88,9 @@ impl Streams {
             let send = async |(node, at): &(Arc<Node>, Vec<usize>)| {
                 let mut pipeline = Pipeline::with_capacity(at.len());
                 pipeline.ignore_errors();
-                at.iter().for_each(|at| drop(pipeline.add_command(self.xadd(&chunk[*at]))));
+                for at in at {
+                    pipeline.add_command(self.xadd(&chunk[*at]));
+                }
                 node.send::<Vec<Value>>(DOING, Request::Pipeline(&pipeline)).await
             };
             let answers = join_all(groups.iter().map(send)).await;
