@@ -1,5 +1,6 @@
 //! One file per command.
 
+pub mod bench;
 pub mod cleanup;
 pub mod config;
 mod days;
@@ -7,10 +8,13 @@ pub mod dead;
 pub mod demo;
 pub mod failed;
 pub mod groups;
+mod interrupt;
+mod latency;
 pub mod migrate;
 pub mod publish;
 pub mod relay;
 pub mod relays;
+mod servers;
 pub mod stats;
 pub mod tail;
 pub mod verify;
@@ -22,6 +26,7 @@ use crate::context::Context;
 
 pub async fn run(command: Command, context: &Context) -> anyhow::Result<ExitCode> {
     match command {
+        Command::Bench(args) => bench::run(args, context).await,
         Command::Demo(args) => demo::run(args, context).await,
         Command::Migrate(args) => migrate::run(args, context).await,
         Command::Relay(args) => relay::run(args, context).await,

@@ -56,7 +56,7 @@ fn settings_in_force_as_people_read_them() -> Result<()> {
     app.outbox.processor.retryBaseDelay     1s                                      default
     app.outbox.processor.retryMaxDelay      5m                                      default
     app.outbox.processor.afterFailure       release                                 default
-    app.outbox.processor.maxInFlightBytes   16MiB                                   default
+    app.outbox.processor.maxInFlightBytes   8MiB                                    default
     app.outbox.processor.leaseDuration      10s                                     default
     app.outbox.processor.shutdownTimeout    10s                                     default
     app.outbox.processor.markerLife         7d                                      default

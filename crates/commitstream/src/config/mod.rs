@@ -106,7 +106,8 @@ pub struct ProcessorSettings {
     pub retry_max_delay: Duration,
     /// What becomes of the later events of its aggregate when an event is `FAILED`. Default release.
     pub after_failure: AfterFailure,
-    /// Most payload bytes in memory between claim and settle. Default 16 MiB; at least 1 MiB.
+    /// Most payload bytes in memory between claim and settle, as the outbox has them: on their way they are copied some times. Default
+    /// 8 MiB; at least 1 MiB.
     pub max_in_flight_bytes: usize,
     /// Life of a relay without a heartbeat: how long the work of a vanished host waits. Also, how long a relay that cannot use Redis
     /// keeps its partitions while another one could. Default 10 s; at least 1 s.
@@ -127,7 +128,8 @@ pub struct CleanupSettings {
     pub enabled: bool,
     /// Default 1 h; at least 1 s.
     pub interval: Duration,
-    /// Days that published rows are kept (`OUTBOX_RETENTION_DAYS`). Default 7; 0 removes them at the next clean-up.
+    /// Days that published rows are kept (`OUTBOX_RETENTION_DAYS`). Default 7. With 0 the relay deletes each row as soon
+    /// as it is published, which is faster; then what a failover of Redis loses cannot be published again.
     pub retention_days: u32,
     /// Most rows deleted in one transaction. Default 1,000; 1 to 100,000.
     pub batch_size: u32,
@@ -271,7 +273,7 @@ impl Default for ProcessorSettings {
             retry_base_delay: Duration::from_secs(1),
             retry_max_delay: Duration::from_secs(5 * 60),
             after_failure: AfterFailure::Release,
-            max_in_flight_bytes: 16 << 20,
+            max_in_flight_bytes: 8 << 20,
             lease_duration: Duration::from_secs(10),
             shutdown_timeout: Duration::from_secs(10),
             marker_life: Duration::from_secs(7 * 24 * 60 * 60),

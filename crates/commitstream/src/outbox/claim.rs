@@ -1,4 +1,5 @@
 use chrono::{DateTime, Utc};
+use futures_util::TryStreamExt;
 use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
@@ -36,10 +37,10 @@ pub struct ClaimRequest {
 /// What a claim found.
 #[derive(Debug, Clone, Default)]
 pub struct Claim {
-    /// False when the relay no longer owns all its partitions under this epoch: nothing was claimed.
+    /// False when there was something to claim, but the relay no longer owns all its partitions under this epoch.
     pub held: bool,
-    /// In `seq` order, each in the batch that names it.
-    pub events: Vec<OutboxEvent>,
+    /// In the order of their first events.
+    pub batches: Vec<Batch>,
     /// Events that were made waiting ones behind an earlier one of their aggregate.
     pub waiting: usize,
     /// Events that should have become waiting ones, but somebody else has locked their rows. Ascending.
@@ -50,15 +51,29 @@ pub struct Claim {
     pub cut_at: Option<i64>,
 }
 
-/// The outbox row as a model: one claimed event, in the batch that names it.
+impl Claim {
+    /// The highest `seq` that was claimed.
+    #[must_use]
+    pub fn last_seq(&self) -> Option<i64> {
+        self.batches.iter().filter_map(|batch| batch.events.last()).map(|event| event.seq).max()
+    }
+}
+
+/// A claimed batch: events of one aggregate type, in `seq` order, and the row of the journal that names them.
+#[derive(Debug, Clone)]
+pub struct Batch {
+    pub id: Uuid,
+    pub stream: String,
+    pub aggregate_type: String,
+    pub events: Vec<OutboxEvent>,
+}
+
+/// The outbox row as a model: one claimed event.
 #[derive(Debug, Clone)]
 pub struct OutboxEvent {
-    pub batch_id: Uuid,
-    pub stream: String,
     pub seq: i64,
     pub id: Uuid,
     pub event_type: String,
-    pub aggregate_type: String,
     pub aggregate_id: String,
     pub occurred_at: DateTime<Utc>,
     /// JSON text, passed on as it came; `None` when it is over the limit.
@@ -74,9 +89,10 @@ pub struct OutboxEvent {
 
 /// One statement, so that the claim is one round trip and one commit:
 ///
-/// * `lease` locks the relay's lease rows: a takeover either sees this claim or makes it find nothing. The epoch shuts out a claim
+/// * `lease` locks the relay's lease rows: a takeover either sees this claim or makes it claim nothing. The epoch shuts out a claim
 ///   of an earlier takeover of the same relay that arrives late. Only a takeover waits for
-///   a `KEY SHARE`; heartbeats and what is given back do not.
+///   a `KEY SHARE`; heartbeats and what is given back do not. Where there is nothing to claim nothing is locked, so that such a look
+///   writes nothing, and its commit need not wait for the disk.
 /// * `candidates` come, lowest `seq` first and without their payloads, from three places, each by index: behind the cursor; from
 ///   transactions that the snapshot before did not see and this one does, at whatever `seq`; and what the claim before passed over.
 ///   `seq + 0` keeps the planner from walking up the index by `seq` from its low end, where the dead entries are.
@@ -87,18 +103,19 @@ pub struct OutboxEvent {
 ///   turn what comes after it, whatever happens to the first, and order per aggregate needs no memory of the relay's. A row that
 ///   somebody else has locked cannot be made one; it is passed over and looked at again by every claim.
 /// * `open` goes by `batch_id`: the index of open batches is full of dead entries while a long transaction holds back vacuum.
-/// * `sized` cuts the claim off by bytes, `chunks` cuts it into batches: one journal row per stream and `batch_size` events, numbered
-///   in the order of their first events.
-/// * The first row of the answer says what the claim saw, the others are events: claimed, made waiting (`W`) or passed over (`S`).
+/// * `n` and `running` number the events and add their bytes up, in the one pass in which they are read in order: sorting rows with
+///   payloads, and joining them with their batches, cost more than reading them. The claim is cut off by bytes, and into batches by
+///   number: one journal row for each stream in each `batch_size` events.
+/// * The rows of the answer are what the claim saw (`H`), the batches (`B`), and events: claimed (`E`), made waiting (`W`) or passed
+///   over (`S`).
 const CLAIM: &str = "
-WITH lease AS MATERIALIZED (
-    SELECT count(*) = $1 AS held
-    FROM (SELECT 1 FROM {s}.outbox_lease WHERE relay_id = $2 AND epoch = $3 FOR KEY SHARE) AS l
-), open AS MATERIALIZED (
+WITH open AS MATERIALIZED (
     SELECT unnest(event_ids) AS id FROM {s}.outbox_batch
     WHERE cardinality($8::uuid[]) > 0 AND batch_id = ANY ($8) AND COALESCE(settled_at, 'infinity') = 'infinity'
 ), candidates AS MATERIALIZED (
-    SELECT c.* FROM (
+    SELECT c.*, count(*) FILTER (WHERE NOT blocked) OVER w AS n,
+           sum(LEAST(payload_bytes, $13::int)) FILTER (WHERE NOT blocked) OVER w AS running
+    FROM (
         (SELECT {event} WHERE e.seq > $5 AND (NOT $15 OR {settled}) AND {claimable} ORDER BY e.seq LIMIT $10)
         UNION ALL
         (SELECT late.* FROM (
@@ -111,19 +128,16 @@ WITH lease AS MATERIALIZED (
         UNION ALL
         (SELECT {event} WHERE cardinality($7::bigint[]) > 0 AND e.seq = ANY ($7) AND e.seq <= $5 AND {settled} AND {claimable})
     ) AS c
-    WHERE (SELECT held FROM lease)
+    WINDOW w AS (ORDER BY c.seq ROWS UNBOUNDED PRECEDING)
     ORDER BY c.seq LIMIT $10
-), sized AS (
-    SELECT c.*, sum(LEAST(payload_bytes, $13::int)) OVER (ORDER BY seq) AS running,
-           row_number() OVER (ORDER BY seq) AS n,
-           (row_number() OVER (PARTITION BY aggregate_type ORDER BY seq) - 1) / $12 AS chunk
-    FROM candidates c WHERE NOT blocked
-), chunks AS MATERIALIZED (
-    SELECT * FROM sized WHERE running <= $11 OR n = 1
+), lease AS MATERIALIZED (
+    SELECT count(*) = $1 AS held
+    FROM (SELECT 1 FROM {s}.outbox_lease
+          WHERE relay_id = $2 AND epoch = $3 AND EXISTS (SELECT 1 FROM candidates) FOR KEY SHARE) AS l
 ), batches AS MATERIALIZED (
-    SELECT gen_random_uuid() AS batch_id, aggregate_type, chunk, array_agg(id ORDER BY seq) AS event_ids, min(seq) AS first_seq,
-           bit_or(1::bigint << partition_no::int) AS partitions
-    FROM chunks GROUP BY aggregate_type, chunk
+    SELECT gen_random_uuid() AS batch_id, aggregate_type, (n - 1) / $12 AS chunk, array_agg(id ORDER BY seq) AS event_ids,
+           min(seq) AS first_seq, bit_or(1::bigint << partition_no::int) AS partitions
+    FROM candidates WHERE {claimed} GROUP BY chunk, aggregate_type
 ), journal AS (
     INSERT INTO {s}.outbox_batch (batch_id, relay_id, epoch, stream, event_ids, partitions)
     SELECT batch_id, $2, $3, $14 || aggregate_type, event_ids, partitions FROM batches ORDER BY first_seq
@@ -131,27 +145,31 @@ WITH lease AS MATERIALIZED (
     UPDATE {s}.event_outbox SET next_retry_at = statement_timestamp()
     WHERE id = ANY (ARRAY(
         SELECT id FROM {s}.event_outbox
-        WHERE id = ANY (ARRAY(SELECT id FROM candidates WHERE blocked))
+        WHERE id = ANY (ARRAY(SELECT id FROM candidates WHERE blocked AND (SELECT held FROM lease)))
           AND status IN ('PENDING', 'PROCESSING') AND next_retry_at IS NULL
         FOR UPDATE SKIP LOCKED))
     RETURNING id
 )
-SELECT 'H' AS kind, (SELECT held FROM lease) AS held, pg_current_snapshot()::text AS snapshot, NULL::uuid AS batch_id,
-       CASE WHEN (SELECT count(*) FROM sized) > (SELECT count(*) FROM chunks) THEN (SELECT max(seq) FROM chunks)
-            WHEN (SELECT count(*) FROM candidates) >= $10 THEN (SELECT max(seq) FROM candidates) END AS seq,
-       NULL::uuid AS id, NULL AS event_type, NULL AS aggregate_type, NULL AS aggregate_id, NULL::timestamptz AS occurred_at,
-       NULL::int AS retry_count, NULL::int AS payload_bytes, NULL::boolean AS was_waiting, NULL AS payload, '' AS headers
+SELECT 'H' AS kind, count(*) = 0 OR (SELECT held FROM lease) AS held, pg_current_snapshot()::text AS snapshot, count(*) AS looked_at, max(n) AS n,
+       max(seq) AS seq, NULL::uuid AS id, NULL AS event_type, NULL AS aggregate_type, NULL AS aggregate_id,
+       NULL::timestamptz AS occurred_at, NULL::int AS retry_count, NULL::int AS payload_bytes, NULL::boolean AS was_waiting,
+       NULL AS payload, '' AS headers
+FROM candidates
 UNION ALL
-SELECT 'E', NULL, NULL, b.batch_id, c.seq, c.id, c.event_type, c.aggregate_type, c.aggregate_id, c.occurred_at, c.retry_count,
-       c.payload_bytes, c.was_waiting,
-       CASE WHEN c.payload_bytes <= $13 THEN c.payload::text END,
-       CASE WHEN c.payload_bytes <= $13 AND c.headers <> '{}' THEN c.headers::text ELSE '' END
-FROM chunks c JOIN batches b USING (aggregate_type, chunk)
+SELECT 'B', NULL, NULL, NULL, chunk, NULL, batch_id, NULL, aggregate_type, NULL, NULL, NULL, NULL, NULL, NULL, '' FROM batches
 UNION ALL
-SELECT CASE WHEN id IN (SELECT id FROM waiting) THEN 'W' ELSE 'S' END, NULL, NULL, NULL, seq, NULL, NULL, NULL, NULL, NULL, NULL,
-       NULL, NULL, NULL, ''
-FROM candidates WHERE blocked
-ORDER BY kind DESC, seq";
+SELECT 'E', NULL, NULL, NULL, (n - 1) / $12, seq, id, event_type, aggregate_type, aggregate_id, occurred_at, retry_count,
+       payload_bytes, was_waiting,
+       CASE WHEN payload_bytes <= $13 THEN payload::text END,
+       CASE WHEN payload_bytes <= $13 AND headers <> '{}' THEN headers::text ELSE '' END
+FROM candidates WHERE {claimed}
+UNION ALL
+SELECT CASE WHEN id IN (SELECT id FROM waiting) THEN 'W' ELSE 'S' END, NULL, NULL, NULL, NULL, seq, NULL, NULL, NULL, NULL, NULL,
+       NULL, NULL, NULL, NULL, ''
+FROM candidates WHERE blocked AND (SELECT held FROM lease)";
+
+/// Of `candidates`, what the bounds allow.
+const CLAIMED: &str = "NOT blocked AND (running <= $11 OR n = 1) AND (SELECT held FROM lease)";
 
 /// A row of `candidates`, of the relay's own partitions.
 const EVENT: &str =
@@ -185,9 +203,9 @@ impl OutboxRepository {
     /// # Errors
     /// When the answer was lost the claim may have been committed: the caller then resolves the open batches.
     pub async fn claim(&self, connection: &mut PgConnection, request: &ClaimRequest) -> Result<Claim, OutboxError> {
-        let sql = CLAIM.replace("{event}", EVENT).replace("{claimable}", CLAIMABLE);
+        let sql = CLAIM.replace("{event}", EVENT).replace("{claimable}", CLAIMABLE).replace("{claimed}", CLAIMED);
         let sql = sql.replace("{held}", HELD).replace("{settled}", SETTLED);
-        let rows = sqlx::query(self.sql(&sql))
+        let mut rows = sqlx::query(self.sql(&sql))
             .bind(i64::from(request.lease.partitions.len()))
             .bind(request.lease.relay_id)
             .bind(request.lease.epoch)
@@ -203,45 +221,108 @@ impl OutboxRepository {
             .bind(request.max_payload_bytes)
             .bind(&request.stream_prefix)
             .bind(request.looks_back)
-            .fetch_all(connection)
-            .await
-            .map_err(self.error("claiming events"))?;
-        claim_of(&rows, &request.stream_prefix).map_err(self.error("reading claimed events"))
-    }
-}
-
-fn claim_of(rows: &[PgRow], stream_prefix: &str) -> Result<Claim, sqlx::Error> {
-    let mut claim = Claim::default();
-    for row in rows {
-        match row.try_get("kind")? {
-            "H" => {
-                claim.held = row.try_get("held")?;
-                claim.snapshot = row.try_get("snapshot")?;
-                claim.cut_at = row.try_get("seq")?;
-            }
-            "E" => claim.events.push(event_of(row, row.try_get("batch_id")?, stream_prefix)?),
-            "W" => claim.waiting += 1,
-            _ => claim.skipped.push(row.try_get("seq")?),
+            .fetch(connection);
+        let mut answer = Answer::default();
+        while let Some(row) = rows.try_next().await.map_err(self.error("claiming events"))? {
+            answer.take_in(&row, &request.stream_prefix).map_err(self.error("reading claimed events"))?;
         }
+        Ok(answer.into_claim(request.max_events))
     }
-    Ok(claim)
 }
 
-fn event_of(row: &PgRow, batch_id: Uuid, stream_prefix: &str) -> Result<OutboxEvent, sqlx::Error> {
-    let aggregate_type: String = row.try_get("aggregate_type")?;
+/// The rows of an answer, as they come.
+#[derive(Default)]
+struct Answer {
+    claim: Claim,
+    /// The number of each batch, as its events have it.
+    numbers: Vec<i64>,
+    looked_at: i64,
+    /// Of these, how many might have been claimed but for the bounds.
+    claimable: i64,
+    last_looked_at: Option<i64>,
+    claimed: i64,
+}
+
+impl Answer {
+    fn take_in(&mut self, row: &PgRow, stream_prefix: &str) -> Result<(), sqlx::Error> {
+        match row.try_get(column::KIND)? {
+            "H" => {
+                self.claim.held = row.try_get(column::HELD)?;
+                self.claim.snapshot = row.try_get(column::SNAPSHOT)?;
+                self.looked_at = row.try_get(column::LOOKED_AT)?;
+                self.claimable = row.try_get::<Option<i64>, _>(column::N)?.unwrap_or(0);
+                self.last_looked_at = row.try_get(column::SEQ)?;
+            }
+            "B" => {
+                self.numbers.push(row.try_get(column::N)?);
+                self.claim.batches.push(batch_of(row, stream_prefix)?);
+            }
+            "E" => {
+                let (number, of): (i64, &str) = (row.try_get(column::N)?, row.try_get(column::AGGREGATE_TYPE)?);
+                let mut batches = self.claim.batches.iter_mut().zip(&self.numbers);
+                let batch = batches.find(|(batch, is)| **is == number && batch.aggregate_type == of);
+                // PostgreSQL answers a UNION ALL branch by branch, so an event comes after its batch.
+                let (batch, _) = batch.ok_or(sqlx::Error::RowNotFound)?;
+                batch.events.push(event_of(row)?);
+                self.claimed += 1;
+            }
+            "W" => self.claim.waiting += 1,
+            _ => self.claim.skipped.push(row.try_get(column::SEQ)?),
+        }
+        Ok(())
+    }
+
+    fn into_claim(self, max_events: i64) -> Claim {
+        let mut claim = self.claim;
+        claim.batches.iter_mut().for_each(|batch| batch.events.sort_unstable_by_key(|event| event.seq));
+        claim.batches.sort_unstable_by_key(|batch| batch.events.first().map(|event| event.seq));
+        claim.skipped.sort_unstable();
+        claim.cut_at = if self.claimable > self.claimed {
+            claim.last_seq()
+        } else {
+            self.last_looked_at.filter(|_| self.looked_at >= max_events)
+        };
+        claim
+    }
+}
+
+/// The columns of the answer, by position: looking them up by name for each row would take as long as reading them.
+mod column {
+    pub const KIND: usize = 0;
+    pub const HELD: usize = 1;
+    pub const SNAPSHOT: usize = 2;
+    pub const LOOKED_AT: usize = 3;
+    pub const N: usize = 4;
+    pub const SEQ: usize = 5;
+    pub const ID: usize = 6;
+    pub const EVENT_TYPE: usize = 7;
+    pub const AGGREGATE_TYPE: usize = 8;
+    pub const AGGREGATE_ID: usize = 9;
+    pub const OCCURRED_AT: usize = 10;
+    pub const RETRY_COUNT: usize = 11;
+    pub const PAYLOAD_BYTES: usize = 12;
+    pub const WAS_WAITING: usize = 13;
+    pub const PAYLOAD: usize = 14;
+    pub const HEADERS: usize = 15;
+}
+
+fn batch_of(row: &PgRow, stream_prefix: &str) -> Result<Batch, sqlx::Error> {
+    let aggregate_type: String = row.try_get(column::AGGREGATE_TYPE)?;
+    let stream = format!("{stream_prefix}{aggregate_type}");
+    Ok(Batch { id: row.try_get(column::ID)?, stream, aggregate_type, events: Vec::new() })
+}
+
+fn event_of(row: &PgRow) -> Result<OutboxEvent, sqlx::Error> {
     Ok(OutboxEvent {
-        batch_id,
-        stream: format!("{stream_prefix}{aggregate_type}"),
-        seq: row.try_get("seq")?,
-        id: row.try_get("id")?,
-        event_type: row.try_get("event_type")?,
-        aggregate_type,
-        aggregate_id: row.try_get("aggregate_id")?,
-        occurred_at: row.try_get("occurred_at")?,
-        payload: row.try_get("payload")?,
-        headers: row.try_get("headers")?,
-        bytes: i64::from(row.try_get::<i32, _>("payload_bytes")?),
-        retry_count: row.try_get("retry_count")?,
-        was_waiting: row.try_get("was_waiting")?,
+        seq: row.try_get(column::SEQ)?,
+        id: row.try_get(column::ID)?,
+        event_type: row.try_get(column::EVENT_TYPE)?,
+        aggregate_id: row.try_get(column::AGGREGATE_ID)?,
+        occurred_at: row.try_get(column::OCCURRED_AT)?,
+        payload: row.try_get(column::PAYLOAD)?,
+        headers: row.try_get(column::HEADERS)?,
+        bytes: i64::from(row.try_get::<i32, _>(column::PAYLOAD_BYTES)?),
+        retry_count: row.try_get(column::RETRY_COUNT)?,
+        was_waiting: row.try_get(column::WAS_WAITING)?,
     })
 }

@@ -22,7 +22,8 @@ mod wake;
 
 pub use admin::{FailedEvent, Selection};
 pub use audit::{Finding, Findings};
-pub use claim::{Claim, ClaimRequest, OutboxEvent};
+pub use claim::{Batch, Claim, ClaimRequest, OutboxEvent};
+pub(crate) use connection::commit_without_waiting;
 pub use connection::connect;
 pub use days::{Fate, Overdue};
 pub use error::OutboxError;
@@ -31,7 +32,7 @@ pub use journal::{JournalBatch, OpenBatch, Requeued};
 pub use lease::{Lease, Partitions};
 pub use migrations::{LATEST_VERSION, Migrated};
 pub use relays::{Heartbeat, Members, RelayRow};
-pub use settle::{Refusal, Settlement};
+pub use settle::{AfterPublishing, Refusal, Settlement};
 pub use stats::OutboxStats;
 pub(crate) use wake::{RELAYS_CHANGED, TABLE_REPLACED};
 

@@ -26,6 +26,15 @@ pub struct Refusal {
     pub retry_after: Option<Duration>,
 }
 
+/// What becomes of the row of a published event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AfterPublishing {
+    /// It becomes `PUBLISHED`, for the clean-up to delete one day.
+    Keep,
+    /// It is deleted at once. What a failover of Redis loses later cannot be published again.
+    Delete,
+}
+
 /// One statement, one transaction. A batch that is settled already is left alone, and so are events that an operator has
 /// changed or deleted meanwhile: only unsent rows become PUBLISHED, PENDING or FAILED here.
 ///
@@ -38,8 +47,7 @@ WITH settled AS (
     WHERE b.batch_id = o.batch_id AND COALESCE(b.settled_at, 'infinity') = 'infinity'
     RETURNING b.batch_id, b.event_ids[1:o.appended] AS sent
 ), published AS (
-    UPDATE {s}.event_outbox e SET status = 'PUBLISHED', published_at = clock_timestamp(), next_retry_at = NULL
-    FROM (SELECT unnest(sent) AS id FROM settled) AS s
+    {publish}
     WHERE e.id = s.id AND e.status IN ('PENDING', 'PROCESSING')
 ), refused AS (
     UPDATE {s}.event_outbox e
@@ -53,15 +61,28 @@ WITH settled AS (
 )
 SELECT count(*) FROM settled";
 
+const KEEP: &str = "UPDATE {s}.event_outbox e SET status = 'PUBLISHED', published_at = clock_timestamp(), next_retry_at = NULL
+    FROM (SELECT unnest(sent) AS id FROM settled) AS s";
+const DELETE: &str = "DELETE FROM {s}.event_outbox e USING (SELECT unnest(sent) AS id FROM settled) AS s";
+
 impl OutboxRepository {
-    /// Step 3 of the protocol: marks what was appended `PUBLISHED`, writes down refusals, and settles the batches.
+    /// Step 3 of the protocol: marks what was appended `PUBLISHED` or deletes it, writes down refusals, and settles the batches.
     /// Returns how many batches this call settled; settling again changes nothing.
     ///
     /// # Errors
     /// When the answer was lost it may have been committed: the caller then resolves the open batches.
-    pub async fn settle(&self, connection: &mut PgConnection, settlements: &[Settlement]) -> Result<i64, OutboxError> {
+    pub async fn settle(
+        &self,
+        connection: &mut PgConnection,
+        settlements: &[Settlement],
+        after: AfterPublishing,
+    ) -> Result<i64, OutboxError> {
+        let publish = match after {
+            AfterPublishing::Keep => KEEP,
+            AfterPublishing::Delete => DELETE,
+        };
         let refusals = || settlements.iter().flat_map(|s| s.refusals.iter().map(|r| (s.batch_id, r)));
-        sqlx::query_scalar(self.sql(SETTLE))
+        sqlx::query_scalar(self.sql(&SETTLE.replace("{publish}", publish)))
             .bind(settlements.iter().map(|s| s.batch_id).collect::<Vec<_>>())
             .bind(settlements.iter().map(|s| s.appended).collect::<Vec<_>>())
             .bind(refusals().map(|(batch_id, _)| batch_id).collect::<Vec<_>>())

@@ -60,14 +60,14 @@ impl OutboxRepository {
         Ok(stats)
     }
 
-    /// How many events are not published yet, pending or processing. Reads only what is unsent.
+    /// Whether any event is not published yet, pending or processing. Reads up to the first.
     ///
     /// # Errors
     /// PostgreSQL cannot be asked.
-    pub async fn unsent(&self, connection: &mut PgConnection) -> Result<i64, OutboxError> {
-        sqlx::query_scalar(self.sql("SELECT count(*) FROM {s}.event_outbox WHERE status IN ('PENDING', 'PROCESSING')"))
+    pub async fn has_unsent(&self, connection: &mut PgConnection) -> Result<bool, OutboxError> {
+        sqlx::query_scalar(self.sql("SELECT EXISTS (SELECT 1 FROM {s}.event_outbox WHERE status IN ('PENDING', 'PROCESSING'))"))
             .fetch_one(connection)
             .await
-            .map_err(self.error("counting unsent events"))
+            .map_err(self.error("looking for unsent events"))
     }
 }

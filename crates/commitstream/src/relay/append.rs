@@ -5,12 +5,11 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use super::chain::Behind;
-use super::pipeline::Batch;
 use super::retry;
 use super::status::Reporter;
 use crate::backoff::Backoff;
 use crate::config::Settings;
-use crate::outbox::{OutboxEvent, Refusal};
+use crate::outbox::{Batch, OutboxEvent, Refusal};
 use crate::streams::{Appended, Marker, Streams, StreamsError};
 
 /// How an append ended.
@@ -76,27 +75,26 @@ async fn until_known(
     let mut in_outage = None;
     loop {
         crash_window!("before-append");
-        let outage =
-            match streams.append(&batch.stream, batch.id, behind.at(Instant::now()), &batch.events[..sendable], life).await {
-                Ok(appended) => {
-                    crash_window!("after-append");
-                    drop(in_outage);
-                    reporter.able();
-                    return Ok(appended);
+        let outage = match streams.append(batch, behind.at(Instant::now()), sendable, life).await {
+            Ok(appended) => {
+                crash_window!("after-append");
+                drop(in_outage);
+                reporter.able();
+                return Ok(appended);
+            }
+            Err(outage) if outage.is_outage() => outage,
+            // The script looks for the batch's own marker first, so an earlier call has written nothing either.
+            Err(lost @ StreamsError::Lost { .. }) => return Err(lost),
+            Err(refused) if !unknown => return Err(refused),
+            // An earlier call may have been carried out before this one was refused: only the marker knows.
+            Err(_) => match streams.resolve(&batch.stream, batch.id, life).await {
+                Ok(Marker::Aborted) => {
+                    return Ok(Appended { marker: Marker::Appended(0), last_entry: None, refusal: None });
                 }
-                Err(outage) if outage.is_outage() => outage,
-                // The script looks for the batch's own marker first, so an earlier call has written nothing either.
-                Err(lost @ StreamsError::Lost { .. }) => return Err(lost),
-                Err(refused) if !unknown => return Err(refused),
-                // An earlier call may have been carried out before this one was refused: only the marker knows.
-                Err(_) => match streams.resolve(&batch.stream, batch.id, life).await {
-                    Ok(Marker::Aborted) => {
-                        return Ok(Appended { marker: Marker::Appended(0), last_entry: None, refusal: None });
-                    }
-                    Ok(marker) => return Ok(Appended { marker, last_entry: None, refusal: None }),
-                    Err(error) => error,
-                },
-            };
+                Ok(marker) => return Ok(Appended { marker, last_entry: None, refusal: None }),
+                Err(error) => error,
+            },
+        };
         unknown |= matches!(outage, StreamsError::OutcomeUnknown { .. } | StreamsError::NotReplicated { .. });
         in_outage.get_or_insert_with(|| reporter.outage());
         reporter.unable(&outage);

@@ -6,8 +6,8 @@ use std::time::Duration;
 use sqlx::PgConnection;
 
 use super::days::DaysChanged;
-use crate::config::{Settings, StreamsSettings};
-use crate::outbox::{self, Fate, OutboxError, OutboxRepository, Overdue};
+use crate::config::{CleanupSettings, Settings, StreamsSettings};
+use crate::outbox::{self, AfterPublishing, Fate, OutboxError, OutboxRepository, Overdue};
 use crate::streams::{Streams, StreamsError, Trimmed};
 
 /// What one clean-up removed.
@@ -66,6 +66,11 @@ fn row_by_row(is_partitioned: bool, overdue: &[Overdue]) -> Vec<&str> {
     }
     let crowded = overdue.iter().filter(|day| day.fate == Fate::RowByRow).map(|day| day.table.as_str());
     std::iter::once("{s}.event_outbox_rest").chain(crowded).collect()
+}
+
+/// A retention of nothing needs no clean-up: the settle deletes what it would have marked.
+pub(super) fn after_publishing(settings: &CleanupSettings) -> AfterPublishing {
+    if settings.enabled && settings.retention_days == 0 { AfterPublishing::Delete } else { AfterPublishing::Keep }
 }
 
 fn days(days: u32) -> Duration {

@@ -36,10 +36,10 @@ impl Cursor {
     /// behind what it found, where the next events stand in order; or, where it found nothing, at the end, so that only new transactions
     /// are looked at and not what other relays have published meanwhile.
     pub fn advance(&mut self, claim: &Claim) {
-        self.highest = self.highest.max(claim.events.last().map_or(0, |event| event.seq));
+        self.highest = self.highest.max(claim.last_seq().unwrap_or(0));
         self.after = match claim.cut_at {
             Some(seq) => seq,
-            None if claim.events.is_empty() => i64::MAX,
+            None if claim.batches.is_empty() => i64::MAX,
             None => self.highest,
         };
         self.snapshot.clone_from(&claim.snapshot);

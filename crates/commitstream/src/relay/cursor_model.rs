@@ -9,7 +9,7 @@ use rand::{Rng, SeedableRng};
 use uuid::Uuid;
 
 use super::*;
-use crate::outbox::{Lease, OutboxEvent, Partitions};
+use crate::outbox::{Batch, Lease, OutboxEvent, Partitions};
 
 #[derive(Clone)]
 struct Row {
@@ -94,19 +94,18 @@ impl Table {
         let limit = usize::try_from(request.max_events).unwrap();
         found.truncate(limit);
         let cut_at = found.last().copied().filter(|_| found.len() == limit);
-        let events = found.into_iter().map(event).collect();
-        Claim { held: true, events, snapshot: Some(now.text()), cut_at, ..Claim::default() }
+        let events: Vec<_> = found.into_iter().map(event).collect();
+        let batch = Batch { id: Uuid::nil(), stream: String::new(), aggregate_type: String::new(), events };
+        let batches = if batch.events.is_empty() { Vec::new() } else { vec![batch] };
+        Claim { held: true, batches, snapshot: Some(now.text()), cut_at, ..Claim::default() }
     }
 }
 
 fn event(seq: i64) -> OutboxEvent {
     OutboxEvent {
-        batch_id: Uuid::nil(),
-        stream: String::new(),
         seq,
         id: Uuid::nil(),
         event_type: String::new(),
-        aggregate_type: String::new(),
         aggregate_id: String::new(),
         occurred_at: Utc::now(),
         payload: None,
@@ -199,7 +198,7 @@ fn look(table: &Table, cursor: &mut Cursor, found: &mut BTreeSet<i64>, in_flight
     let now = table.snapshot();
     let visible = table.rows.iter().filter(|row| row.pending && row.mine && table.sees(&now, row.xid));
     let unclaimed: BTreeSet<i64> = visible.map(|row| row.seq).filter(|seq| !in_flight.contains(seq)).collect();
-    let claimed: Vec<i64> = claim.events.iter().map(|e| e.seq).collect();
+    let claimed: Vec<i64> = claim.batches.iter().flat_map(|b| &b.events).map(|e| e.seq).collect();
     // Whatever could be claimed and stands before something that is, is claimed too.
     let first: Vec<i64> = unclaimed.iter().copied().take(claimed.len()).collect();
     assert_eq!(claimed, first, "of {unclaimed:?}, looking from {request:?}");

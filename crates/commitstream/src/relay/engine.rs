@@ -12,14 +12,15 @@ use uuid::Uuid;
 
 use super::append::{self, Ended};
 use super::chain::Chains;
+use super::cleanup::after_publishing;
 use super::cursor::Cursor;
-use super::pipeline::{Batch, Limits, Pipeline, batches_of};
+use super::pipeline::{Limits, Pipeline};
 use super::repair::Predecessors;
 use super::session::{SessionError, bounded};
 use super::sleep::SleepLock;
 use super::status::Reporter;
 use crate::config::{AfterFailure, Settings};
-use crate::outbox::{Claim, ClaimRequest, Lease, OutboxError, OutboxRepository, Refusal};
+use crate::outbox::{Batch, Claim, ClaimRequest, Lease, OutboxError, OutboxRepository, Refusal};
 use crate::streams::{Streams, StreamsError};
 
 /// A claim takes this many batches at most, so that small batches do not mean a commit for each.
@@ -85,6 +86,11 @@ pub(super) struct Engine {
     settle: Slot<Result<PgConnection, SessionError>>,
     expire: Slot<Result<(), StreamsError>>,
     pulse: Slot<Result<(), StreamsError>>,
+    /// Markers of batches that were settled, perhaps not yet on disk.
+    settled: Vec<(String, Uuid)>,
+    /// Those of them that were settled before the latest claim began.
+    settled_before_claim: Vec<(String, Uuid)>,
+    /// Those whose life may be shortened: a crash of PostgreSQL cannot open their batches again.
     markers: Vec<(String, Uuid)>,
 }
 
@@ -114,6 +120,8 @@ impl Engine {
             settle: None,
             expire: None,
             pulse: None,
+            settled: Vec::new(),
+            settled_before_claim: Vec::new(),
             markers: Vec::new(),
             outbox: parts.outbox,
             streams: parts.streams,
@@ -147,7 +155,8 @@ impl Engine {
                     self.dirty = true;
                 }
                 () = wake.notified() => self.dirty = true,
-                () = tokio::time::sleep_until(self.next_sweep), if !self.dirty => self.dirty = true,
+                // A claim under way may be the sweep that is due.
+                () = tokio::time::sleep_until(self.next_sweep), if !self.dirty && self.claim.is_none() => self.dirty = true,
                 () = tokio::time::sleep_until(self.next_pulse), if self.is_quiet() => self.start_pulse(),
             }
         }
@@ -172,9 +181,10 @@ impl Engine {
             && let Some(mut connection) = self.settles.take()
         {
             let (outbox, limit) = (self.outbox.clone(), self.settings.database.timeout);
+            let after = after_publishing(&self.settings.outbox.cleanup);
             let settle = async move {
                 crash_window!("before-settle");
-                let settled = bounded("settling batches", limit, outbox.settle(&mut connection, &settlements)).await?;
+                let settled = bounded("settling batches", limit, outbox.settle(&mut connection, &settlements, after)).await?;
                 crash_window!("after-settle");
                 // Fewer means that another relay has resolved some of them.
                 let all = usize::try_from(settled).is_ok_and(|settled| settled == settlements.len());
@@ -193,6 +203,7 @@ impl Engine {
         if let Some(seq) = self.pipeline.start_claim() {
             self.cursor.rewind_to(seq);
         }
+        self.settled_before_claim.append(&mut self.settled);
         self.dirty = false;
         self.claim_started = Instant::now();
         self.sweeping = self.claim_started >= self.next_sweep;
@@ -205,7 +216,7 @@ impl Engine {
         let claim = async move {
             crash_window!("before-claim");
             let found = bounded("claiming events", limit, outbox.claim(&mut connection, &request)).await?;
-            if !found.events.is_empty() {
+            if !found.batches.is_empty() {
                 crash_window!("after-claim");
             }
             Ok((connection, found))
@@ -238,14 +249,18 @@ impl Engine {
         if !claim.held {
             return Err(SessionError::LeaseLost);
         }
+        if !claim.batches.is_empty() {
+            // Its commit has brought to disk all that was committed before.
+            self.markers.append(&mut self.settled_before_claim);
+        }
         let now = Instant::now();
         if self.sweeping {
             let pause = self.settings.outbox.processor.poll_interval.max((now - self.claim_started) * SWEEP_SHARE);
             self.next_sweep = if self.sweep_again { now } else { now + pause };
         }
-        self.decide_sleep(!claim.events.is_empty() || claim.waiting > 0, now);
+        self.decide_sleep(!claim.batches.is_empty() || claim.waiting > 0, now);
         self.cursor.advance(&claim);
-        self.pipeline.claimed(batches_of(claim.events));
+        self.pipeline.claimed(claim.batches);
         Ok(())
     }
 
@@ -305,8 +320,8 @@ impl Engine {
         self.settles = Some(connection);
         let done = self.pipeline.settled();
         self.reporter.count(done.published, done.refused, done.failed);
-        let room = MAX_MARKERS.saturating_sub(self.markers.len());
-        self.markers.extend(done.markers.into_iter().take(room));
+        let waiting = self.settled.len() + self.settled_before_claim.len() + self.markers.len();
+        self.settled.extend(done.markers.into_iter().take(MAX_MARKERS.saturating_sub(waiting)));
         self.dirty |= done.released || done.unblocked;
         if done.unblocked {
             // What waited behind these is below the cursor. A sweep that is under way may have looked too early.

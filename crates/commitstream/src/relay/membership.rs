@@ -15,8 +15,10 @@ use super::status::{RelayState, Reporter};
 use crate::config::Settings;
 use crate::outbox::{Heartbeat, Lease, Members, OutboxError, OutboxRepository, Partitions};
 
-/// How often a relay looks who is there, at least. What a killed relay had is taken over within this and one round trip.
+/// How often a relay looks after the others, at least. What a killed relay had is taken over within this and one round trip.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// How often one that is alone says that it is alive: there is nobody to take over from, and whoever joins says so.
+const LOOK_ALONE_EVERY: Duration = Duration::from_secs(2);
 /// The rate is that of the last so many seconds.
 const RATE_OVER: Duration = Duration::from_secs(10);
 
@@ -28,6 +30,8 @@ pub(super) struct Membership {
     /// Somebody came, left or gave partitions back.
     news: Arc<Notify>,
     lease: Lease,
+    /// Nobody else was there at the last look.
+    alone: bool,
     /// Since when the relay cannot work.
     unable_since: Option<Instant>,
     counts: VecDeque<(Instant, u64)>,
@@ -42,7 +46,7 @@ impl Membership {
         news: Arc<Notify>,
     ) -> Self {
         let lease = Lease { relay_id: reporter.status().relay_id, epoch: 0, partitions: Partitions::default() };
-        Self { outbox, settings, reporter, connection, news, lease, unable_since: None, counts: VecDeque::new() }
+        Self { outbox, settings, reporter, connection, news, lease, alone: false, unable_since: None, counts: VecDeque::new() }
     }
 
     /// What the relay may claim now.
@@ -95,7 +99,8 @@ impl Membership {
 
     /// Waits until it is time to look again.
     pub async fn wait(&self) {
-        let interval = LOOK_EVERY.min(self.settings.outbox.processor.lease_duration / 4);
+        let every = if self.alone { LOOK_ALONE_EVERY } else { LOOK_EVERY };
+        let interval = every.min(self.settings.outbox.processor.lease_duration / 4);
         tokio::select! {
             () = tokio::time::sleep(interval) => {}
             () = self.news.notified() => {}
@@ -124,7 +129,11 @@ impl Membership {
 
     async fn beat(&mut self, shares: bool) -> Result<Members, OutboxError> {
         let heartbeat = self.heartbeat(shares);
-        bounded("sending a heartbeat", self.timeout(), self.outbox.beat(&mut self.connection, &heartbeat)).await
+        let limit = self.timeout();
+        let beat = self.outbox.beat(&mut self.connection, &heartbeat);
+        let members = bounded("sending a heartbeat", limit, beat).await?;
+        self.alone = members.others.is_empty();
+        Ok(members)
     }
 
     async fn give(&mut self, partitions: Partitions) -> Result<(), OutboxError> {

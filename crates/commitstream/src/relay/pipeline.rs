@@ -15,29 +15,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use uuid::Uuid;
 
-use crate::outbox::{OutboxEvent, Refusal, Settlement};
-
-/// A claimed batch: events of one stream, in `seq` order.
-#[derive(Debug)]
-pub struct Batch {
-    pub id: Uuid,
-    pub stream: String,
-    pub events: Vec<OutboxEvent>,
-}
-
-/// Groups claimed events by batch, in the order of their first events.
-pub fn batches_of(events: Vec<OutboxEvent>) -> Vec<Batch> {
-    let mut batches: Vec<Batch> = Vec::new();
-    let mut at = std::collections::HashMap::new();
-    for event in events {
-        let index = *at.entry(event.batch_id).or_insert_with(|| {
-            batches.push(Batch { id: event.batch_id, stream: event.stream.clone(), events: Vec::new() });
-            batches.len() - 1
-        });
-        batches[index].events.push(event);
-    }
-    batches
-}
+use crate::outbox::{Batch, OutboxEvent, Refusal, Settlement};
 
 /// Bounds of what is in flight.
 #[derive(Debug, Clone, Copy)]

@@ -30,7 +30,7 @@ struct Row {
 impl World {
     /// What the claim's statement does, without its bounds in bytes: from the cursor on, leaving out open batches; a fresh event
     /// behind a waiting one becomes a waiting one.
-    fn claim(&mut self, limit: usize, sweep: bool) -> Vec<OutboxEvent> {
+    fn claim(&mut self, limit: usize, sweep: bool) -> Vec<Batch> {
         let from = if sweep { 0 } else { self.high };
         let mut blocked: BTreeSet<i64> = BTreeSet::new();
         let mut fresh_blocked: BTreeSet<i64> = BTreeSet::new();
@@ -57,12 +57,13 @@ impl World {
             }
         });
         self.high = self.high.max(picked.last().copied().unwrap_or(0));
-        let mut events = Vec::new();
-        for chunk in picked.chunks(3) {
-            let batch_id = Uuid::now_v7();
-            events.extend(chunk.iter().map(|seq| event(batch_id, *seq, self.table[seq].aggregate)));
-        }
-        events
+        let batch = |chunk: &[i64]| Batch {
+            id: Uuid::now_v7(),
+            stream: "events:user".into(),
+            aggregate_type: "user".into(),
+            events: chunk.iter().map(|seq| event(*seq, self.table[seq].aggregate)).collect(),
+        };
+        picked.chunks(3).map(batch).collect()
     }
 
     fn settle(&mut self, settlements: &[Settlement], batches: &BTreeMap<Uuid, Vec<i64>>) {
@@ -79,14 +80,11 @@ impl World {
     }
 }
 
-fn event(batch_id: Uuid, seq: i64, aggregate: i64) -> OutboxEvent {
+fn event(seq: i64, aggregate: i64) -> OutboxEvent {
     OutboxEvent {
-        batch_id,
-        stream: "events:user".into(),
         seq,
         id: Uuid::from_u128(seq.unsigned_abs().into()),
         event_type: "E".into(),
-        aggregate_type: "user".into(),
         aggregate_id: aggregate.to_string(),
         occurred_at: Utc::now(),
         payload: Some("{}".into()),
@@ -110,8 +108,7 @@ fn run(mut rng: StdRng) {
     let mut world = World::default();
     let mut pipeline = Pipeline::new(Limits { events: 30, bytes: 1_000 });
     let (mut batches, mut inserted) = (BTreeMap::new(), 0);
-    let (mut claim, mut append, mut settle): (Option<Vec<OutboxEvent>>, Option<Batch>, Option<Vec<Settlement>>) =
-        (None, None, None);
+    let (mut claim, mut append, mut settle): (Option<Vec<Batch>>, Option<Batch>, Option<Vec<Settlement>>) = (None, None, None);
     while world.stream.len() < usize::try_from(EVENTS).unwrap() || !pipeline.is_empty() {
         match rng.random_range(0..5) {
             0 if inserted < EVENTS => {
@@ -122,13 +119,11 @@ fn run(mut rng: StdRng) {
                 if let Some(seq) = pipeline.start_claim() {
                     world.high = world.high.min(seq - 1);
                 }
-                let events = world.claim(9, rng.random_bool(0.3));
-                batches_of(events.clone())
-                    .iter()
-                    .for_each(|b| drop(batches.insert(b.id, b.events.iter().map(|e| e.seq).collect())));
-                claim = Some(events);
+                let claimed = world.claim(9, rng.random_bool(0.3));
+                batches.extend(claimed.iter().map(|b| (b.id, b.events.iter().map(|e| e.seq).collect())));
+                claim = Some(claimed);
             }
-            2 if claim.is_some() => pipeline.claimed(batches_of(claim.take().unwrap())),
+            2 if claim.is_some() => pipeline.claimed(claim.take().unwrap()),
             3 => match append.take().or_else(|| pipeline.next_append()) {
                 Some(batch) if rng.random_bool(0.5) => append = Some(batch),
                 Some(batch) => {

@@ -11,6 +11,7 @@ use futures_util::future::{join_all, try_join_all};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
+use super::cleanup::after_publishing;
 use super::session::{Relay, SessionError, bounded};
 use crate::backoff::Backoff;
 use crate::outbox::{JournalBatch, OpenBatch, Partitions, Requeued, Settlement};
@@ -40,7 +41,8 @@ impl Relay {
             settlements.extend(join_all(batches.iter().map(|batch| self.resolve(batch))).await);
         }
         crash_window!("after-resolve");
-        bounded("settling recovered batches", self.timeout(), self.outbox.settle(connection, &settlements)).await?;
+        let after = after_publishing(&self.settings.outbox.cleanup);
+        bounded("settling recovered batches", self.timeout(), self.outbox.settle(connection, &settlements, after)).await?;
         crash_window!("after-recovery");
         let appended: i32 = settlements.iter().map(|settlement| settlement.appended).sum();
         self.reporter.count(u64::try_from(appended).unwrap_or(0), 0, 0);

@@ -182,9 +182,13 @@ impl Relay {
     }
 
     async fn connections(&self) -> Result<Connections, OutboxError> {
+        let claims = self.connect("commitstream relay: claims").await?;
+        let mut settles = self.connect("commitstream relay: settles").await?;
+        // A settle that a crash undoes leaves its batch open, and the marker says what became of it.
+        bounded("connecting", self.timeout(), outbox::commit_without_waiting(&mut settles)).await?;
         Ok(Connections {
-            claims: self.connect("commitstream relay: claims").await?,
-            settles: self.connect("commitstream relay: settles").await?,
+            claims,
+            settles,
             sleep: SleepLock::new(self.outbox.clone(), self.connect("commitstream relay: sleep lock").await?),
         })
     }

@@ -2,14 +2,14 @@ use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use futures_util::future::try_join_all;
-use redis::Script;
+use redis::{Cmd, Script};
 use uuid::Uuid;
 
 use super::error::{concerns_whole_stream, is_unable_code};
 use super::node::{Node, Request};
 use super::{Streams, StreamsError, marker_key};
 use crate::event::rfc3339;
-use crate::outbox::OutboxEvent;
+use crate::outbox::{Batch, OutboxEvent};
 
 /// Step 2 of the protocol, atomic: the marker and the entries are written together, and a second call changes nothing.
 ///
@@ -126,42 +126,34 @@ impl Marker {
 }
 
 impl Streams {
-    /// Appends a batch to its stream, or learns from its marker what became of it, and waits for replicas as the settings say. Calling it
-    /// again is safe. `predecessors` are batches that this stream must hold already.
+    /// Appends the first `count` events of a batch to its stream, or learns from its marker what became of it, and waits for replicas
+    /// as the settings say. Calling it again is safe. `predecessors` are batches that this stream must hold already.
     ///
     /// # Errors
     /// An outage ([`StreamsError::is_outage`]): call again. A refusal of the call itself (`NOPERM` on a key, a marker of another
     /// type), or [`StreamsError::Lost`]: nothing of this call was written.
     pub async fn append(
         &self,
-        stream: &str,
-        batch_id: Uuid,
+        batch: &Batch,
         predecessors: &[Uuid],
-        events: &[OutboxEvent],
+        count: usize,
         marker_life: Duration,
     ) -> Result<Appended, StreamsError> {
-        let mut call = APPEND.prepare_invoke();
-        call.key(stream).key(marker_key(stream, batch_id));
-        for batch in predecessors {
-            call.key(marker_key(stream, *batch));
-        }
-        call.arg(millis(marker_life)).arg(events.len());
-        call.arg(events.first().map_or("", |e| e.aggregate_type.as_str()));
-        for event in events {
-            call.arg(event.id.hyphenated().to_string()).arg(&event.event_type).arg(&event.aggregate_id);
-            call.arg(rfc3339(event.occurred_at)).arg(event.payload.as_deref().unwrap_or_default()).arg(&event.headers);
-        }
-        let (marker, error, last): (String, String, String) = self.invoke("appending a batch", stream, &call).await?;
+        let Batch { id: batch_id, stream, events, .. } = batch;
+        let events = &events[..count.min(events.len())];
+        let command = append_command(batch, predecessors, events, marker_life);
+        let call = Request::Large { script: &APPEND, command: &command };
+        let (marker, error, last): (String, String, String) = self.send("appending a batch", stream, call).await?;
         if marker == "lost" {
-            return Err(StreamsError::Lost { stream: stream.to_owned(), marker: error });
+            return Err(StreamsError::Lost { stream: stream.clone(), marker: error });
         }
-        self.await_replicas(stream, batch_id, marker_life).await?;
+        self.await_replicas(stream, *batch_id, marker_life).await?;
         let refusal = (!error.is_empty()).then(|| {
             let code = error.split(' ').next().unwrap_or_default();
             StreamRefusal { whole_stream: concerns_whole_stream(code), outage: is_unable_code(code), error: error.clone() }
         });
         let last_entry = (!last.is_empty()).then_some(last);
-        Ok(Appended { marker: Marker::parse(stream, batch_id, marker)?, last_entry, refusal })
+        Ok(Appended { marker: Marker::parse(stream, *batch_id, marker)?, last_entry, refusal })
     }
 
     /// Recovery: what became of a batch. If nothing is known of it, it is aborted.
@@ -193,6 +185,24 @@ impl Streams {
         try_join_all(groups.iter().map(expire)).await?;
         Ok(())
     }
+}
+
+/// The call of `APPEND`. Its arguments are written into one buffer, where the redis crate's own calls of scripts have one for each.
+fn append_command(batch: &Batch, predecessors: &[Uuid], events: &[OutboxEvent], marker_life: Duration) -> Cmd {
+    let bytes: usize = events.iter().map(|event| event.payload.as_ref().map_or(0, String::len) + event.headers.len()).sum();
+    let mut command = Cmd::with_capacity(6 + predecessors.len() + 6 * events.len(), bytes + 300 + 200 * events.len());
+    command.arg("EVALSHA").arg(APPEND.get_hash()).arg(2 + predecessors.len());
+    command.arg(&batch.stream).arg(marker_key(&batch.stream, batch.id));
+    for before in predecessors {
+        command.arg(marker_key(&batch.stream, *before));
+    }
+    command.arg(millis(marker_life)).arg(events.len()).arg(&batch.aggregate_type);
+    let mut id = Uuid::encode_buffer();
+    for event in events {
+        command.arg(&*event.id.hyphenated().encode_lower(&mut id)).arg(&event.event_type).arg(&event.aggregate_id);
+        command.arg(rfc3339(event.occurred_at)).arg(event.payload.as_deref().unwrap_or_default()).arg(&event.headers);
+    }
+    command
 }
 
 pub(super) fn millis(duration: Duration) -> u64 {

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
 use redis::{
-    AsyncConnectionConfig, Client, Cmd, ConnectionInfo, ErrorKind, FromRedisValue, Pipeline, RedisError, RedisResult,
-    ScriptInvocation, Value, from_redis_value,
+    AsyncConnectionConfig, Client, Cmd, ConnectionInfo, ErrorKind, FromRedisValue, Pipeline, RedisError, RedisResult, Script,
+    ScriptInvocation, ServerErrorKind, Value, from_redis_value,
 };
 use tokio::sync::Mutex;
 use tokio::time::Instant;
@@ -66,6 +66,11 @@ pub(super) enum Request<'a> {
     /// One at a time: what stood behind it on the connection would wait for its own answer and for that of this one.
     Blocking(&'a Pipeline),
     Script(&'a ScriptInvocation<'a>),
+    /// A call of a script, as an `EVALSHA` command.
+    Large {
+        script: &'a Script,
+        command: &'a Cmd,
+    },
 }
 
 impl Node {
@@ -93,6 +98,7 @@ impl Node {
             Request::Command(command) => command.query_async(&mut connection).await,
             Request::Pipeline(pipeline) | Request::Blocking(pipeline) => pipeline.query_async(&mut connection).await,
             Request::Script(script) => script.invoke_async(&mut connection).await,
+            Request::Large { script, command } => call(script, command, &mut connection).await,
         };
         let read = answer.and_then(|value| from_redis_value(value).map_err(RedisError::from));
         self.judge(doing, generation, read).await
@@ -141,5 +147,16 @@ impl Node {
             }
         }
         Err(error)
+    }
+}
+
+/// Calls a script, after loading it where the server does not know it.
+async fn call(script: &Script, command: &Cmd, connection: &mut MultiplexedConnection) -> RedisResult<Value> {
+    match command.query_async(connection).await {
+        Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
+            script.prepare_invoke().load_async(connection).await?;
+            command.query_async(connection).await
+        }
+        answer => answer,
     }
 }

@@ -3,12 +3,12 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use commitstream::outbox::{ClaimRequest, Lease, OutboxEvent, Partitions, Refusal, Settlement};
+use commitstream::outbox::{AfterPublishing, Batch, ClaimRequest, Lease, OutboxEvent, Partitions, Refusal, Settlement};
 use commitstream::streams::{Marker, Presence, StreamsError};
 use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
-use crate::support::World;
+use crate::support::{World, eventually};
 
 /// A look at all that is there, by a relay that owns every partition.
 async fn everything(world: &World, connection: &mut PgConnection, relay_id: Uuid) -> Result<ClaimRequest> {
@@ -39,13 +39,15 @@ async fn take_all(world: &World, connection: &mut PgConnection, relay_id: Uuid) 
 }
 
 /// Settles all batches of a claim as if so many events of each had been appended, without refusals.
-async fn settle(world: &World, connection: &mut PgConnection, claimed: &[OutboxEvent], appended: i32) -> Result<()> {
-    let mut batches: Vec<Uuid> = claimed.iter().map(|e| e.batch_id).collect();
-    batches.dedup();
-    let settlements: Vec<_> =
-        batches.into_iter().map(|batch_id| Settlement { batch_id, appended, last_entry: None, refusals: Vec::new() }).collect();
-    world.outbox.settle(connection, &settlements).await?;
+async fn settle(world: &World, connection: &mut PgConnection, claimed: &[Batch], appended: i32) -> Result<()> {
+    let settlement = |batch: &Batch| Settlement { batch_id: batch.id, appended, last_entry: None, refusals: Vec::new() };
+    let settlements: Vec<_> = claimed.iter().map(settlement).collect();
+    world.outbox.settle(connection, &settlements, AfterPublishing::Keep).await?;
     Ok(())
+}
+
+fn events(batches: &[Batch]) -> Vec<&OutboxEvent> {
+    batches.iter().flat_map(|batch| &batch.events).collect()
 }
 
 /// A claim reads for some milliseconds. An event may fall due while it reads, after its own turn and before that of a later event
@@ -62,9 +64,9 @@ async fn an_event_that_falls_due_during_a_claim_is_not_overtaken() -> Result<()>
          FROM generate_series(1, 2000) n;",
     )?;
     let started = Instant::now();
-    let claimed = world.outbox.claim(&mut connection, &request).await?.events;
+    let claimed = world.outbox.claim(&mut connection, &request).await?.batches;
     let taken = started.elapsed();
-    assert_eq!(claimed.len(), 2_000);
+    assert_eq!(events(&claimed).len(), 2_000);
     settle(&world, &mut connection, &claimed, 0).await?;
     for round in 0..20 {
         sqlx::query(
@@ -74,8 +76,8 @@ async fn an_event_that_falls_due_during_a_claim_is_not_overtaken() -> Result<()>
         .bind(taken.as_secs_f64() * f64::from(round) / 20.0)
         .execute(&mut connection)
         .await?;
-        let claimed = world.outbox.claim(&mut connection, &request).await?.events;
-        let of_a: Vec<i64> = claimed.iter().filter(|e| e.aggregate_id == "A").map(|e| e.seq).collect();
+        let claimed = world.outbox.claim(&mut connection, &request).await?.batches;
+        let of_a: Vec<i64> = events(&claimed).into_iter().filter(|e| e.aggregate_id == "A").map(|e| e.seq).collect();
         assert!(of_a.is_empty() || of_a == [1, 2_000], "round {round}: {of_a:?} is claimed, the refused event is not");
         settle(&world, &mut connection, &claimed, 0).await?;
     }
@@ -89,21 +91,17 @@ async fn what_an_operator_changed_meanwhile_is_left_as_it_is() -> Result<()> {
     let mut connection = world.connect().await?;
     let request = everything(&world, &mut connection, Uuid::now_v7()).await?;
     world.insert(6, 6).await?;
-    let claimed = world.outbox.claim(&mut connection, &request).await?.events;
-    let ids: Vec<Uuid> = claimed.iter().map(|e| e.id).collect();
+    let claimed = world.outbox.claim(&mut connection, &request).await?.batches;
+    let ids: Vec<Uuid> = events(&claimed).iter().map(|e| e.id).collect();
     world.database.psql(&format!(
         "DELETE FROM event_outbox WHERE id IN ('{}', '{}');
          UPDATE event_outbox SET status = 'FAILED', last_error = 'by hand' WHERE id IN ('{}', '{}');",
         ids[0], ids[4], ids[1], ids[5]
     ))?;
     let refusal = |n: usize| Refusal { event_id: ids[n], error: "refused\0".into(), retry_after: None };
-    let settlement = Settlement {
-        batch_id: claimed[0].batch_id,
-        appended: 3,
-        last_entry: None,
-        refusals: vec![refusal(3), refusal(4), refusal(5)],
-    };
-    assert_eq!(world.outbox.settle(&mut connection, &[settlement]).await?, 1);
+    let settlement =
+        Settlement { batch_id: claimed[0].id, appended: 3, last_entry: None, refusals: vec![refusal(3), refusal(4), refusal(5)] };
+    assert_eq!(world.outbox.settle(&mut connection, &[settlement], AfterPublishing::Keep).await?, 1);
     let rows = world.database.psql("SELECT seq, status, last_error, published_at IS NOT NULL FROM event_outbox ORDER BY seq;")?;
     assert_eq!(rows, "2|FAILED|by hand|f\n3|PUBLISHED||t\n4|FAILED|refused\u{fffd}|f\n6|FAILED|by hand|f\n");
     assert!(world.outbox.open_batches(&mut connection, Partitions::ALL).await?.is_empty());
@@ -119,9 +117,9 @@ async fn a_relay_that_lost_its_lease_claims_nothing() -> Result<()> {
     let was = everything(&world, &mut old, Uuid::now_v7()).await?;
     let is = everything(&world, &mut new, Uuid::now_v7()).await?;
     let claim = world.outbox.claim(&mut old, &was).await?;
-    assert!(!claim.held && claim.events.is_empty());
+    assert!(!claim.held && claim.batches.is_empty());
     assert!(world.outbox.open_batches(&mut new, Partitions::ALL).await?.is_empty(), "an empty claim leaves no batch");
-    assert_eq!(world.outbox.claim(&mut new, &is).await?.events.len(), 10);
+    assert_eq!(world.outbox.claim(&mut new, &is).await?.batches[0].events.len(), 10);
     Ok(())
 }
 
@@ -140,9 +138,9 @@ async fn a_relay_that_lost_one_partition_claims_nothing_until_it_knows() -> Resu
     request.lease = taken;
     let of_new = world.outbox.claim(&mut new, &request).await?;
     assert!(of_old.held && of_new.held);
-    assert_eq!(of_old.events.len() + of_new.events.len(), 100);
+    assert_eq!(events(&of_old.batches).len() + events(&of_new.batches).len(), 100);
     let sql = "SELECT count(*) FROM event_outbox WHERE partition_no = 5";
-    assert_eq!(sqlx::query_scalar::<_, i64>(sql).fetch_one(&mut new).await?, i64::try_from(of_new.events.len())?);
+    assert_eq!(sqlx::query_scalar::<_, i64>(sql).fetch_one(&mut new).await?, i64::try_from(events(&of_new.batches).len())?);
     Ok(())
 }
 
@@ -156,7 +154,7 @@ async fn a_claim_of_an_earlier_epoch_claims_nothing() -> Result<()> {
     let late = everything(&world, &mut old, Uuid::now_v7()).await?;
     let current = everything(&world, &mut new, late.lease.relay_id).await?;
     assert!(!world.outbox.claim(&mut old, &late).await?.held);
-    assert_eq!(world.outbox.claim(&mut new, &current).await?.events.len(), 10);
+    assert_eq!(world.outbox.claim(&mut new, &current).await?.batches[0].events.len(), 10);
     Ok(())
 }
 
@@ -168,13 +166,13 @@ async fn a_lost_batch_is_unsent_again_once_per_partition() -> Result<()> {
     let mut connection = world.connect().await?;
     world.insert(100, 100).await?;
     let request = everything(&world, &mut connection, Uuid::now_v7()).await?;
-    let claimed = world.outbox.claim(&mut connection, &request).await?.events;
+    let claimed = world.outbox.claim(&mut connection, &request).await?.batches;
     settle(&world, &mut connection, &claimed, 100).await?;
-    let lost = [claimed[0].batch_id];
+    let lost = [claimed[0].id];
     let some: Partitions = (0..32).collect();
     let first = world.outbox.requeue_lost(&mut connection, &lost, some).await?.unsent;
-    let again = world.outbox.claim(&mut connection, &request).await?.events;
-    assert!(first > 0 && i64::try_from(again.len())? == first);
+    let again = world.outbox.claim(&mut connection, &request).await?.batches;
+    assert!(first > 0 && i64::try_from(events(&again).len())? == first);
     settle(&world, &mut connection, &again, 100).await?;
     let others = world.outbox.requeue_lost(&mut connection, &lost, Partitions::ALL).await?.unsent;
     assert_eq!(first + others, 100, "each once");
@@ -190,12 +188,12 @@ async fn a_lost_batch_that_was_aborted_since_is_lost() -> Result<()> {
     world.insert(2, 2).await?;
     let mut request = everything(&world, &mut connection, Uuid::now_v7()).await?;
     (request.batch_size, request.stream_prefix) = (1, world.settings.redis.stream_prefix.clone());
-    let claimed = world.outbox.claim(&mut connection, &request).await?.events;
-    let (stream, lost, next) = (&claimed[0].stream, claimed[0].batch_id, claimed[1].batch_id);
+    let claimed = world.outbox.claim(&mut connection, &request).await?.batches;
+    let (stream, lost, next) = (&claimed[0].stream, claimed[0].id, &claimed[1]);
     let life = Duration::from_secs(60);
     assert_eq!(world.streams.resolve(stream, lost, life).await?, Marker::Aborted);
     settle(&world, &mut connection, &claimed[..1], 1).await?;
-    let appended = world.streams.append(stream, next, &[lost], &claimed[1..], life).await;
+    let appended = world.streams.append(next, &[lost], 1, life).await;
     assert!(matches!(appended, Err(StreamsError::Lost { .. })), "{appended:?}");
     let checked = world.streams.check(&[(stream.clone(), vec![lost])]).await;
     assert!(matches!(checked, Err(StreamsError::Lost { .. })), "{checked:?}");
@@ -212,13 +210,50 @@ async fn a_claim_holds_a_takeover_off() -> Result<()> {
     let request = everything(&world, &mut claims, Uuid::now_v7()).await?;
     world.insert(1, 1).await?;
     let mut open = claims.begin().await?;
-    assert_eq!(world.outbox.claim(&mut open, &request).await?.events.len(), 1);
+    assert_eq!(world.outbox.claim(&mut open, &request).await?.batches[0].events.len(), 1);
     sqlx::raw_sql("SET lock_timeout = '200ms'").execute(&mut other).await?;
     let taken = take_all(&world, &mut other, Uuid::now_v7()).await;
     assert!(taken.is_err(), "the claim holds its rows: {taken:?}");
     open.commit().await?;
     take_all(&world, &mut other, Uuid::now_v7()).await?;
     assert_eq!(world.outbox.open_batches(&mut other, Partitions::ALL).await?.len(), 1);
+    Ok(())
+}
+
+/// A claim that began before a takeover was committed sees the leases as they were; it waits for the takeover and looks again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_claim_that_waited_for_a_takeover_claims_nothing() -> Result<()> {
+    let world = World::new().await?;
+    let (mut claims, mut other, mut eye) = (world.connect().await?, world.connect().await?, world.connect().await?);
+    world.insert(10, 10).await?;
+    let request = everything(&world, &mut claims, Uuid::now_v7()).await?;
+    let mut takeover = other.begin().await?;
+    take_all(&world, &mut takeover, Uuid::now_v7()).await?;
+    let outbox = world.outbox.clone();
+    let claim = tokio::spawn(async move { outbox.claim(&mut claims, &request).await });
+    eventually("the claim to wait", async || {
+        let waiting = "SELECT EXISTS (SELECT 1 FROM pg_stat_activity
+                       WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE 'WITH open AS%')";
+        Ok(sqlx::query_scalar(waiting).fetch_one(&mut eye).await?)
+    })
+    .await?;
+    takeover.commit().await?;
+    let claim = claim.await??;
+    assert!(!claim.held && claim.batches.is_empty(), "{claim:?}");
+    assert!(world.outbox.open_batches(&mut eye, Partitions::ALL).await?.is_empty());
+    Ok(())
+}
+
+/// An idle relay looks again and again: that must not cost a commit that waits for the disk.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_look_that_finds_nothing_writes_nothing() -> Result<()> {
+    let world = World::new().await?;
+    let mut connection = world.connect().await?;
+    let request = everything(&world, &mut connection, Uuid::now_v7()).await?;
+    let mut look = connection.begin().await?;
+    assert!(world.outbox.claim(&mut look, &request).await?.held);
+    let written = "SELECT pg_current_xact_id_if_assigned() IS NOT NULL";
+    assert!(!sqlx::query_scalar::<_, bool>(written).fetch_one(&mut *look).await?);
     Ok(())
 }
 
@@ -249,18 +284,18 @@ async fn what_commits_late_is_found_by_its_transaction() -> Result<()> {
         sqlx::query(insert).bind("late").execute(&mut *open).await?;
         sqlx::query(insert).bind("early").execute(&mut other).await?;
         let seen = world.outbox.claim(&mut connection, &request).await?;
-        assert_eq!(seen.events.iter().map(|e| e.aggregate_id.as_str()).collect::<Vec<_>>(), ["early"]);
-        (request.after, request.snapshot) = (seen.events[0].seq, seen.snapshot);
+        assert_eq!(events(&seen.batches).iter().map(|e| e.aggregate_id.as_str()).collect::<Vec<_>>(), ["early"]);
+        (request.after, request.snapshot) = (seen.batches[0].events[0].seq, seen.snapshot);
         open.commit().await?;
         if newer {
             sqlx::query(insert).bind("newer").execute(&mut other).await?;
         }
         let found = world.outbox.claim(&mut connection, &request).await?;
         let expected: &[&str] = if newer { &["late", "newer"] } else { &["late"] };
-        assert_eq!(found.events.iter().map(|e| e.aggregate_id.as_str()).collect::<Vec<_>>(), expected);
+        assert_eq!(events(&found.batches).iter().map(|e| e.aggregate_id.as_str()).collect::<Vec<_>>(), expected);
         (request.after, request.snapshot) = (i64::MAX, found.snapshot);
         let again = world.outbox.claim(&mut connection, &request).await?;
-        assert!(again.events.is_empty() && again.cut_at.is_none());
+        assert!(again.batches.is_empty() && again.cut_at.is_none());
         request.snapshot = again.snapshot;
     }
     Ok(())

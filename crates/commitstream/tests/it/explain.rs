@@ -9,7 +9,9 @@ use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use commitstream::outbox::{self, ClaimRequest, Heartbeat, JournalBatch, Lease, Partitions, Selection, Settlement};
+use commitstream::outbox::{
+    self, AfterPublishing, ClaimRequest, Heartbeat, JournalBatch, Lease, Partitions, Selection, Settlement,
+};
 use serde_json::Value;
 use sqlx::{AssertSqlSafe, PgConnection};
 use uuid::Uuid;
@@ -171,8 +173,9 @@ async fn the_claim_goes_by_index() -> Result<()> {
         let (world, mut connection) = populated(case).await?;
         let mut claim = request(&world, &mut connection, 50_500).await?;
         let claimed = world.outbox.claim(&mut connection, &claim).await?;
-        assert!(claimed.events.len() > 500, "the statement did its work: {}", claimed.events.len());
-        claim.open.extend(claimed.events.first().map(|e| e.batch_id));
+        let events: usize = claimed.batches.iter().map(|batch| batch.events.len()).sum();
+        assert!(events > 500, "the statement did its work: {events}");
+        claim.open.extend(claimed.batches.first().map(|batch| batch.id));
         claim.snapshot = claimed.snapshot;
         world.outbox.claim(&mut connection, &claim).await?;
 
@@ -206,20 +209,22 @@ async fn the_claim_goes_by_index() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_settle_goes_by_index() -> Result<()> {
-    for case in CASES {
+    use AfterPublishing::{Delete, Keep};
+    for (case, after) in CASES.into_iter().flat_map(|case| [(case, Keep), (case, Delete)]) {
         let (world, mut connection) = populated(case).await?;
         let claim = request(&world, &mut connection, 0).await?;
-        let claimed = world.outbox.claim(&mut connection, &claim).await?.events;
-        let batch_id = claimed.first().context("a claimed event")?.batch_id;
+        let claimed = world.outbox.claim(&mut connection, &claim).await?.batches;
+        let first = claimed.first().context("a claimed batch")?;
+        let batch_id = first.id;
         let settlement = Settlement { batch_id, appended: 3, last_entry: Some("1-2".into()), refusals: Vec::new() };
-        assert_eq!(world.outbox.settle(&mut connection, std::slice::from_ref(&settlement)).await?, 1);
-        assert_eq!(world.outbox.settle(&mut connection, &[settlement]).await?, 0);
+        assert_eq!(world.outbox.settle(&mut connection, std::slice::from_ref(&settlement), after).await?, 1);
+        assert_eq!(world.outbox.settle(&mut connection, &[settlement], after).await?, 0);
 
-        let many = claimed.iter().map(|e| e.batch_id.to_string()).collect::<BTreeSet<_>>();
+        let many: Vec<_> = claimed.iter().map(|batch| batch.id.to_string()).collect();
         let counts = vec!["100"; many.len()].join(",");
         let entries = vec!["1-2"; many.len()].join(",");
-        let batches = many.into_iter().collect::<Vec<_>>().join(",");
-        let event = claimed[0].id;
+        let batches = many.join(",");
+        let event = first.events[0].id;
         for values in [
             format!("'{{{batch_id}}}', '{{3}}', '{{}}', '{{}}', '{{}}', '{{}}', '{{NULL}}'"),
             format!("'{{{batches}}}', '{{{counts}}}', '{{{batch_id}}}', '{{{event}}}', '{{why}}', '{{1000}}', '{{{entries}}}'"),
@@ -239,7 +244,7 @@ async fn the_settle_finds_its_batches_by_key() -> Result<()> {
     for case in CASES {
         let (world, mut connection) = populated(case).await?;
         let settlement = Settlement { batch_id: Uuid::nil(), appended: 1, last_entry: None, refusals: Vec::new() };
-        world.outbox.settle(&mut connection, &[settlement]).await?;
+        world.outbox.settle(&mut connection, &[settlement], AfterPublishing::Keep).await?;
         let values = format!("'{{{}}}', '{{1}}', '{{}}', '{{}}', '{{}}', '{{}}', '{{NULL}}'", Uuid::nil());
         let plans = plans(&mut connection, "WITH settled AS", &values).await?;
         assert_indexes(&plans, "outbox_batch", &[("outbox_batch_pkey", "batch_id = ")]);

@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Duration;
 
-use super::latency::Summary;
+use crate::commands::latency::Summary;
 use crate::output::{Output, Style, count};
 
 /// On a terminal the line is rewritten in place; elsewhere each is a line of its own.

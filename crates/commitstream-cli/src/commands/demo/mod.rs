@@ -8,13 +8,10 @@
 
 mod audit;
 mod events;
-mod interrupt;
-mod latency;
 mod live;
 mod load;
 mod receipts;
 mod report;
-mod servers;
 mod service;
 mod tail;
 mod watch;
@@ -28,15 +25,15 @@ use commitstream::outbox::{self, OutboxRepository};
 use commitstream::relay::{OutboxProcessor, RelayHandle, RelayState};
 use commitstream::streams::Streams;
 
+use super::interrupt::{INTERRUPTED, Interrupt};
+use super::servers::{Purpose, Servers};
 use crate::context::Context;
 use crate::failure::WrongUse;
 use crate::output::{Output, Style, count};
-use interrupt::{INTERRUPTED, Interrupt};
 use live::Live;
 use load::Plan;
 use receipts::{Receipts, Receiver};
 use report::Report;
-use servers::Servers;
 use service::{ROLLBACK_EVERY, Service};
 use watch::{Watched, Watcher};
 
@@ -44,6 +41,7 @@ use watch::{Watched, Watcher};
 const MOST_EVENTS: u64 = 20_000_000;
 /// Longest wait for the relay to take up its work, and for the last events to arrive.
 const PATIENCE: Duration = Duration::from_secs(30);
+const PURPOSE: Purpose = Purpose { name: "demo", called: "the demonstration", postgres: &[], optional_postgres: &[], redis: &[] };
 
 /// See it work: an example service under load, a relay, and an audit of what arrived
 ///
@@ -69,7 +67,7 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
     let interrupt = Interrupt::listen()?;
     introduce(&output, &plan)?;
     let servers = tokio::select! {
-        servers = Servers::obtain(&configured) => servers?,
+        servers = Servers::obtain(&configured, &PURPOSE) => servers?,
         () = interrupt.first() => return Ok(ExitCode::from(INTERRUPTED)),
     };
     if !output.json {

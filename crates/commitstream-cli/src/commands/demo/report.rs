@@ -5,11 +5,11 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::audit::{Findings, LaneVerdict, Verdict};
-use super::latency::Summary;
 use super::live::{millis, per_second};
 use super::load::Plan;
 use super::receipts::Receipts;
 use super::watch::Watched;
+use crate::commands::latency::Summary;
 use crate::output::{Output, Style, count, plural};
 
 /// A pace below this share of what was asked for is remarked upon.

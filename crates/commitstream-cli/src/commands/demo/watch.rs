@@ -11,9 +11,9 @@ use tokio::time::MissedTickBehavior;
 use uuid::Uuid;
 
 use super::audit::Ledger;
-use super::latency::Latency;
 use super::live::{LaneSample, Live, Sample};
 use super::tail::{Arrivals, follow};
+use crate::commands::latency::Latency;
 
 /// Reads that may wait to be counted.
 const READS_WAITING: usize = 100;

@@ -12,7 +12,7 @@ use crate::context;
 /// Shortest pause between two looks.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// A look reads all that is unsent, so it takes one part in so many of the time at most.
+/// A look may read past many rows that were sent lately, so it takes one part in so many of the time at most.
 const SHARE: u32 = 5;
 
 /// What was found at the end.
@@ -48,9 +48,10 @@ async fn look(settings: &Settings, session: &mut Option<PgConnection>) -> anyhow
         None => context::postgres(settings, "relay: until empty").await?,
     };
     let outbox = context::repository(settings);
-    let failed = match outbox.unsent(&mut connection).await? {
-        0 => Some(u64::try_from(outbox.stats(&mut connection).await?.failed)?),
-        _ => None,
+    let failed = if outbox.has_unsent(&mut connection).await? {
+        None
+    } else {
+        Some(u64::try_from(outbox.stats(&mut connection).await?.failed)?)
     };
     *session = Some(connection);
     Ok(failed)

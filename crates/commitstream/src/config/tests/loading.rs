@@ -131,7 +131,7 @@ fn entries_are_printed_so_that_they_can_be_pasted_back() {
         loaded.entries().iter().filter_map(|entry| Some(format!("{} = \"{}\"\n", entry.key, entry.value.as_ref()?))).collect();
     assert!(printed.contains("app.outbox.processor.retryMaxDelay = \"90s\""));
     assert!(printed.contains("app.outbox.processor.markerLife = \"7d\""));
-    assert!(printed.contains("app.outbox.processor.maxInFlightBytes = \"16MiB\""));
+    assert!(printed.contains("app.outbox.processor.maxInFlightBytes = \"8MiB\""));
     assert_eq!(settings(&printed), loaded.settings);
 }
 

@@ -135,7 +135,7 @@ fn settings_that_contradict_each_other() {
          app.outbox.processor.retryMaxDelay = 5m (from the default)"
     );
     let payload = refusal("app.eventPublishing.maxPayloadBytes = 32MiB", &[], &[]);
-    assert!(payload.contains("must not be more than app.outbox.processor.maxInFlightBytes = 16MiB"), "{payload}");
+    assert!(payload.contains("must not be more than app.outbox.processor.maxInFlightBytes = 8MiB"), "{payload}");
 }
 
 #[test]

@@ -33,11 +33,15 @@ impl Latency {
         self.0.reset();
     }
 
+    /// A quantile, in milliseconds.
+    pub fn millis(&self, quantile: f64) -> f64 {
+        self.0.value_at_quantile(quantile) as f64 / 1_000.0
+    }
+
     /// `None` when nothing was recorded.
     pub fn summary(&self) -> Option<Summary> {
-        let millis = |micros: u64| micros as f64 / 1_000.0;
-        let quantile = |quantile| millis(self.0.value_at_quantile(quantile));
-        (!self.0.is_empty()).then(|| Summary { p50_ms: quantile(0.5), p99_ms: quantile(0.99), max_ms: millis(self.0.max()) })
+        let max_ms = self.0.max() as f64 / 1_000.0;
+        (!self.0.is_empty()).then(|| Summary { p50_ms: self.millis(0.5), p99_ms: self.millis(0.99), max_ms })
     }
 }
 
