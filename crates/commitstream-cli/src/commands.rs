@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod cleanup;
 pub mod config;
+mod days;
 pub mod dead;
 pub mod demo;
 pub mod failed;

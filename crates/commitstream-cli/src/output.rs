@@ -11,7 +11,7 @@ use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
 pub use progress::Progress;
 pub use table::Table;
-pub use words::{age, count, plural};
+pub use words::{age, count, plural, size};
 
 use crate::cli::Color;
 

@@ -8,6 +8,7 @@ use commitstream::relay::cleanup::{self, Cleaned};
 use commitstream::streams::{Streams, Trimmed};
 use serde_json::json;
 
+use crate::commands::days;
 use crate::context::{self, Context};
 use crate::failure::on_one_line;
 use crate::output::{Progress, age, plural, printable};
@@ -15,7 +16,8 @@ use crate::output::{Progress, age, plural, printable};
 /// Delete what was published or handled long ago, and trim the streams
 ///
 /// The relay does this by itself every hour (app.outbox.cleanup). Deletes in small transactions that wait for nobody; it may be
-/// stopped at any time, and run beside relays. What the inbox remembers has a retention of its own (app.consumer), and so
+/// stopped at any time, and run beside relays. Where event_outbox is partitioned by day, old days are dropped as a whole, and those
+/// to come are made; that needs the role that owns the table. What the inbox remembers has a retention of its own (app.consumer), and so
 /// has what every consumer group has acknowledged (app.streams); with no REDIS_URL, streams are left alone.
 #[derive(clap::Args)]
 #[command(after_help = "\
@@ -45,13 +47,18 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
     let removed = trimmed.as_ref().ok().and_then(|trimmed| trimmed.as_ref()).map(|streams| streams.trimmed);
     if context.output.json {
         let streams = removed.map(|Trimmed { acknowledged, unread }| json!({ "acknowledged": acknowledged, "unread": unread }));
-        let Cleaned { events, batches, inbox } = cleaned;
-        context.output.json(&json!({ "events": events, "batches": batches, "inbox": inbox, "streams": streams }))?;
+        let Cleaned { events, batches, inbox, days } = &cleaned;
+        let mut result = json!({ "events": events, "batches": batches, "inbox": inbox, "streams": streams });
+        if let Some(days) = days {
+            result["partitions"] = days::json(days);
+        }
+        context.output.json(&result)?;
     } else {
-        context.output.line(&describe(cleaned, settings.outbox.cleanup.retention_days, started.elapsed()))?;
+        context.output.line(&describe(&cleaned, settings.outbox.cleanup.retention_days, started.elapsed()))?;
+        cleaned.days.iter().try_for_each(|days| days::tell(&context.output, days))?;
         removed.map(describe_trimmed).map_or(Ok(()), |line| context.output.line(&line))?;
     }
-    let has_failed = trimmed?.is_some_and(|streams| streams.has_failed);
+    let has_failed = trimmed?.is_some_and(|streams| streams.has_failed) || cleaned.days.is_some_and(|days| days.postponed);
     Ok(if has_failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
@@ -81,14 +88,17 @@ async fn trim(settings: &Settings, context: &Context) -> anyhow::Result<Option<T
     Ok(Some(all))
 }
 
-fn describe(cleaned: Cleaned, retention_days: u32, took: Duration) -> String {
+fn describe(cleaned: &Cleaned, retention_days: u32, took: Duration) -> String {
     let ago = match retention_days {
         0 => String::new(),
         days => format!(" more than {} ago", plural(u64::from(days), "day")),
     };
-    match cleaned {
-        Cleaned { events: 0, batches: 0, inbox: 0 } => format!("nothing to delete: no event was published{ago}"),
-        Cleaned { events, batches, inbox } => {
+    match *cleaned {
+        Cleaned { events: 0, batches: 0, inbox: 0, days: None } => format!("nothing to delete: no event was published{ago}"),
+        Cleaned { events: 0, batches: 0, inbox: 0, days: Some(_) } => {
+            format!("nothing to delete but partitions: no event of event_outbox_rest was published{ago}")
+        }
+        Cleaned { events, batches, inbox, .. } => {
             let were = if events == 1 { "was" } else { "were" };
             let (events, batches, inbox) = (plural(events, "event"), plural(batches, "journal row"), plural(inbox, "inbox row"));
             format!("deleted {events} that {were} published{ago}, {batches} and {inbox}, in {}", age(took))

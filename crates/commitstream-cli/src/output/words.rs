@@ -30,6 +30,19 @@ pub fn count(number: u64) -> String {
     grouped
 }
 
+/// `512 B`, `8.0 KiB`, `1.3 GiB`.
+pub fn size(bytes: u64) -> String {
+    let mut units = ["B", "KiB", "MiB", "GiB", "TiB"].into_iter();
+    let (mut size, mut unit) = (bytes as f64, units.next());
+    while size >= 1024.0
+        && let Some(larger) = units.next()
+    {
+        (size, unit) = (size / 1024.0, Some(larger));
+    }
+    let digits = usize::from(bytes >= 1024);
+    format!("{size:.digits$} {}", unit.unwrap_or_default())
+}
+
 /// `1 event`, `2 events`, `2 entries`.
 pub fn plural(number: u64, noun: &str) -> String {
     match (number, noun.strip_suffix('y')) {
@@ -58,6 +71,15 @@ mod tests {
             (259_200_000, "3 days"),
         ] {
             assert_eq!(age(Duration::from_millis(millis)), expected);
+        }
+    }
+
+    #[test]
+    fn sizes_are_in_the_largest_unit() {
+        for (bytes, expected) in
+            [(0, "0 B"), (1_023, "1023 B"), (8_192, "8.0 KiB"), (1_395_864_371, "1.3 GiB"), (1 << 60, "1048576.0 TiB")]
+        {
+            assert_eq!(size(bytes), expected);
         }
     }
 

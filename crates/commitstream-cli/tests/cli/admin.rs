@@ -148,6 +148,45 @@ fn cleanup_deletes_what_is_old() -> Result<()> {
 }
 
 #[test]
+fn cleanup_drops_and_makes_days() -> Result<()> {
+    let world = World::new()?;
+    world.ok(&["migrate", "--partitioned"])?;
+    world.publish_user("1")?;
+    world.publish_user("2")?;
+    world.ok(&["relay", "--until-empty"])?;
+    world.publish_user("3")?;
+    // As if all that had been nine days ago: the first partition, and what is in it.
+    let name = world.database.psql(
+        "UPDATE event_outbox SET published_at = now() - interval '8 days' WHERE aggregate_id = '1';
+         SELECT min(inhrelid::regclass::text) FROM pg_inherits WHERE inhparent = 'event_outbox'::regclass",
+    )?;
+    let name = name.trim();
+    world.database.psql(&format!(
+        "ALTER TABLE event_outbox DETACH PARTITION {name};
+         UPDATE {name} SET id = overlay(id::text PLACING '0190' FROM 1)::uuid;
+         ALTER TABLE {name} RENAME TO event_outbox_p20240601;
+         ALTER TABLE event_outbox ATTACH PARTITION event_outbox_p20240601
+             FOR VALUES FROM (MINVALUE) TO ('0190ffff-ffff-7000-8000-000000000000')"
+    ))?;
+    let answer = world.run(&["cleanup"])?;
+    let lines: Vec<_> = answer.stdout.lines().collect();
+    assert_eq!(lines[0], "nothing to delete but partitions: no event of event_outbox_rest was published more than 7 days ago");
+    assert!(lines[1].starts_with("dropped 1 partition, ") && lines[1].contains("KiB: event_outbox_p20240601; "), "{lines:?}");
+    assert!(lines[1].ends_with("; 2 events of them not published, or only lately, moved to event_outbox_rest"), "{lines:?}");
+    assert_eq!((lines.len(), answer.code), (3, Some(0)), "{answer:?}");
+
+    world.database.psql("UPDATE event_outbox SET published_at = now() - interval '8 days' WHERE aggregate_id = '2'")?;
+    let answer = world.json(&["cleanup"])?;
+    assert_eq!(answer["events"], 1);
+    assert_eq!(
+        answer["partitions"],
+        json!({ "made": [], "dropped": [], "bytes": 0, "moved": 0, "kept": [], "postponed": false })
+    );
+    assert_eq!(world.json(&["relay", "--until-empty"])?["published"], 1);
+    Ok(())
+}
+
+#[test]
 fn cleanup_trims_the_streams_where_there_is_a_redis() -> Result<()> {
     let world = World::new()?;
     let mut redis = world.redis()?;

@@ -17,6 +17,51 @@ fn migrate_twice() -> Result<()> {
 }
 
 #[test]
+fn migrate_partitions_by_day_and_keeps_that() -> Result<()> {
+    let world = World::new()?;
+    world.publish_user("1")?;
+    world.database.psql("INSERT INTO event_outbox (id, event_type, aggregate_type, aggregate_id, payload) VALUES (gen_random_uuid(), 'E', 'user', '2', '{}')")?;
+    // Ids of that kind are hardly ever before those of today.
+    world.database.psql("UPDATE event_outbox SET id = overlay(id::text PLACING 'f' FROM 1)::uuid WHERE aggregate_id = '2'")?;
+    let answer = world.run(&["migrate", "--partitioned"])?;
+    assert_eq!((answer.code, answer.stderr.as_str()), (Some(0), "partitioning event_outbox; producers wait until it is done\n"));
+    let lines: Vec<_> = answer.stdout.lines().collect();
+    assert!(lines[0].starts_with("nothing to do: version "), "{lines:?}");
+    assert_eq!(
+        lines[1],
+        "partitioned event_outbox by day (UTC); 1 event with ids of other days or kinds went to event_outbox_rest"
+    );
+    assert!(lines[2].starts_with("made 3 partitions: event_outbox_p20"), "{lines:?}");
+    assert_eq!(lines.len(), 3);
+
+    for args in [&["migrate", "--partitioned"] as &[_], &["migrate"]] {
+        let again = world.run(args)?;
+        assert!(again.stdout.starts_with("nothing to do") && again.stdout.lines().count() == 1 && again.stderr.is_empty());
+        let again = world.json(args)?;
+        assert_eq!(again["partitioned"], false);
+        assert_eq!(again["partitions"]["made"], json!([]));
+    }
+    assert_eq!(world.json(&["relay", "--until-empty"])?["published"], 2);
+
+    let fresh = World::unmigrated()?;
+    let fresh = fresh.json(&["migrate", "--partitioned"])?;
+    assert_eq!((&fresh["partitioned"], fresh["partitions"]["made"].as_array().map(Vec::len)), (&json!(true), Some(3)));
+    Ok(())
+}
+
+#[test]
+fn migrate_says_what_stands_in_the_way_of_partitions() -> Result<()> {
+    let world = World::new()?;
+    world.database.psql("CREATE VIEW report AS SELECT id FROM event_outbox")?;
+    let refused = world.run(&["migrate", "--partitioned"])?;
+    assert_eq!(refused.code, Some(1));
+    assert!(refused.stderr.contains("view report"), "{refused:?}");
+    world.database.psql("DROP VIEW report")?;
+    world.ok(&["migrate", "--partitioned"])?;
+    Ok(())
+}
+
+#[test]
 fn from_publish_over_the_relay_to_tail() -> Result<()> {
     let world = World::new()?;
     let published = world.json(&[

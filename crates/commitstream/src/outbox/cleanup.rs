@@ -8,8 +8,8 @@ use super::{OutboxError, OutboxRepository};
 const MIN_JOURNAL_LIFE: Duration = Duration::from_secs(3_600);
 
 impl OutboxRepository {
-    /// Deletes up to `limit` events published more than `retention` ago, oldest first; returns how many. One short transaction that
-    /// waits for nobody: rows that somebody else has locked are left for next time.
+    /// Deletes up to `limit` events published more than `retention` ago, oldest first, whatever partition they are in; returns how
+    /// many. One short transaction that waits for nobody: rows that somebody else has locked are left for next time.
     ///
     /// # Errors
     /// PostgreSQL cannot be asked.
@@ -19,11 +19,24 @@ impl OutboxRepository {
         retention: Duration,
         limit: u32,
     ) -> Result<u64, OutboxError> {
-        let sql = "DELETE FROM {s}.event_outbox WHERE id = ANY (ARRAY(
-                       SELECT id FROM {s}.event_outbox
-                       WHERE status = 'PUBLISHED' AND published_at < statement_timestamp() - $1 * interval '1 second'
-                       ORDER BY published_at LIMIT $2 FOR UPDATE SKIP LOCKED))";
-        self.delete(connection, sql, retention, limit, "deleting published events").await
+        self.delete_published_from(connection, "{s}.event_outbox", retention, limit).await
+    }
+
+    /// The same in one partition, named as SQL has it.
+    pub(crate) async fn delete_published_from(
+        &self,
+        connection: &mut PgConnection,
+        table: &str,
+        retention: Duration,
+        limit: u32,
+    ) -> Result<u64, OutboxError> {
+        let sql = format!(
+            "DELETE FROM {table} WHERE id = ANY (ARRAY(
+                 SELECT id FROM {table}
+                 WHERE status = 'PUBLISHED' AND published_at < statement_timestamp() - $1 * interval '1 second'
+                 ORDER BY published_at LIMIT $2 FOR UPDATE SKIP LOCKED))"
+        );
+        self.delete(connection, &sql, retention, limit, "deleting published events").await
     }
 
     /// Deletes up to `limit` settled batches older than `retention` (an hour at least); returns how many.

@@ -30,6 +30,16 @@ pub enum OutboxError {
     )]
     Timeout { doing: &'static str, limit: std::time::Duration },
 
+    #[error("event_outbox is in use, so nothing was changed while {doing}: a long transaction, a backup or vacuum has it locked")]
+    Busy {
+        doing: &'static str,
+        #[source]
+        source: sqlx::Error,
+    },
+
+    #[error("event_outbox was replaced by a partitioned table: what listened on the old one starts anew")]
+    Replaced,
+
     #[error("the database URL is not usable: write postgres://user:password@host:5432/database")]
     Url(#[source] sqlx::Error),
 

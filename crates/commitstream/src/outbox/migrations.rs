@@ -29,11 +29,7 @@ impl OutboxRepository {
     /// [`OutboxError::ForeignTable`] when an `event_outbox` of another making is in the way; nothing is changed then.
     pub async fn migrate(&self, connection: &mut PgConnection) -> Result<Migrated, OutboxError> {
         let mut tx = connection.begin().await.map_err(self.error("starting the migration"))?;
-        sqlx::query("SELECT pg_advisory_xact_lock(1129139027, hashtext($1))")
-            .bind(&self.schema)
-            .execute(&mut *tx)
-            .await
-            .map_err(self.error("waiting for another migration"))?;
+        self.take_turns(&mut tx).await?;
         let from = self.version(&mut tx).await?;
         if from.is_none() && self.exists(&mut tx, "event_outbox").await? {
             return Err(OutboxError::ForeignTable { schema: self.schema.clone() });
@@ -48,6 +44,16 @@ impl OutboxRepository {
         }
         tx.commit().await.map_err(self.error("committing the migration"))?;
         Ok(Migrated { from, to: LATEST_VERSION })
+    }
+
+    /// Waits for other migrations of the schema to end, and keeps them waiting until the transaction ends.
+    pub(super) async fn take_turns(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
+        sqlx::query("SELECT pg_advisory_xact_lock(1129139027, hashtext($1))")
+            .bind(&self.schema)
+            .execute(connection)
+            .await
+            .map_err(self.error("waiting for another migration"))?;
+        Ok(())
     }
 
     /// The newest migration that the schema has, or `None`.
@@ -73,7 +79,7 @@ impl OutboxRepository {
         }
     }
 
-    async fn exists(&self, connection: &mut PgConnection, table: &str) -> Result<bool, OutboxError> {
+    pub(super) async fn exists(&self, connection: &mut PgConnection, table: &str) -> Result<bool, OutboxError> {
         sqlx::query_scalar("SELECT to_regclass($1) IS NOT NULL")
             .bind(format!("{}.{table}", self.quoted))
             .fetch_one(connection)

@@ -8,6 +8,7 @@ mod audit;
 mod claim;
 mod cleanup;
 mod connection;
+mod days;
 mod error;
 mod inbox;
 mod insert;
@@ -24,6 +25,7 @@ pub use audit::{Finding, Findings};
 pub use claim::{Batch, Claim, ClaimRequest, OutboxEvent};
 pub(crate) use connection::commit_without_waiting;
 pub use connection::connect;
+pub use days::{Fate, Overdue};
 pub use error::OutboxError;
 pub(crate) use error::is_outage;
 pub use journal::{JournalBatch, OpenBatch, Requeued};
@@ -32,7 +34,7 @@ pub use migrations::{LATEST_VERSION, Migrated};
 pub use relays::{Heartbeat, Members, RelayRow};
 pub use settle::{AfterPublishing, Refusal, Settlement};
 pub use stats::OutboxStats;
-pub(crate) use wake::RELAYS_CHANGED;
+pub(crate) use wake::{RELAYS_CHANGED, TABLE_REPLACED};
 
 use sqlx::AssertSqlSafe;
 

@@ -11,6 +11,9 @@ const LONGEST_WAIT: &str = "5s";
 /// What is sent on the channel when the list of relays or their shares changed. Producers send nothing but the notification.
 pub(crate) const RELAYS_CHANGED: &str = "relays";
 
+/// What the partitioning of the table sends on its old channel: nothing else will come on it.
+pub(crate) const TABLE_REPLACED: &str = "replaced";
+
 impl OutboxRepository {
     /// Number that stands for this outbox in lock keys and in the channel's name.
     async fn table_oid(&self, connection: &mut PgConnection) -> Result<i64, OutboxError> {

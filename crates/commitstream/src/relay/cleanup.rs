@@ -5,45 +5,67 @@ use std::time::Duration;
 
 use sqlx::PgConnection;
 
+use super::days::DaysChanged;
 use crate::config::{CleanupSettings, Settings, StreamsSettings};
-use crate::outbox::{self, AfterPublishing, OutboxError, OutboxRepository};
+use crate::outbox::{self, AfterPublishing, Fate, OutboxError, OutboxRepository, Overdue};
 use crate::streams::{Streams, StreamsError, Trimmed};
 
 /// What one clean-up removed.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Cleaned {
+    /// Deleted one by one.
     pub events: u64,
     pub batches: u64,
     /// Rows of the inbox.
     pub inbox: u64,
+    /// `None` where the table is not partitioned by day.
+    pub days: Option<DaysChanged>,
 }
 
-/// Removes everything older than the retention, a small transaction at a time. `progress` is told the totals after each.
+/// Removes everything older than the retention: day partitions as a whole, all else a small transaction at a time. `progress` is
+/// told the totals after each.
 ///
 /// # Errors
-/// PostgreSQL cannot be asked; what was removed until then stays removed.
+/// PostgreSQL cannot be asked, or the tables belong to another role; what was removed until then stays removed.
 pub async fn run_once(
     outbox: &OutboxRepository,
     connection: &mut PgConnection,
     settings: &Settings,
-    mut progress: impl FnMut(Cleaned),
+    mut progress: impl FnMut(&Cleaned),
 ) -> Result<Cleaned, OutboxError> {
     let retention = days(settings.outbox.cleanup.retention_days);
     let inbox_retention = days(settings.consumer.inbox_retention_days);
     let limit = settings.outbox.cleanup.batch_size;
+    let missing = outbox.missing_days(connection).await?;
+    let overdue = if missing.is_some() { outbox.overdue(connection, retention).await? } else { Vec::new() };
     let mut cleaned = Cleaned::default();
-    loop {
-        let events = outbox.delete_published(connection, retention, limit).await?;
-        let batches = outbox.delete_settled(connection, retention, limit).await?;
-        let inbox = outbox.forget(connection, inbox_retention, limit).await?;
-        cleaned.events += events;
-        cleaned.batches += batches;
-        cleaned.inbox += inbox;
-        progress(cleaned);
-        if events.max(batches).max(inbox) < u64::from(limit) {
-            return Ok(cleaned);
+    for table in row_by_row(missing.is_some(), &overdue) {
+        loop {
+            let events = outbox.delete_published_from(connection, table, retention, limit).await?;
+            let batches = outbox.delete_settled(connection, retention, limit).await?;
+            let inbox = outbox.forget(connection, inbox_retention, limit).await?;
+            cleaned.events += events;
+            cleaned.batches += batches;
+            cleaned.inbox += inbox;
+            progress(&cleaned);
+            if events.max(batches).max(inbox) < u64::from(limit) {
+                break;
+            }
         }
     }
+    if let Some(missing) = missing {
+        cleaned.days = Some(super::days::change(outbox, connection, &missing, &overdue, retention).await?);
+    }
+    Ok(cleaned)
+}
+
+/// Where old events are deleted one by one: not in partitions that will be dropped as a whole.
+fn row_by_row(is_partitioned: bool, overdue: &[Overdue]) -> Vec<&str> {
+    if !is_partitioned {
+        return vec!["{s}.event_outbox"];
+    }
+    let crowded = overdue.iter().filter(|day| day.fate == Fate::RowByRow).map(|day| day.table.as_str());
+    std::iter::once("{s}.event_outbox_rest").chain(crowded).collect()
 }
 
 /// A retention of nothing needs no clean-up: the settle deletes what it would have marked.
@@ -91,8 +113,14 @@ pub(super) async fn run(outbox: &OutboxRepository, streams: &Streams, settings: 
             run_once(outbox, &mut connection, settings, |_| ()).await
         };
         match once.await {
-            Ok(Cleaned { events: 0, batches: 0, inbox: 0 }) => tracing::debug!("clean-up found nothing to remove"),
-            Ok(Cleaned { events, batches, inbox }) => tracing::info!(events, batches, inbox, "clean-up removed old rows"),
+            Ok(Cleaned { events, batches, inbox, days }) => {
+                if events + batches + inbox > 0 {
+                    tracing::info!(events, batches, inbox, "clean-up removed old rows");
+                } else {
+                    tracing::debug!("clean-up found no old rows to remove");
+                }
+                days.iter().for_each(DaysChanged::log);
+            }
             Err(error) => tracing::warn!(error = %error, "clean-up failed, and will be tried again at the next interval"),
         }
         if let Err(error) = trim(streams, &settings.streams, log_trimmed).await {

@@ -41,6 +41,7 @@ mod assignment;
 mod chain;
 pub mod cleanup;
 mod cursor;
+pub mod days;
 mod engine;
 mod membership;
 mod pipeline;

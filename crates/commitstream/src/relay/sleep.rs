@@ -19,7 +19,7 @@ use sqlx::PgConnection;
 use sqlx::postgres::PgListener;
 use tokio::sync::Notify;
 
-use crate::outbox::{OutboxError, OutboxRepository, RELAYS_CHANGED};
+use crate::outbox::{OutboxError, OutboxRepository, RELAYS_CHANGED, TABLE_REPLACED};
 
 /// Gives the connection back, and says whether the lock is held.
 type Step = BoxFuture<'static, Result<(PgConnection, bool), OutboxError>>;
@@ -97,6 +97,7 @@ pub(super) async fn listen(mut listener: PgListener, wake: &Notify, news: &Notif
     loop {
         match listener.try_recv().await {
             Ok(Some(notification)) if notification.payload() == RELAYS_CHANGED => news.notify_one(),
+            Ok(Some(notification)) if notification.payload() == TABLE_REPLACED => return OutboxError::Replaced,
             Ok(Some(_)) => wake.notify_one(),
             Ok(None) => {
                 wake.notify_one();

@@ -1,9 +1,11 @@
-//! The relay's statements on a populated table: the index that each is made for is used, and the table is never read in full.
+//! The relay's statements on a populated table of either form: the index that each is made for is used, and the table is never
+//! read in full. Partitions and their indexes go by the names of the table and its indexes; indexes without entries, as those of
+//! coming days, may be read in any way.
 //!
 //! The statements are captured as they run: sqlx prepares each under a name on its session, and `EXPLAIN EXECUTE` on the same
 //! session shows both plans that PostgreSQL may choose, the generic one and the one for the values.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -14,7 +16,7 @@ use serde_json::Value;
 use sqlx::{AssertSqlSafe, PgConnection};
 use uuid::Uuid;
 
-use crate::support::World;
+use crate::support::{FUNCTIONS, Form, World};
 
 const TABLE: &str = "event_outbox";
 const PENDING: &str = "idx_outbox_pending_for_processing";
@@ -26,14 +28,18 @@ const PUBLISHED: &str = "idx_outbox_published";
 const KEY: &str = "event_outbox_pkey";
 const INBOX: &str = "event_inbox";
 
-/// 50,000 published rows, 2,000 pending ones, of which some wait, and 30 failed; an inbox of 50,000 rows. Autovacuum is off, so that the test decides when
-/// there are statistics.
+/// 50,000 published rows of the last month, 2,000 pending ones, of which some wait, and 30 failed; an inbox of 50,000 rows. Autovacuum is off, so that the
+/// test decides when there are statistics.
 const POPULATE: &str = "
-ALTER TABLE event_outbox SET (autovacuum_enabled = off);
-ALTER TABLE outbox_batch SET (autovacuum_enabled = off);
-ALTER TABLE event_inbox SET (autovacuum_enabled = off);
-INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, status, published_at, retry_count, next_retry_at)
-SELECT 'E', 'user', (n % 500)::text, jsonb_build_object('n', n),
+DO $$ DECLARE leaf regclass; BEGIN
+    FOR leaf IN SELECT oid FROM pg_class
+                WHERE relkind = 'r' AND (relname LIKE 'event_outbox%' OR relname IN ('outbox_batch', 'event_inbox')) LOOP
+        EXECUTE format('ALTER TABLE %s SET (autovacuum_enabled = off)', leaf);
+    END LOOP;
+END $$;
+INSERT INTO event_outbox (id, event_type, aggregate_type, aggregate_id, payload, status, published_at, retry_count, next_retry_at)
+SELECT CASE WHEN n <= 50000 THEN outbox_test_id(-n / 1440, n) ELSE outbox_uuid_v7() END,
+       'E', 'user', (n % 500)::text, jsonb_build_object('n', n),
        CASE WHEN n <= 50000 THEN 'PUBLISHED' WHEN n % 70 = 0 THEN 'FAILED' ELSE 'PENDING' END,
        CASE WHEN n <= 50000 THEN now() - n * interval '1 minute' END,
        CASE WHEN n > 50000 AND n % 50 = 0 THEN 1 ELSE 0 END,
@@ -45,9 +51,15 @@ FROM event_outbox WHERE status = 'PUBLISHED' GROUP BY seq / 50;
 INSERT INTO event_inbox (consumer, event_id, handled_at)
 SELECT 'mailer', gen_random_uuid(), now() - n * interval '1 minute' FROM generate_series(1, 50000) n;";
 
+const CASES: [(Form, bool); 4] = [(Form::Whole, false), (Form::Whole, true), (Form::ByDay, false), (Form::ByDay, true)];
+
 /// A session of the relay's kind on a populated table.
-async fn populated(analyzed: bool) -> Result<(World, PgConnection)> {
-    let world = World::new().await?;
+async fn populated((form, analyzed): (Form, bool)) -> Result<(World, PgConnection)> {
+    println!("analyzed: {analyzed}");
+    let world = World::of(form).await?;
+    if form == Form::Whole {
+        world.database.psql(FUNCTIONS)?;
+    }
     world.database.psql(POPULATE)?;
     if analyzed {
         world.database.psql("VACUUM ANALYZE event_outbox, outbox_batch, outbox_lease, outbox_relay, event_inbox;")?;
@@ -71,6 +83,10 @@ async fn plans(connection: &mut PgConnection, part: &str, values: &str) -> Resul
     let find = "SELECT name FROM pg_prepared_statements WHERE position($1 IN statement) > 0";
     let names: Vec<String> = sqlx::query_scalar(find).bind(part).fetch_all(&mut *connection).await?;
     ensure!(names.len() == 1, "statements with {part:?}: {names:?}");
+    let parents =
+        "SELECT c.relname::text, CASE WHEN c.relkind = 'r' OR pg_relation_size(c.oid) > 8192 THEN p.relname::text ELSE '' END
+                   FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid JOIN pg_class p ON p.oid = i.inhparent";
+    let parents: HashMap<String, String> = sqlx::query_as(parents).fetch_all(&mut *connection).await?.into_iter().collect();
     let call = if values.is_empty() { names[0].clone() } else { format!("{}({values})", names[0]) };
     let mut plans = Vec::new();
     for mode in ["force_generic_plan", "force_custom_plan"] {
@@ -78,26 +94,28 @@ async fn plans(connection: &mut PgConnection, part: &str, values: &str) -> Resul
         let rows = sqlx::raw_sql(AssertSqlSafe(explain)).fetch_all(&mut *connection).await?;
         let plan: Value = sqlx::Row::try_get(rows.first().context("a plan")?, 0)?;
         let mut scans = BTreeSet::new();
-        collect(&plan, &mut scans);
+        collect(&plan, &parents, &mut scans);
         plans.push((mode, scans));
     }
     Ok(plans)
 }
 
-fn collect(plan: &Value, scans: &mut BTreeSet<Scan>) {
+fn collect(plan: &Value, parents: &HashMap<String, String>, scans: &mut BTreeSet<Scan>) {
     match plan {
-        Value::Array(parts) => parts.iter().for_each(|part| collect(part, scans)),
+        Value::Array(parts) => parts.iter().for_each(|part| collect(part, parents, scans)),
         Value::Object(node) => {
             let text = |name: &str| node.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
-            if text("Node Type").contains("Scan") && !text("Relation Name").is_empty() {
+            let whole = |name: String| parents.get(&name).cloned().unwrap_or(name);
+            let is_empty = parents.get(&text("Index Name")).is_some_and(String::is_empty);
+            if text("Node Type").contains("Scan") && !text("Relation Name").is_empty() && !is_empty {
                 scans.insert(Scan {
-                    table: text("Relation Name"),
+                    table: whole(text("Relation Name")),
                     node: text("Node Type"),
-                    index: text("Index Name"),
+                    index: whole(text("Index Name")),
                     condition: text("Index Cond"),
                 });
             }
-            node.values().for_each(|part| collect(part, scans));
+            node.values().for_each(|part| collect(part, parents, scans));
         }
         _ => {}
     }
@@ -151,8 +169,8 @@ async fn request(world: &World, connection: &mut PgConnection, after: i64) -> Re
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_claim_goes_by_index() -> Result<()> {
-    for analyzed in [false, true] {
-        let (world, mut connection) = populated(analyzed).await?;
+    for case in CASES {
+        let (world, mut connection) = populated(case).await?;
         let mut claim = request(&world, &mut connection, 50_500).await?;
         let claimed = world.outbox.claim(&mut connection, &claim).await?;
         let events: usize = claimed.batches.iter().map(|batch| batch.events.len()).sum();
@@ -174,7 +192,7 @@ async fn the_claim_goes_by_index() -> Result<()> {
             ("at the end, failed events hold", true, of("9223372036854775807, '700:700:', '{}'", &open, true, false)),
             ("sweep", false, of("0, NULL, '{}'", &open, false, true)),
         ] {
-            println!("{what}, analyzed: {analyzed}");
+            println!("{what}");
             let plans = plans(&mut connection, "candidates AS MATERIALIZED", &values).await?;
             let by_aggregate = [(WAITING, "aggregate_id = "), (FAILED_AGGREGATE, "aggregate_id = ")];
             let expected = [(PENDING, "seq > "), (PENDING, "seq = ANY"), (TXID, "txid >= "), (KEY, "id = ANY")];
@@ -192,8 +210,8 @@ async fn the_claim_goes_by_index() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_settle_goes_by_index() -> Result<()> {
     use AfterPublishing::{Delete, Keep};
-    for (analyzed, after) in [(false, Keep), (true, Keep), (false, Delete), (true, Delete)] {
-        let (world, mut connection) = populated(analyzed).await?;
+    for (case, after) in CASES.into_iter().flat_map(|case| [(case, Keep), (case, Delete)]) {
+        let (world, mut connection) = populated(case).await?;
         let claim = request(&world, &mut connection, 0).await?;
         let claimed = world.outbox.claim(&mut connection, &claim).await?.batches;
         let first = claimed.first().context("a claimed batch")?;
@@ -223,8 +241,8 @@ async fn the_settle_goes_by_index() -> Result<()> {
 /// reads that index in full gets slower with each batch.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_settle_finds_its_batches_by_key() -> Result<()> {
-    for analyzed in [false, true] {
-        let (world, mut connection) = populated(analyzed).await?;
+    for case in CASES {
+        let (world, mut connection) = populated(case).await?;
         let settlement = Settlement { batch_id: Uuid::nil(), appended: 1, last_entry: None, refusals: Vec::new() };
         world.outbox.settle(&mut connection, &[settlement], AfterPublishing::Keep).await?;
         let values = format!("'{{{}}}', '{{1}}', '{{}}', '{{}}', '{{}}', '{{}}', '{{NULL}}'", Uuid::nil());
@@ -236,8 +254,8 @@ async fn the_settle_finds_its_batches_by_key() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_statistics_and_the_list_of_failed_events_go_by_index() -> Result<()> {
-    for analyzed in [false, true] {
-        let (world, mut connection) = populated(analyzed).await?;
+    for case in CASES {
+        let (world, mut connection) = populated(case).await?;
         let stats = world.outbox.stats(&mut connection).await?;
         assert_eq!((stats.pending, stats.published, stats.failed), (1_972, 50_000, 28));
         let plan = plans(&mut connection, "unsent AS", "").await?;
@@ -264,8 +282,8 @@ async fn the_statistics_and_the_list_of_failed_events_go_by_index() -> Result<()
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_clean_up_goes_by_index() -> Result<()> {
-    for analyzed in [false, true] {
-        let (world, mut connection) = populated(analyzed).await?;
+    for case in CASES {
+        let (world, mut connection) = populated(case).await?;
         let days = |days: u64| Duration::from_secs(days * 86_400);
         assert_eq!(world.outbox.delete_published(&mut connection, days(34), 100).await?, 100);
         assert_eq!(world.outbox.delete_settled(&mut connection, days(1), 100).await?, 0);
@@ -285,8 +303,8 @@ async fn the_clean_up_goes_by_index() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_inbox_goes_by_index() -> Result<()> {
-    for analyzed in [false, true] {
-        let (world, mut connection) = populated(analyzed).await?;
+    for case in CASES {
+        let (world, mut connection) = populated(case).await?;
         assert!(world.outbox.remember(&mut connection, "mailer", Uuid::now_v7()).await?);
         assert_eq!(world.outbox.forget(&mut connection, Duration::from_secs(34 * 86_400), 100).await?, 100);
         let id = Uuid::nil();
@@ -306,8 +324,8 @@ async fn the_inbox_goes_by_index() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn recovery_and_leases_go_by_index() -> Result<()> {
-    for analyzed in [false, true] {
-        let (world, mut connection) = populated(analyzed).await?;
+    for case in CASES {
+        let (world, mut connection) = populated(case).await?;
         let lease = request(&world, &mut connection, 0).await?.lease;
         world.outbox.beat(&mut connection, &heartbeat(lease.relay_id)).await?;
         assert!(world.outbox.open_batches(&mut connection, Partitions::ALL).await?.is_empty());
@@ -328,8 +346,8 @@ async fn recovery_and_leases_go_by_index() -> Result<()> {
 /// The look-up after a failover of Redis.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_look_up_goes_by_index() -> Result<()> {
-    for analyzed in [false, true] {
-        let (world, mut connection) = populated(analyzed).await?;
+    for case in CASES {
+        let (world, mut connection) = populated(case).await?;
         let window = Duration::from_secs(150);
         let last = world.outbox.last_batches(&mut connection, Partitions::ALL, window).await?;
         assert_eq!(last.len(), 1_001, "one relay for each batch");

@@ -7,6 +7,7 @@ mod consumer;
 mod consumer_faults;
 mod consumer_rate;
 mod crash_windows;
+mod days;
 mod dead;
 mod docs;
 mod events;

@@ -7,7 +7,7 @@ use commitstream::outbox::Partitions;
 use commitstream::relay::{RelayState, cleanup};
 use sqlx::Connection;
 
-use crate::support::{World, eventually};
+use crate::support::{Form, World, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backlog_of_100_000_rows_by_plain_sql_is_drained_once_and_in_order() -> Result<()> {
@@ -71,74 +71,79 @@ async fn every_commit_wakes_a_sleeping_relay() -> Result<()> {
 /// A transaction that commits late has a `seq` below the cursor; one that waited for it has one above.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_late_commit_is_published_before_what_waited_for_it() -> Result<()> {
-    let world = World::new().await?;
-    let relay = world.relay()?;
-    let mut status = relay.watch();
-    let (mut late, mut other) = (world.connect().await?, world.connect().await?);
-    let insert = "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload) VALUES ('E', 'user', $1, '{}')";
-    for round in 0..50_u64 {
-        let mut first = late.begin().await?;
-        sqlx::query(insert).bind("late").execute(&mut *first).await?;
-        for _ in 0..3 {
-            sqlx::query(insert).bind("other").execute(&mut other).await?;
+    for form in Form::BOTH {
+        let world = World::of(form).await?;
+        let relay = world.relay()?;
+        let mut status = relay.watch();
+        let (mut late, mut other) = (world.connect().await?, world.connect().await?);
+        let insert =
+            "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload) VALUES ('E', 'user', $1, '{}')";
+        for round in 0..50_u64 {
+            let mut first = late.begin().await?;
+            sqlx::query(insert).bind("late").execute(&mut *first).await?;
+            for _ in 0..3 {
+                sqlx::query(insert).bind("other").execute(&mut other).await?;
+            }
+            // The cursor is past the late event now.
+            status.wait_for(|s| s.published >= round * 6 + 3).await?;
+            first.commit().await?;
+            sqlx::query(insert).bind("late").execute(&mut other).await?;
+            sqlx::query(insert).bind("late").execute(&mut other).await?;
+            status.wait_for(|s| s.published >= round * 6 + 6).await?;
         }
-        // The cursor is past the late event now.
-        status.wait_for(|s| s.published >= round * 6 + 3).await?;
-        first.commit().await?;
-        sqlx::query(insert).bind("late").execute(&mut other).await?;
-        sqlx::query(insert).bind("late").execute(&mut other).await?;
-        status.wait_for(|s| s.published >= round * 6 + 6).await?;
+        relay.stop().await?;
+        assert_eq!(world.audit().await?, 300);
     }
-    relay.stop().await?;
-    assert_eq!(world.audit().await?, 300);
     Ok(())
 }
 
 /// Sixteen producers that lock their aggregate, hold transactions open for a while, and sometimes roll back.
 #[tokio::test(flavor = "multi_thread")]
 async fn order_per_aggregate_holds_with_concurrent_producers() -> Result<()> {
-    use rand::{Rng, SeedableRng};
-    let seed: u64 = rand::rng().random();
-    println!("seed {seed}");
-    let world = World::new().await?;
-    sqlx::raw_sql("CREATE TABLE account (id int PRIMARY KEY); INSERT INTO account SELECT generate_series(0, 19)")
-        .execute(&mut world.connect().await?)
-        .await?;
-    let relay = world.relay()?;
-    let mut producers = tokio::task::JoinSet::new();
-    for producer in 0..16 {
-        let mut connection = world.connect().await?;
-        let mut rng = rand::rngs::StdRng::seed_from_u64(seed.wrapping_add(producer));
-        producers.spawn(async move {
-            let mut committed = 0;
-            for _ in 0..100 {
-                let account: i32 = rng.random_range(0..20);
-                let mut tx = connection.begin().await?;
-                sqlx::query("SELECT id FROM account WHERE id = $1 FOR UPDATE").bind(account).execute(&mut *tx).await?;
-                let events = rng.random_range(1..4);
-                sqlx::query(
-                    "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload)
+    for form in Form::BOTH {
+        use rand::{Rng, SeedableRng};
+        let seed: u64 = rand::rng().random();
+        println!("seed {seed}");
+        let world = World::of(form).await?;
+        sqlx::raw_sql("CREATE TABLE account (id int PRIMARY KEY); INSERT INTO account SELECT generate_series(0, 19)")
+            .execute(&mut world.connect().await?)
+            .await?;
+        let relay = world.relay()?;
+        let mut producers = tokio::task::JoinSet::new();
+        for producer in 0..16 {
+            let mut connection = world.connect().await?;
+            let mut rng = rand::rngs::StdRng::seed_from_u64(seed.wrapping_add(producer));
+            producers.spawn(async move {
+                let mut committed = 0;
+                for _ in 0..100 {
+                    let account: i32 = rng.random_range(0..20);
+                    let mut tx = connection.begin().await?;
+                    sqlx::query("SELECT id FROM account WHERE id = $1 FOR UPDATE").bind(account).execute(&mut *tx).await?;
+                    let events = rng.random_range(1..4);
+                    sqlx::query(
+                        "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload)
                      SELECT 'E', 'user', $1, '{}' FROM generate_series(1, $2)",
-                )
-                .bind(account.to_string())
-                .bind(events)
-                .execute(&mut *tx)
-                .await?;
-                tokio::time::sleep(Duration::from_micros(rng.random_range(0..5_000))).await;
-                if rng.random_bool(0.9) {
-                    tx.commit().await?;
-                    committed += usize::try_from(events)?;
-                } else {
-                    tx.rollback().await?;
+                    )
+                    .bind(account.to_string())
+                    .bind(events)
+                    .execute(&mut *tx)
+                    .await?;
+                    tokio::time::sleep(Duration::from_micros(rng.random_range(0..5_000))).await;
+                    if rng.random_bool(0.9) {
+                        tx.commit().await?;
+                        committed += usize::try_from(events)?;
+                    } else {
+                        tx.rollback().await?;
+                    }
                 }
-            }
-            anyhow::Ok(committed)
-        });
+                anyhow::Ok(committed)
+            });
+        }
+        let committed: usize = producers.join_all().await.into_iter().collect::<Result<Vec<_>>>()?.into_iter().sum();
+        world.drained().await?;
+        relay.stop().await?;
+        assert_eq!(world.audit().await?, committed, "seed {seed}");
     }
-    let committed: usize = producers.join_all().await.into_iter().collect::<Result<Vec<_>>>()?.into_iter().sum();
-    world.drained().await?;
-    relay.stop().await?;
-    assert_eq!(world.audit().await?, committed, "seed {seed}");
     Ok(())
 }
 
@@ -205,31 +210,33 @@ async fn a_stream_key_of_another_type_stops_no_other_stream_and_is_mended_by_ret
 /// A refused event is published by a later attempt, and what waited behind it follows in order.
 #[tokio::test(flavor = "multi_thread")]
 async fn order_survives_retries() -> Result<()> {
-    let mut world = World::new().await?;
-    world.settings.outbox.processor.retry_base_delay = Duration::from_millis(100);
-    world.settings.outbox.processor.max_retries = 50;
-    world.settings.outbox.processor.retry_max_delay = Duration::from_millis(300);
-    let mut redis = world.redis().await?;
-    let relay = world.relay()?;
-    world.insert(100, 20).await?;
-    world.drained().await?;
-    let stream = world.user_stream();
-    let saved = format!("{stream}:saved");
-    for _ in 0..5 {
-        redis::cmd("RENAME").arg(&stream).arg(&saved).query_async::<()>(&mut redis).await?;
-        redis::cmd("SET").arg(&stream).arg("in the way").query_async::<()>(&mut redis).await?;
-        world.insert(1_000, 20).await?;
-        eventually("some events to be refused", async || {
-            let refused = "SELECT count(*) FROM event_outbox WHERE status = 'PENDING' AND retry_count > 0";
-            Ok(sqlx::query_scalar::<_, i64>(refused).fetch_one(&mut world.connect().await?).await? > 0)
-        })
-        .await?;
-        redis::cmd("RENAME").arg(&saved).arg(&stream).query_async::<()>(&mut redis).await?;
-        world.insert(500, 20).await?;
+    for form in Form::BOTH {
+        let mut world = World::of(form).await?;
+        world.settings.outbox.processor.retry_base_delay = Duration::from_millis(100);
+        world.settings.outbox.processor.max_retries = 50;
+        world.settings.outbox.processor.retry_max_delay = Duration::from_millis(300);
+        let mut redis = world.redis().await?;
+        let relay = world.relay()?;
+        world.insert(100, 20).await?;
         world.drained().await?;
+        let stream = world.user_stream();
+        let saved = format!("{stream}:saved");
+        for _ in 0..5 {
+            redis::cmd("RENAME").arg(&stream).arg(&saved).query_async::<()>(&mut redis).await?;
+            redis::cmd("SET").arg(&stream).arg("in the way").query_async::<()>(&mut redis).await?;
+            world.insert(1_000, 20).await?;
+            eventually("some events to be refused", async || {
+                let refused = "SELECT count(*) FROM event_outbox WHERE status = 'PENDING' AND retry_count > 0";
+                Ok(sqlx::query_scalar::<_, i64>(refused).fetch_one(&mut world.connect().await?).await? > 0)
+            })
+            .await?;
+            redis::cmd("RENAME").arg(&saved).arg(&stream).query_async::<()>(&mut redis).await?;
+            world.insert(500, 20).await?;
+            world.drained().await?;
+        }
+        relay.stop().await?;
+        assert_eq!(world.audit().await?, 7_600);
     }
-    relay.stop().await?;
-    assert_eq!(world.audit().await?, 7_600);
     Ok(())
 }
 

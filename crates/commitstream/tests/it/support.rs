@@ -7,13 +7,25 @@ use anyhow::{Context, Result, bail, ensure};
 use commitstream::config::Settings;
 use commitstream::outbox::{OutboxRepository, OutboxStats};
 use commitstream::publisher::HybridEventPublisher;
-use commitstream::relay::{OutboxProcessor, RelayHandle};
+use commitstream::relay::{OutboxProcessor, RelayHandle, days};
 use commitstream::streams::{Entry, Streams};
 use commitstream_sandbox::{Sandbox, TestDatabase};
 use sqlx::{Connection, PgConnection, PgPool, Row};
 
 /// Longest that any condition is waited for.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The two forms that `event_outbox` may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    Whole,
+    /// Partitioned by day ten days ago.
+    ByDay,
+}
+
+impl Form {
+    pub const BOTH: [Self; 2] = [Self::Whole, Self::ByDay];
+}
 
 pub struct World {
     pub database: TestDatabase,
@@ -23,11 +35,30 @@ pub struct World {
 }
 
 impl World {
-    /// A migrated database and a prefix of their own, on the servers of the run.
+    /// A migrated database and a prefix of their own, on the servers of the run. With COMMITSTREAM_TEST_BY_DAY set, any test runs on
+    /// a table that is partitioned by day.
     pub async fn new() -> Result<Self> {
+        Self::of(if std::env::var_os("COMMITSTREAM_TEST_BY_DAY").is_some() { Form::ByDay } else { Form::Whole }).await
+    }
+
+    pub async fn of(form: Form) -> Result<Self> {
         let world = Self::unmigrated()?;
         world.outbox.migrate(&mut world.connect().await?).await?;
+        println!("event_outbox: {form:?}");
+        if form == Form::ByDay {
+            world.partition_days_ago(10).await?;
+        }
         Ok(world)
+    }
+
+    /// Partitions the table as if that had been done so many days ago, and clean-up had made the partitions of each day since.
+    pub async fn partition_days_ago(&self, days: i32) -> Result<()> {
+        let mut connection = self.connect().await?;
+        self.outbox.partition_by_day(&mut connection).await?;
+        self.database.psql(FUNCTIONS)?;
+        self.database.psql(&PARTITIONED_DAYS_AGO.replace("{days}", &days.to_string()))?;
+        days::make_ahead(&self.outbox, &mut connection).await?;
+        Ok(())
     }
 
     pub fn unmigrated() -> Result<Self> {
@@ -170,6 +201,35 @@ impl World {
         Ok(seen.len())
     }
 }
+
+/// `outbox_test_id(day, n)` is the `n`th id of the day so many days from now, `outbox_test_name` its partition.
+pub const FUNCTIONS: &str = "
+CREATE FUNCTION outbox_test_id(day int, n bigint DEFAULT 0) RETURNS uuid LANGUAGE sql AS $$
+    SELECT (lpad(to_hex((extract(epoch FROM (now() AT TIME ZONE 'UTC')::date + day) * 1000)::bigint), 12, '0')
+            || '70008' || lpad(to_hex(n), 15, '0'))::uuid
+$$;
+CREATE FUNCTION outbox_test_name(day int) RETURNS text LANGUAGE sql AS $$
+    SELECT to_char((now() AT TIME ZONE 'UTC')::date + day, '\"event_outbox_p\"YYYYMMDD')
+$$;";
+
+/// The first partition is made one of the past, and followed by those of the days up to today.
+const PARTITIONED_DAYS_AGO: &str = "
+DO $$
+DECLARE
+    first text := (SELECT inhrelid::regclass FROM pg_inherits JOIN pg_class ON oid = inhrelid
+                   WHERE inhparent = 'event_outbox'::regclass AND pg_get_expr(relpartbound, oid) LIKE '%MINVALUE%');
+BEGIN
+    IF first <> outbox_test_name(-{days}) THEN
+        EXECUTE format('ALTER TABLE event_outbox DETACH PARTITION %s', first);
+        EXECUTE format('ALTER TABLE %s RENAME TO %s', first, outbox_test_name(-{days}));
+        EXECUTE format('ALTER TABLE event_outbox ATTACH PARTITION %s FOR VALUES FROM (MINVALUE) TO (%L)',
+                       outbox_test_name(-{days}), outbox_test_id(-{days} + 1));
+        FOR day IN -{days} + 1 .. 0 LOOP
+            EXECUTE format('CREATE TABLE %s PARTITION OF event_outbox FOR VALUES FROM (%L) TO (%L)',
+                           outbox_test_name(day), outbox_test_id(day), outbox_test_id(day + 1));
+        END LOOP;
+    END IF;
+END $$;";
 
 /// Waits until `condition` holds, and says what was waited for when it does not come.
 pub async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> Result<bool>) -> Result<()> {
