@@ -19,7 +19,7 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return failure::usage(&error),
     };
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match runtime(cli.command.is_daemon()).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return failure::report(&anyhow::Error::new(error).context("cannot start the runtime"), cli.global.color),
     };
@@ -30,4 +30,10 @@ fn main() -> ExitCode {
     // A thread that waits for standard input must not hold the end up.
     runtime.shutdown_background();
     ended.unwrap_or_else(|error| failure::report(&error, color))
+}
+
+/// A daemon waits for servers and computes little: on one thread, an event need not wait for another to wake up at each step of its
+/// way.
+fn runtime(is_daemon: bool) -> tokio::runtime::Builder {
+    if is_daemon { tokio::runtime::Builder::new_current_thread() } else { tokio::runtime::Builder::new_multi_thread() }
 }

@@ -37,7 +37,7 @@ pub struct ClaimRequest {
 /// What a claim found.
 #[derive(Debug, Clone, Default)]
 pub struct Claim {
-    /// False when the relay no longer owns all its partitions under this epoch: nothing was claimed.
+    /// False when there was something to claim, but the relay no longer owns all its partitions under this epoch.
     pub held: bool,
     /// In the order of their first events.
     pub batches: Vec<Batch>,
@@ -89,9 +89,10 @@ pub struct OutboxEvent {
 
 /// One statement, so that the claim is one round trip and one commit:
 ///
-/// * `lease` locks the relay's lease rows: a takeover either sees this claim or makes it find nothing. The epoch shuts out a claim
+/// * `lease` locks the relay's lease rows: a takeover either sees this claim or makes it claim nothing. The epoch shuts out a claim
 ///   of an earlier takeover of the same relay that arrives late. Only a takeover waits for
-///   a `KEY SHARE`; heartbeats and what is given back do not.
+///   a `KEY SHARE`; heartbeats and what is given back do not. Where there is nothing to claim nothing is locked, so that such a look
+///   writes nothing, and its commit need not wait for the disk.
 /// * `candidates` come, lowest `seq` first and without their payloads, from three places, each by index: behind the cursor; from
 ///   transactions that the snapshot before did not see and this one does, at whatever `seq`; and what the claim before passed over.
 ///   `seq + 0` keeps the planner from walking up the index by `seq` from its low end, where the dead entries are.
@@ -108,10 +109,7 @@ pub struct OutboxEvent {
 /// * The rows of the answer are what the claim saw (`H`), the batches (`B`), and events: claimed (`E`), made waiting (`W`) or passed
 ///   over (`S`).
 const CLAIM: &str = "
-WITH lease AS MATERIALIZED (
-    SELECT count(*) = $1 AS held
-    FROM (SELECT 1 FROM {s}.outbox_lease WHERE relay_id = $2 AND epoch = $3 FOR KEY SHARE) AS l
-), open AS MATERIALIZED (
+WITH open AS MATERIALIZED (
     SELECT unnest(event_ids) AS id FROM {s}.outbox_batch
     WHERE cardinality($8::uuid[]) > 0 AND batch_id = ANY ($8) AND COALESCE(settled_at, 'infinity') = 'infinity'
 ), candidates AS MATERIALIZED (
@@ -130,9 +128,12 @@ WITH lease AS MATERIALIZED (
         UNION ALL
         (SELECT {event} WHERE cardinality($7::bigint[]) > 0 AND e.seq = ANY ($7) AND e.seq <= $5 AND {settled} AND {claimable})
     ) AS c
-    WHERE (SELECT held FROM lease)
     WINDOW w AS (ORDER BY c.seq ROWS UNBOUNDED PRECEDING)
     ORDER BY c.seq LIMIT $10
+), lease AS MATERIALIZED (
+    SELECT count(*) = $1 AS held
+    FROM (SELECT 1 FROM {s}.outbox_lease
+          WHERE relay_id = $2 AND epoch = $3 AND EXISTS (SELECT 1 FROM candidates) FOR KEY SHARE) AS l
 ), batches AS MATERIALIZED (
     SELECT gen_random_uuid() AS batch_id, aggregate_type, (n - 1) / $12 AS chunk, array_agg(id ORDER BY seq) AS event_ids,
            min(seq) AS first_seq, bit_or(1::bigint << partition_no::int) AS partitions
@@ -144,12 +145,12 @@ WITH lease AS MATERIALIZED (
     UPDATE {s}.event_outbox SET next_retry_at = statement_timestamp()
     WHERE id = ANY (ARRAY(
         SELECT id FROM {s}.event_outbox
-        WHERE id = ANY (ARRAY(SELECT id FROM candidates WHERE blocked))
+        WHERE id = ANY (ARRAY(SELECT id FROM candidates WHERE blocked AND (SELECT held FROM lease)))
           AND status IN ('PENDING', 'PROCESSING') AND next_retry_at IS NULL
         FOR UPDATE SKIP LOCKED))
     RETURNING id
 )
-SELECT 'H' AS kind, (SELECT held FROM lease) AS held, pg_current_snapshot()::text AS snapshot, count(*) AS looked_at, max(n) AS n,
+SELECT 'H' AS kind, count(*) = 0 OR (SELECT held FROM lease) AS held, pg_current_snapshot()::text AS snapshot, count(*) AS looked_at, max(n) AS n,
        max(seq) AS seq, NULL::uuid AS id, NULL AS event_type, NULL AS aggregate_type, NULL AS aggregate_id,
        NULL::timestamptz AS occurred_at, NULL::int AS retry_count, NULL::int AS payload_bytes, NULL::boolean AS was_waiting,
        NULL AS payload, '' AS headers
@@ -165,10 +166,10 @@ FROM candidates WHERE {claimed}
 UNION ALL
 SELECT CASE WHEN id IN (SELECT id FROM waiting) THEN 'W' ELSE 'S' END, NULL, NULL, NULL, NULL, seq, NULL, NULL, NULL, NULL, NULL,
        NULL, NULL, NULL, NULL, ''
-FROM candidates WHERE blocked";
+FROM candidates WHERE blocked AND (SELECT held FROM lease)";
 
 /// Of `candidates`, what the bounds allow.
-const CLAIMED: &str = "NOT blocked AND (running <= $11 OR n = 1)";
+const CLAIMED: &str = "NOT blocked AND (running <= $11 OR n = 1) AND (SELECT held FROM lease)";
 
 /// A row of `candidates`, of the relay's own partitions.
 const EVENT: &str =

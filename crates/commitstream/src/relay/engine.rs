@@ -155,7 +155,8 @@ impl Engine {
                     self.dirty = true;
                 }
                 () = wake.notified() => self.dirty = true,
-                () = tokio::time::sleep_until(self.next_sweep), if !self.dirty => self.dirty = true,
+                // A claim under way may be the sweep that is due.
+                () = tokio::time::sleep_until(self.next_sweep), if !self.dirty && self.claim.is_none() => self.dirty = true,
                 () = tokio::time::sleep_until(self.next_pulse), if self.is_quiet() => self.start_pulse(),
             }
         }

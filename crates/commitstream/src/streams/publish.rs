@@ -1,7 +1,8 @@
 use std::sync::Arc;
 
 use futures_util::future::join_all;
-use redis::{Pipeline, Value};
+use redis::{Cmd, Pipeline, Value};
+use uuid::Uuid;
 
 use super::connection::REDIRECTIONS;
 use super::node::{Node, Request};
@@ -11,6 +12,9 @@ use crate::event::EventEnvelope;
 /// Bounds of one pipeline.
 const ENTRIES_PER_PIPELINE: usize = 1_000;
 const BYTES_PER_PIPELINE: usize = 8 << 20;
+
+/// Bytes of an XADD besides what differs: the names of the fields, the id, the time, and room for the prefix of the key.
+const FIELDS: usize = 200;
 
 const DOING: &str = "publishing to streams";
 
@@ -82,9 +86,11 @@ impl Streams {
             };
             left.clear();
             let send = async |(node, at): &(Arc<Node>, Vec<usize>)| {
-                let mut pipeline = redis::pipe();
+                let mut pipeline = Pipeline::with_capacity(at.len());
                 pipeline.ignore_errors();
-                at.iter().for_each(|at| self.add(&mut pipeline, &chunk[*at]));
+                for at in at {
+                    pipeline.add_command(self.xadd(&chunk[*at]));
+                }
                 node.send::<Vec<Value>>(DOING, Request::Pipeline(&pipeline)).await
             };
             let answers = join_all(groups.iter().map(send)).await;
@@ -119,17 +125,22 @@ impl Streams {
         sent
     }
 
-    fn add(&self, pipeline: &mut Pipeline, envelope: &EventEnvelope) {
-        let command = pipeline.cmd("XADD").arg(self.stream_of(&envelope.aggregate_type)).arg("*");
-        command.arg("id").arg(envelope.id.hyphenated().to_string());
+    fn xadd(&self, envelope: &EventEnvelope) -> Cmd {
+        let headers = envelope.headers_json();
+        let names = envelope.event_type.len() + 2 * envelope.aggregate_type.len() + envelope.aggregate_id.len();
+        let bytes = names + envelope.payload.get().len() + headers.as_ref().map_or(0, String::len) + FIELDS;
+        let mut command = Cmd::with_capacity(17, bytes);
+        command.arg("XADD").arg(self.stream_of(&envelope.aggregate_type)).arg("*");
+        command.arg("id").arg(&*envelope.id.hyphenated().encode_lower(&mut Uuid::encode_buffer()));
         command.arg("type").arg(&envelope.event_type);
         command.arg("aggregate_type").arg(&envelope.aggregate_type);
         command.arg("aggregate_id").arg(&envelope.aggregate_id);
         command.arg("occurred_at").arg(envelope.occurred_at_text());
         command.arg("payload").arg(envelope.payload.get());
-        if let Some(headers) = envelope.headers_json() {
+        if let Some(headers) = headers {
             command.arg("headers").arg(headers);
         }
+        command
     }
 }
 

@@ -8,7 +8,7 @@ use commitstream::streams::{Marker, Presence, StreamsError};
 use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
-use crate::support::World;
+use crate::support::{World, eventually};
 
 /// A look at all that is there, by a relay that owns every partition.
 async fn everything(world: &World, connection: &mut PgConnection, relay_id: Uuid) -> Result<ClaimRequest> {
@@ -217,6 +217,43 @@ async fn a_claim_holds_a_takeover_off() -> Result<()> {
     open.commit().await?;
     take_all(&world, &mut other, Uuid::now_v7()).await?;
     assert_eq!(world.outbox.open_batches(&mut other, Partitions::ALL).await?.len(), 1);
+    Ok(())
+}
+
+/// A claim that began before a takeover was committed sees the leases as they were; it waits for the takeover and looks again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_claim_that_waited_for_a_takeover_claims_nothing() -> Result<()> {
+    let world = World::new().await?;
+    let (mut claims, mut other, mut eye) = (world.connect().await?, world.connect().await?, world.connect().await?);
+    world.insert(10, 10).await?;
+    let request = everything(&world, &mut claims, Uuid::now_v7()).await?;
+    let mut takeover = other.begin().await?;
+    take_all(&world, &mut takeover, Uuid::now_v7()).await?;
+    let outbox = world.outbox.clone();
+    let claim = tokio::spawn(async move { outbox.claim(&mut claims, &request).await });
+    eventually("the claim to wait", async || {
+        let waiting = "SELECT EXISTS (SELECT 1 FROM pg_stat_activity
+                       WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE 'WITH open AS%')";
+        Ok(sqlx::query_scalar(waiting).fetch_one(&mut eye).await?)
+    })
+    .await?;
+    takeover.commit().await?;
+    let claim = claim.await??;
+    assert!(!claim.held && claim.batches.is_empty(), "{claim:?}");
+    assert!(world.outbox.open_batches(&mut eye, Partitions::ALL).await?.is_empty());
+    Ok(())
+}
+
+/// An idle relay looks again and again: that must not cost a commit that waits for the disk.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_look_that_finds_nothing_writes_nothing() -> Result<()> {
+    let world = World::new().await?;
+    let mut connection = world.connect().await?;
+    let request = everything(&world, &mut connection, Uuid::now_v7()).await?;
+    let mut look = connection.begin().await?;
+    assert!(world.outbox.claim(&mut look, &request).await?.held);
+    let written = "SELECT pg_current_xact_id_if_assigned() IS NOT NULL";
+    assert!(!sqlx::query_scalar::<_, bool>(written).fetch_one(&mut *look).await?);
     Ok(())
 }
 

@@ -24,6 +24,26 @@ async fn a_backlog_of_100_000_rows_by_plain_sql_is_drained_once_and_in_order() -
     Ok(())
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn without_retention_rows_go_as_they_are_published() -> Result<()> {
+    let mut world = World::new().await?;
+    world.settings.outbox.cleanup.retention_days = 0;
+    world.insert(10_000, 50).await?;
+    let relay = world.relay()?;
+    world.drained().await?;
+    relay.stop().await?;
+    assert_eq!(world.rows().await?, [""; 0]);
+    let entries = world.entries(&world.user_stream()).await?;
+    assert_eq!(entries.len(), 10_000);
+    let mut last = std::collections::HashMap::new();
+    for entry in entries {
+        let event = entry.envelope()?;
+        let number = serde_json::from_str::<serde_json::Value>(event.payload.get())?["n"].as_i64();
+        assert!(last.insert(event.aggregate_id, number).is_none_or(|before| before < number), "each once and in order");
+    }
+    Ok(())
+}
+
 /// The poll interval is a minute, so only a notification can be in time. Pauses are random, to meet the relay
 /// awake, asking for the sleep lock, and asleep.
 #[tokio::test(flavor = "multi_thread")]
