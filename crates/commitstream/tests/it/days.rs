@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use chrono::{Days, NaiveDate, Utc};
-use commitstream::outbox::{ClaimRequest, Fate, OutboxError, Partitions, Settlement};
+use commitstream::outbox::{AfterPublishing, ClaimRequest, Fate, OutboxError, Partitions, Settlement};
 use commitstream::relay::{RelayState, cleanup, days};
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use tokio::task::JoinSet;
@@ -292,7 +292,7 @@ async fn a_settle_that_waited_for_a_drop_finds_its_rows() -> Result<()> {
         let drop = world.outbox.drop_day(&mut drops, overdue, Duration::from_secs(60));
         let settle = async {
             eventually_waits(&mut watches, "DETACH PARTITION").await?;
-            let settle = world.outbox.settle(&mut settles, &settlement);
+            let settle = world.outbox.settle(&mut settles, &settlement, AfterPublishing::Keep);
             let release = async {
                 eventually_waits(&mut watches, "settled AS").await?;
                 block.commit().await?;
@@ -338,8 +338,8 @@ async fn claim(world: &World, connection: &mut PgConnection) -> Result<Uuid> {
         max_payload_bytes: 1 << 20,
         stream_prefix: "events:".into(),
     };
-    let claimed = world.outbox.claim(connection, &request).await?.events;
-    Ok(claimed.first().context("an event")?.batch_id)
+    let claimed = world.outbox.claim(connection, &request).await?.batches;
+    Ok(claimed.first().context("a batch")?.id)
 }
 
 /// Waits until a statement that contains `part` waits for a lock.
