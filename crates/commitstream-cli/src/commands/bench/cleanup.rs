@@ -112,7 +112,7 @@ async fn clean_up(stage: &Stage, what: &str) -> anyhow::Result<u64> {
     let url = settings.database.url.as_deref().unwrap_or_default();
     let mut connection = outbox::connect(url, "commitstream bench: clean-up", settings.database.timeout).await?;
     let repository = OutboxRepository::new(&settings.database.schema);
-    let told = |cleaned: cleanup::Cleaned| stage.tell(|| format!("{what}: {} removed", count(cleaned.events)));
+    let told = |cleaned: &cleanup::Cleaned| stage.tell(|| format!("{what}: {} removed", count(cleaned.events)));
     Ok(cleanup::run_once(&repository, &mut connection, settings, told).await?.events)
 }
 
