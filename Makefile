@@ -8,11 +8,13 @@ CARGO ?= $(shell command -v cargo 2>/dev/null || { test -x "$$HOME/.cargo/bin/ca
 DEMO_OPTIONS = $(if $(SECONDS),--seconds $(SECONDS)) $(if $(RATE),--rate $(RATE)) $(DEMO_ARGS)
 # make chaos SECONDS=600 SEED=42
 CHAOS_OPTIONS = COMMITSTREAM_CHAOS_SECONDS=$(SECONDS) COMMITSTREAM_CHAOS_SEED=$(SEED)
+# make bench BENCH_ARGS="drain --retention 0"; a whole run is written into docs
+BENCH_DOCS = $(if $(filter-out --all,$(BENCH_ARGS)),,--markdown docs/benchmarks.md --svg docs/benchmarks.svg)
 # make test TEST_ARGS="-p commitstream some_test"
 TEST_ARGS ?= --workspace
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos lint clean
+.PHONY: help demo bench test chaos lint clean
 
 help: ## list the targets
 	@echo "Commitstream: transactional events from PostgreSQL to Redis Streams."
@@ -24,6 +26,12 @@ demo: ## see it work: PostgreSQL, Redis, the example service, a relay (SECONDS=,
 	@echo "Building commitstream (the first time takes a few minutes) ..."
 	@$(CARGO) build --release --quiet -p commitstream-cli
 	@$(CARGO) run --release --quiet -p commitstream-cli --bin commitstream -- demo $(DEMO_OPTIONS)
+
+bench: ## measure the speed beside baselines: ten minutes, or an hour with BENCH_ARGS=--all (BENCH_ARGS=)
+	@scripts/install-servers.sh
+	@echo "Building commitstream (the first time takes a few minutes) ..."
+	@$(CARGO) build --release --quiet -p commitstream-cli
+	@$(CARGO) run --release --quiet -p commitstream-cli --bin commitstream -- bench $(BENCH_ARGS) $(BENCH_DOCS)
 
 test: ## run all tests against a throwaway PostgreSQL and Redis (TEST_ARGS=)
 	@scripts/install-servers.sh --python

@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use crate::support::{bare_command, finish};
 
-const COMMANDS: [&[&str]; 20] = [
+const COMMANDS: [&[&str]; 21] = [
     &[],
     &["demo"],
     &["migrate"],
@@ -25,6 +25,7 @@ const COMMANDS: [&[&str]; 20] = [
     &["tail"],
     &["verify"],
     &["config"],
+    &["bench"],
 ];
 
 #[test]

@@ -1,6 +1,7 @@
 //! The real binary, run as people and programs run it, against a real PostgreSQL and Redis.
 
 mod admin;
+mod bench;
 mod config;
 mod daemon;
 mod dead;

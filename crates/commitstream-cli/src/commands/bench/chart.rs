@@ -12,18 +12,18 @@ const LONGEST: f64 = 400.0;
 const BAR: f64 = 14.0;
 const STEP: f64 = 24.0;
 
-/// `b` is a figure, `m` one that missed its aim, `l` a baseline, `a` an aim.
+/// `b` is a figure that met its aim, `m` one that missed it, `n` one without an aim, `l` a baseline, `a` an aim.
 const STYLE: &str = "\
 <style>
 text { font: 13px system-ui, sans-serif; fill: #1f2328 }
 .h { font-weight: 600; font-size: 15px }
 .q { fill: #59636e; font-size: 12px }
-.b { fill: #1a7f5a } .m { fill: #c4690f } .l { fill: #afb8c1 }
+.b { fill: #1a7f5a } .m { fill: #c4690f } .n { fill: #3b6fb6 } .l { fill: #afb8c1 }
 .a { stroke: #1f2328; stroke-width: 2 } .o { stroke: #59636e; stroke-dasharray: 3 3 }
 .g { fill: #ffffff }
 @media (prefers-color-scheme: dark) {
 text { fill: #e6edf3 } .q { fill: #9198a1 }
-.b { fill: #3fb68b } .m { fill: #e5923f } .l { fill: #59636e }
+.b { fill: #3fb68b } .m { fill: #e5923f } .n { fill: #6ea8f0 } .l { fill: #59636e }
 .a { stroke: #e6edf3 } .o { stroke: #9198a1 } .g { fill: #0d1117 }
 }
 </style>
@@ -86,8 +86,7 @@ impl Chart {
     }
 
     fn legend(&mut self, machine: &str) {
-        let meaning =
-            "Green: the aim is met. Orange: it is missed. Grey, or the dashed line: the baseline. Upright stroke: the aim.";
+        let meaning = "Green: the aim is met. Orange: it is missed. Blue: there is none. Upright stroke: the aim. Grey, or dashed: the baseline.";
         for line in [meaning].into_iter().chain(machine.split("; ")) {
             self.add(&format!("<text class=\"q\" x=\"20\" y=\"{:.1}\">{}</text>", self.y, escaped(line)));
             self.y += 18.0;
@@ -141,7 +140,11 @@ fn aim_value(aim: Aim) -> f64 {
 }
 
 fn class(figure: &Figure) -> &'static str {
-    if figure.is_met() == Some(false) { "m" } else { "b" }
+    match figure.is_met() {
+        Some(true) => "b",
+        Some(false) => "m",
+        None => "n",
+    }
 }
 
 fn escaped(text: &str) -> String {
@@ -180,7 +183,7 @@ mod tests {
         <rect class="l" x="230" y="179.0" width="106.7" height="7" rx="2"/>
         <line class="a" x1="496.7" x2="496.7" y1="169.0" y2="189.0"/>
         <text x="640.0" y="184.0">7.50 ms</text>
-        <text class="q" x="20" y="232.0">Green: the aim is met. Orange: it is missed. Grey, or the dashed line: the baseline. Upright stroke: the aim.</text>
+        <text class="q" x="20" y="232.0">Green: the aim is met. Orange: it is missed. Blue: there is none. Upright stroke: the aim. Grey, or dashed: the baseline.</text>
         <text class="q" x="20" y="250.0">2 cores of Some &lt;CPU&gt;, 16 GiB</text>
         <text class="q" x="20" y="268.0">PostgreSQL 15.18 with fsync on</text>
         <text class="q" x="20" y="286.0">Redis 7.0.15 with an append-only file</text>

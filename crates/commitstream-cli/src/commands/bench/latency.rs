@@ -9,10 +9,10 @@ use super::stage::Stage;
 use crate::commands::latency::Latency;
 
 const ROUNDS: u32 = 3;
+/// Of the baseline.
+const BASELINE_TIME: Duration = Duration::from_secs(4);
 /// Of a flow before what counts.
 const WARM_UP: Duration = Duration::from_secs(1);
-/// Round trips and commits of the baseline.
-const SAMPLES: u64 = 1_000;
 /// A quantile says something when this many events are beyond it.
 const BEYOND: f64 = 2.0;
 const QUANTILES: [(&str, f64); 3] = [("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999)];
@@ -40,7 +40,7 @@ pub async fn measure(stage: &Stage) -> anyhow::Result<Measured> {
         let mut laps = Vec::new();
         for round in stage.rounds(ROUNDS) {
             stage.tell(|| format!("latency, {} events a second, round {round}", rate.per_second));
-            let baseline = servers_alone(stage).await?;
+            let baseline = servers_alone(stage, rate).await?;
             laps.push((flow(stage, rate).await?, baseline));
         }
         measured.figures.extend(figures(rate, &laps));
@@ -61,11 +61,16 @@ async fn flow(stage: &Stage, rate: &Rate) -> anyhow::Result<Lap> {
     Ok(lap)
 }
 
-/// One round trip to Redis and one commit of one small row, one after the other, with nothing else at work.
-async fn servers_alone(stage: &Stage) -> anyhow::Result<Latency> {
+/// One round trip to Redis and one commit of one small row, one after the other, at the pace of the flow and with nothing else at work:
+/// many disks and processors are slower after a pause.
+async fn servers_alone(stage: &Stage, rate: &Rate) -> anyhow::Result<Latency> {
     let mut connection = stage.connect("latency: baseline").await?;
     let mut latency = Latency::new()?;
-    for number in 0..stage.events(SAMPLES) {
+    let mut pace = tokio::time::interval(Duration::from_secs(1) / rate.per_second);
+    pace.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let samples = u64::from(rate.per_second) * stage.time(BASELINE_TIME).as_secs().max(1);
+    for number in 0..samples {
+        pace.tick().await;
         let started = Instant::now();
         stage.streams.ping().await?;
         sqlx::query("INSERT INTO bench_row (number) VALUES ($1)").bind(number.cast_signed()).execute(&mut connection).await?;

@@ -74,7 +74,7 @@ pub struct Args {
     rounds: Option<u32>,
 
     /// Run scale and cleanup, too: half an hour more
-    #[arg(long)]
+    #[arg(long, conflicts_with = "names")]
     all: bool,
 
     /// At most so many events, and seconds instead of longer times: to try it, not to measure

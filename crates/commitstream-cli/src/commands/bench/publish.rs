@@ -1,6 +1,6 @@
 //! `publish` and `publish_all`: what publishing costs in a transaction, against the same statements written by hand.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use chrono::Utc;
 use commitstream::DomainEvent;
@@ -21,8 +21,8 @@ const TRANSACTIONS: u64 = 1_000;
 const LARGE_TRANSACTIONS: u64 = 60;
 const EVENTS: u64 = 500;
 
-/// Before what counts: statements are prepared, and what the last round has left to do is done.
-const WARM_UP: u64 = 20;
+/// The ways take turns after so many transactions: how long a disk takes for a commit changes from one moment to the next.
+const SLICE: u64 = 20;
 
 pub async fn measure(stage: &Stage) -> anyhow::Result<Measured> {
     let mut connection = stage.connect("publish").await?;
@@ -31,14 +31,21 @@ pub async fn measure(stage: &Stage) -> anyhow::Result<Measured> {
     let (mut in_transaction, mut in_unit_of_work) = (Vec::new(), Vec::new());
     for round in stage.rounds(ROUNDS) {
         stage.tell(|| format!("publish, round {round}"));
-        let mut rates = [0.0; 3];
-        for (rate, way) in rates.iter_mut().zip([Way::Publisher(&outbox), Way::UnitOfWork(&hybrid), Way::ByHand]) {
-            sqlx::raw_sql("TRUNCATE bench_order").execute(&mut connection).await?;
-            stage.prepare(&mut connection, 0, "publish").await?;
-            *rate = transactions(&pool, &way, stage.events(TRANSACTIONS)).await?;
+        sqlx::raw_sql("TRUNCATE bench_order").execute(&mut connection).await?;
+        stage.prepare(&mut connection, 0, "publish").await?;
+        let mut numbers = 0..;
+        let mut took = [Duration::ZERO; 3];
+        for slice in 0..=stage.events(TRANSACTIONS).div_ceil(SLICE) {
+            for (took, way) in took.iter_mut().zip([Way::Publisher(&outbox), Way::UnitOfWork(&hybrid), Way::ByHand]) {
+                let spent = transactions(&pool, &way, numbers.by_ref().take(SLICE as usize)).await?;
+                // The first slice prepares the statements.
+                *took += if slice == 0 { Duration::ZERO } else { spent };
+            }
         }
-        in_transaction.push(Round::new(rates[0], rates[2]));
-        in_unit_of_work.push(Round::new(rates[1], rates[2]));
+        let [by_publisher, in_a_unit, by_hand] =
+            took.map(|took| per_second(stage.events(TRANSACTIONS).div_ceil(SLICE) * SLICE, took));
+        in_transaction.push(Round::new(by_publisher, by_hand));
+        in_unit_of_work.push(Round::new(in_a_unit, by_hand));
     }
     pool.close().await;
     stage.clear(&mut connection).await?;
@@ -56,13 +63,10 @@ enum Way<'a> {
     ByHand,
 }
 
-/// Transactions a second, one after the other on one connection.
-async fn transactions(pool: &PgPool, way: &Way<'_>, transactions: u64) -> anyhow::Result<f64> {
-    let mut started = Instant::now();
-    for number in 0..WARM_UP + transactions {
-        if number == WARM_UP {
-            started = Instant::now();
-        }
+/// How long transactions take, one after the other on one connection.
+async fn transactions(pool: &PgPool, way: &Way<'_>, numbers: impl Iterator<Item = u64>) -> anyhow::Result<Duration> {
+    let started = Instant::now();
+    for number in numbers {
         let order = OrderPlaced::new(number);
         match way {
             Way::Publisher(publisher) => {
@@ -85,7 +89,7 @@ async fn transactions(pool: &PgPool, way: &Way<'_>, transactions: u64) -> anyhow
             }
         }
     }
-    Ok(per_second(transactions, started.elapsed()))
+    Ok(started.elapsed())
 }
 
 /// What the business writes.
@@ -98,15 +102,21 @@ async fn insert_order(connection: &mut PgConnection, order: &OrderPlaced) -> Res
 pub async fn measure_all(stage: &Stage) -> anyhow::Result<Measured> {
     let mut connection = stage.connect("publish_all").await?;
     let publisher = PostgresOutboxPublisher::new(&stage.settings);
+    let events: Vec<OrderPlaced> = (0..EVENTS).map(OrderPlaced::new).collect();
+    let transactions = stage.events(LARGE_TRANSACTIONS * EVENTS).div_ceil(EVENTS);
     let mut rounds = Vec::new();
     for round in stage.rounds(ROUNDS) {
         stage.tell(|| format!("publish_all, round {round}"));
-        let mut rates = [0.0; 2];
-        for (rate, publisher) in rates.iter_mut().zip([Some(&publisher), None]) {
-            stage.prepare(&mut connection, 0, "publish_all").await?;
-            *rate = large_transactions(stage, publisher).await?;
+        stage.prepare(&mut connection, 0, "publish_all").await?;
+        let mut took = [Duration::ZERO; 2];
+        for turn in 0..=transactions {
+            for (took, publisher) in took.iter_mut().zip([Some(&publisher), None]) {
+                let spent = large_transaction(&mut connection, &events, publisher).await?;
+                *took += if turn == 0 { Duration::ZERO } else { spent };
+            }
         }
-        rounds.push(Round::new(rates[0], rates[1]));
+        let [by_publisher, by_hand] = took.map(|took| per_second(transactions * EVENTS, took));
+        rounds.push(Round::new(by_publisher, by_hand));
     }
     stage.clear(&mut connection).await?;
     Ok(Measured {
@@ -116,25 +126,21 @@ pub async fn measure_all(stage: &Stage) -> anyhow::Result<Measured> {
     })
 }
 
-/// Events a second, in transactions of many. By hand without a publisher.
-async fn large_transactions(stage: &Stage, publisher: Option<&PostgresOutboxPublisher>) -> anyhow::Result<f64> {
-    let mut connection = stage.connect("publish_all").await?;
-    let events: Vec<OrderPlaced> = (0..EVENTS).map(OrderPlaced::new).collect();
+/// How long one transaction of many events takes. By hand without a publisher.
+async fn large_transaction(
+    connection: &mut PgConnection,
+    events: &[OrderPlaced],
+    publisher: Option<&PostgresOutboxPublisher>,
+) -> anyhow::Result<Duration> {
     let borrowed: Vec<&dyn DomainEvent> = events.iter().map(|event| -> &dyn DomainEvent { event }).collect();
-    let transactions = stage.events(LARGE_TRANSACTIONS * EVENTS).div_ceil(EVENTS);
-    let mut started = Instant::now();
-    for number in 0..=transactions {
-        if number == 1 {
-            started = Instant::now();
-        }
-        let mut transaction = connection.begin().await?;
-        match publisher {
-            Some(publisher) => drop(publisher.publish_all(&mut transaction, &borrowed).await?),
-            None => insert_all_by_hand(&mut transaction, &events).await?,
-        }
-        transaction.commit().await?;
+    let started = Instant::now();
+    let mut transaction = connection.begin().await?;
+    match publisher {
+        Some(publisher) => drop(publisher.publish_all(&mut transaction, &borrowed).await?),
+        None => insert_all_by_hand(&mut transaction, events).await?,
     }
-    Ok(per_second(transactions * EVENTS, started.elapsed()))
+    transaction.commit().await?;
+    Ok(started.elapsed())
 }
 
 /// One INSERT of all rows, which PostgreSQL is handed as arrays: quicker than a VALUES with thousands of parameters.

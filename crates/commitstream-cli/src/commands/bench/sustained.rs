@@ -14,16 +14,17 @@ use super::workload::{self, OrderPlaced};
 const PRODUCERS: u64 = 16;
 const ROUNDS: u32 = 3;
 const TIME: Duration = Duration::from_secs(8);
-/// Of the commits of the second half, so many percent may be added to the backlog: it is never the same at two moments.
+/// Between two looks at the backlog, which is never the same at two moments: what counts is the median of each half.
+const PAUSE: Duration = Duration::from_millis(400);
+/// Percent of the commits of a half.
 const MOST_GROWTH: f64 = 1.0;
 
 /// One side of a round.
 struct Run {
     commits_per_second: f64,
-    /// Events that waited at the half and at the end.
-    backlog: [i64; 2],
-    /// Committed between the two.
-    second_half: u64,
+    /// Events that waited, in the first half and in the second.
+    backlog: [f64; 2],
+    commits: u64,
 }
 
 pub async fn measure(stage: &Stage) -> anyhow::Result<Measured> {
@@ -34,8 +35,8 @@ pub async fn measure(stage: &Stage) -> anyhow::Result<Measured> {
         let with = with_relay(stage, &mut connection).await?;
         let without = by_hand(stage, &mut connection).await?;
         rounds.push(Round::new(with.commits_per_second, without.commits_per_second));
-        let grown = (with.backlog[1] - with.backlog[0]) as f64;
-        growth.push(Round::alone(grown.max(0.0) / with.second_half.max(1) as f64 * 100.0));
+        let (grown, half) = (with.backlog[1] - with.backlog[0], with.commits as f64 / 2.0);
+        growth.push(Round::alone(grown.max(0.0) / half.max(1.0) * 100.0));
         backlogs.push(with.backlog);
     }
     stage.clear(&mut connection).await?;
@@ -43,8 +44,8 @@ pub async fn measure(stage: &Stage) -> anyhow::Result<Measured> {
         Figure::new("sustained", "commits/s", Some(Aim::RatioAtLeast(0.85)), rounds),
         Figure::new("sustained, backlog growth", "% of commits", Some(Aim::AtMost(MOST_GROWTH)), growth),
     ];
-    let at = |which: usize| median(backlogs.iter().map(|backlog| backlog[which] as f64)).unwrap_or(f64::NAN);
-    let notes = vec![format!("{:.0} events waited at the half and {:.0} at the end of a round", at(0), at(1))];
+    let at = |which: usize| median(backlogs.iter().map(|backlog| backlog[which])).unwrap_or(f64::NAN);
+    let notes = vec![format!("{:.0} events waited in the first half of a round and {:.0} in the second", at(0), at(1))];
     Ok(Measured { name: "sustained", figures, notes })
 }
 
@@ -72,45 +73,46 @@ async fn produce(stage: &Stage, connection: &mut PgConnection, publish: bool) ->
     for _ in 0..PRODUCERS {
         sessions.push(stage.connect("producer").await?);
     }
-    let start = Instant::now();
-    let (half, end) = (start + stage.time(TIME) / 2, start + stage.time(TIME));
+    let time = stage.time(TIME);
+    let end = Instant::now() + time;
     let mut producers = JoinSet::new();
     for (session, number) in sessions.into_iter().zip(0..) {
-        producers.spawn(produce_until(session, publisher.clone(), number, half, end));
+        producers.spawn(produce_until(session, publisher.clone(), number, end));
     }
-    tokio::time::sleep_until(half.into()).await;
-    let at_half = backlog(connection).await?;
-    let (mut commits, mut second_half) = (0, 0);
+    let mut backlogs = [Vec::new(), Vec::new()];
+    for backlogs_of_half in &mut backlogs {
+        let looks = time.as_millis() / PAUSE.as_millis() / 2;
+        for _ in 0..looks {
+            tokio::time::sleep(PAUSE).await;
+            backlogs_of_half.push(backlog(connection).await? as f64);
+        }
+    }
+    let mut commits = 0;
     while let Some(ended) = producers.join_next().await {
-        let (in_first, in_second) = ended??;
-        commits += in_first + in_second;
-        second_half += in_second;
+        commits += ended??;
     }
-    let backlog = [at_half, backlog(connection).await?];
-    Ok(Run { commits_per_second: per_second(commits, end - start), backlog, second_half })
+    let backlog = backlogs.map(|of_half| median(of_half.into_iter()).unwrap_or(0.0));
+    Ok(Run { commits_per_second: per_second(commits, time), backlog, commits })
 }
 
-/// Transaction after transaction, of one INSERT of one event each. Returns how many in each half.
+/// Transaction after transaction, of one INSERT of one event each. Returns how many.
 async fn produce_until(
     mut session: PgConnection,
     publisher: Option<PostgresOutboxPublisher>,
     first: u64,
-    half: Instant,
     end: Instant,
-) -> anyhow::Result<(u64, u64)> {
-    let (mut commits, mut number) = ((0, 0), first);
+) -> anyhow::Result<u64> {
+    let (mut commits, mut number) = (0, first);
     loop {
         let event = OrderPlaced::new(number);
         match &publisher {
             Some(publisher) => drop(publisher.publish(&mut session, &event).await?),
             None => workload::insert_by_hand(&mut session, &event).await?,
         }
-        number += PRODUCERS;
-        match Instant::now() {
-            now if now >= end => return Ok(commits),
-            now if now >= half => commits.1 += 1,
-            _ => commits.0 += 1,
+        if Instant::now() >= end {
+            return Ok(commits);
         }
+        (commits, number) = (commits + 1, number + PRODUCERS);
     }
 }
 
