@@ -101,7 +101,8 @@ pub struct OutboxEvent {
 ///   could become due between the two.
 /// * A fresh event behind a waiting one is `blocked`: it is not claimed, but made a waiting one itself. Then it holds back in
 ///   turn what comes after it, whatever happens to the first, and order per aggregate needs no memory of the relay's. A row that
-///   somebody else has locked cannot be made one; it is passed over and looked at again by every claim.
+///   somebody else has locked cannot be made one; it is passed over and looked at again by every claim. `status || ''` keeps the
+///   planner on the key.
 /// * `open` goes by `batch_id`: the index of open batches is full of dead entries while a long transaction holds back vacuum.
 /// * `n` and `running` number the events and add their bytes up, in the one pass in which they are read in order: sorting rows with
 ///   payloads, and joining them with their batches, cost more than reading them. The claim is cut off by bytes, and into batches by
@@ -146,7 +147,7 @@ WITH open AS MATERIALIZED (
     WHERE id = ANY (ARRAY(
         SELECT id FROM {s}.event_outbox
         WHERE id = ANY (ARRAY(SELECT id FROM candidates WHERE blocked AND (SELECT held FROM lease)))
-          AND status IN ('PENDING', 'PROCESSING') AND next_retry_at IS NULL
+          AND status || '' IN ('PENDING', 'PROCESSING') AND next_retry_at IS NULL
         FOR UPDATE SKIP LOCKED))
     RETURNING id
 )

@@ -47,7 +47,7 @@ const RECENT: &str = "
 
 /// One statement, one transaction: the events of these partitions (`$2`) in the batches (`$1`) are unsent again, and the batches
 /// say so. Of a batch, only those of partitions that it does not name as lost yet: the others were published again since. Rows that an
-/// operator has changed meanwhile are left alone.
+/// operator has changed meanwhile are left alone. `status || ''` keeps the planner on the key.
 const REQUEUE: &str = "
 WITH found AS MATERIALIZED (
     SELECT batch_id, partitions & $2 & ~lost AS partitions FROM {s}.outbox_batch
@@ -59,7 +59,7 @@ WITH found AS MATERIALIZED (
 ), again AS (
     UPDATE {s}.event_outbox e SET status = 'PENDING', published_at = NULL
     FROM (SELECT unnest(ids) AS id, partitions FROM lost) AS l
-    WHERE e.id = l.id AND e.status = 'PUBLISHED'
+    WHERE e.id = l.id AND e.status || '' = 'PUBLISHED'
       AND (l.partitions >> e.partition_no::int) & 1 = 1
     RETURNING 1
 )
