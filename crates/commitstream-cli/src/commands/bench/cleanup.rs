@@ -15,7 +15,10 @@ use super::workload::{self, State};
 use crate::output::count;
 
 const ROUNDS: u32 = 1;
+/// Rows that are old for who removes them, but not for the running relay, which keeps them a day longer: its own clean-up, at its start and
+/// every hour, must not come in between.
 const OLD: u64 = 2_000_000;
+const RETENTION_DAYS: u32 = 5;
 /// Events a second, and the connections that bring them.
 const RATE: u32 = 500;
 const CONNECTIONS: u32 = 8;
@@ -78,7 +81,6 @@ async fn one_side(stage: &Stage, connection: &mut PgConnection, by_clean_up: boo
     let old = stage.events(OLD);
     stage.prepare(connection, 0, what).await?;
     let empty = size(connection).await?;
-    // Before the old rows: a relay cleans up when it starts, and then once an hour.
     let relay = RelayProcess::start(stage).await?;
     let told = |filled| stage.tell(|| format!("{what}: filling, {} of {}", count(filled), count(old)));
     workload::fill(connection, old, State::Old, told).await?;
@@ -108,18 +110,19 @@ async fn one_side(stage: &Stage, connection: &mut PgConnection, by_clean_up: boo
 
 /// As the relay does it every hour.
 async fn clean_up(stage: &Stage, what: &str) -> anyhow::Result<u64> {
-    let settings = &stage.settings;
+    let mut settings = stage.settings.clone();
+    settings.outbox.cleanup.retention_days = RETENTION_DAYS;
     let url = settings.database.url.as_deref().unwrap_or_default();
     let mut connection = outbox::connect(url, "commitstream bench: clean-up", settings.database.timeout).await?;
     let repository = OutboxRepository::new(&settings.database.schema);
     let told = |cleaned: &cleanup::Cleaned| stage.tell(|| format!("{what}: {} removed", count(cleaned.events)));
-    Ok(cleanup::run_once(&repository, &mut connection, settings, told).await?.events)
+    Ok(cleanup::run_once(&repository, &mut connection, &settings, told).await?.events)
 }
 
 /// As the reference has it for an operator.
 async fn delete(connection: &mut PgConnection) -> anyhow::Result<u64> {
-    let sql = "DELETE FROM event_outbox WHERE status = 'PUBLISHED' AND published_at < now() - interval '7 days'";
-    Ok(sqlx::raw_sql(sql).execute(connection).await?.rows_affected())
+    let sql = "DELETE FROM event_outbox WHERE status = 'PUBLISHED' AND published_at < now() - make_interval(days => $1)";
+    Ok(sqlx::query(sql).bind(i32::try_from(RETENTION_DAYS)?).execute(connection).await?.rows_affected())
 }
 
 async fn size(connection: &mut PgConnection) -> anyhow::Result<f64> {

@@ -73,7 +73,7 @@ pub struct Args {
     #[arg(long, value_name = "ROUNDS", value_parser = clap::value_parser!(u32).range(1..=i64::from(MOST_ROUNDS)))]
     rounds: Option<u32>,
 
-    /// Run scale and cleanup, too: half an hour more
+    /// Run scale and cleanup, too: about ten minutes more
     #[arg(long, conflicts_with = "names")]
     all: bool,
 

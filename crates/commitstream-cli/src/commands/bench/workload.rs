@@ -66,7 +66,7 @@ const FILL: &str = r#"
 #[derive(Debug, Clone, Copy)]
 pub enum State {
     Waiting,
-    /// Published so long ago that the clean-up of the default settings removes them.
+    /// Published six days ago.
     Old,
 }
 
@@ -74,7 +74,7 @@ pub enum State {
 pub async fn fill(connection: &mut PgConnection, events: u64, state: State, told: impl Fn(u64)) -> Result<(), sqlx::Error> {
     let state = match state {
         State::Waiting => "'PENDING', clock_timestamp(), NULL",
-        State::Old => "'PUBLISHED', now() - interval '8 days', now() - interval '8 days'",
+        State::Old => "'PUBLISHED', now() - interval '6 days', now() - interval '6 days'",
     };
     let sql = FILL.replace("{state}", state);
     let mut filled = 0;
