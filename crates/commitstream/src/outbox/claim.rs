@@ -96,13 +96,15 @@ pub struct OutboxEvent {
 /// * `candidates` come, lowest `seq` first and without their payloads, from three places, each by index: behind the cursor; from
 ///   transactions that the snapshot before did not see and this one does, at whatever `seq`; and what the claim before passed over.
 ///   `seq + 0` keeps the planner from walking up the index by `seq` from its low end, where the dead entries are.
+/// * `status || ''` is the status to PostgreSQL and nothing to its planner. Each part of the statement has the condition of one index in
+///   the planner's words, and so goes by that index, whatever the statistics say: when they are of an idle time, all indexes of unsent
+///   events look empty and alike.
 /// * A waiting event (`next_retry_at` set) counts when it is due and nothing of its aggregate before it is still undue or in flight:
 ///   what is due before it is in this very claim. Both sides of that compare with one instant: with a running clock, an event
 ///   could become due between the two.
 /// * A fresh event behind a waiting one is `blocked`: it is not claimed, but made a waiting one itself. Then it holds back in
 ///   turn what comes after it, whatever happens to the first, and order per aggregate needs no memory of the relay's. A row that
-///   somebody else has locked cannot be made one; it is passed over and looked at again by every claim. `status || ''` keeps the
-///   planner on the key.
+///   somebody else has locked cannot be made one; it is passed over and looked at again by every claim.
 /// * `open` goes by `batch_id`: the index of open batches is full of dead entries while a long transaction holds back vacuum.
 /// * `n` and `running` number the events and add their bytes up, in the one pass in which they are read in order: sorting rows with
 ///   payloads, and joining them with their batches, cost more than reading them. The claim is cut off by bytes, and into batches by
@@ -117,17 +119,20 @@ WITH open AS MATERIALIZED (
     SELECT c.*, count(*) FILTER (WHERE NOT blocked) OVER w AS n,
            sum(LEAST(payload_bytes, $13::int)) FILTER (WHERE NOT blocked) OVER w AS running
     FROM (
-        (SELECT {event} WHERE e.seq > $5 AND (NOT $15 OR {settled}) AND {claimable} ORDER BY e.seq LIMIT $10)
+        (SELECT {event} WHERE e.status IN ('PENDING', 'PROCESSING') AND e.seq > $5 AND (NOT $15 OR {settled}) AND {claimable}
+         ORDER BY e.seq LIMIT $10)
         UNION ALL
         (SELECT late.* FROM (
              SELECT xid, xid AS last FROM pg_snapshot_xip($6::text::pg_snapshot) AS xid
              WHERE pg_visible_in_snapshot(xid, pg_current_snapshot())
              UNION ALL SELECT pg_snapshot_xmax($6::text::pg_snapshot), pg_snapshot_xmax(pg_current_snapshot())) AS t
          CROSS JOIN LATERAL (
-             SELECT {event} WHERE e.txid >= t.xid AND e.txid <= t.last AND e.seq + 0 <= $5 AND {settled} AND {claimable}
+             SELECT {event} WHERE e.published_at IS NULL AND e.status || '' IN ('PENDING', 'PROCESSING')
+               AND e.txid >= t.xid AND e.txid <= t.last AND e.seq + 0 <= $5 AND {settled} AND {claimable}
              ORDER BY e.seq + 0 LIMIT $10) AS late)
         UNION ALL
-        (SELECT {event} WHERE cardinality($7::bigint[]) > 0 AND e.seq = ANY ($7) AND e.seq <= $5 AND {settled} AND {claimable})
+        (SELECT {event} WHERE cardinality($7::bigint[]) > 0 AND e.status IN ('PENDING', 'PROCESSING') AND e.seq = ANY ($7) AND e.seq <= $5
+           AND {settled} AND {claimable})
     ) AS c
     WINDOW w AS (ORDER BY c.seq ROWS UNBOUNDED PRECEDING)
     ORDER BY c.seq LIMIT $10
@@ -179,15 +184,15 @@ const EVENT: &str =
     e.next_retry_at IS NULL AND (EXISTS (
         SELECT 1 FROM {s}.event_outbox b
         WHERE b.aggregate_type = e.aggregate_type AND b.aggregate_id = e.aggregate_id AND b.seq < e.seq
-          AND b.status IN ('PENDING', 'PROCESSING') AND b.next_retry_at IS NOT NULL)
+          AND b.next_retry_at IS NOT NULL AND b.status || '' IN ('PENDING', 'PROCESSING'))
       OR ({held})) AS blocked
     FROM {s}.event_outbox e";
 
-const CLAIMABLE: &str = "e.status IN ('PENDING', 'PROCESSING') AND ($4::bigint >> e.partition_no::int) & 1 = 1
+const CLAIMABLE: &str = "($4::bigint >> e.partition_no::int) & 1 = 1
     AND (e.next_retry_at IS NULL OR (e.next_retry_at <= statement_timestamp() AND NOT ({held}) AND NOT EXISTS (
         SELECT 1 FROM {s}.event_outbox b
         WHERE b.aggregate_type = e.aggregate_type AND b.aggregate_id = e.aggregate_id AND b.seq < e.seq
-          AND b.status IN ('PENDING', 'PROCESSING') AND b.next_retry_at IS NOT NULL
+          AND b.next_retry_at IS NOT NULL AND b.status || '' IN ('PENDING', 'PROCESSING')
           AND (b.next_retry_at > statement_timestamp() OR b.seq <= $5 OR b.id IN (SELECT id FROM open)))))";
 
 /// Not on its way.
@@ -196,7 +201,7 @@ const SETTLED: &str = "e.id NOT IN (SELECT id FROM open)";
 /// An earlier event of the aggregate is `FAILED`, and that holds.
 const HELD: &str = "$9 AND EXISTS (
         SELECT 1 FROM {s}.event_outbox b
-        WHERE b.aggregate_type = e.aggregate_type AND b.aggregate_id = e.aggregate_id AND b.seq < e.seq AND b.status = 'FAILED')";
+        WHERE b.aggregate_type = e.aggregate_type AND b.aggregate_id = e.aggregate_id AND b.seq < e.seq AND b.status || '' = 'FAILED')";
 
 impl OutboxRepository {
     /// Step 1 of the protocol: journals up to `max_events` unsent events in open batches and returns them in `seq` order.

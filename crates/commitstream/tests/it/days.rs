@@ -13,10 +13,11 @@ use uuid::Uuid;
 
 use crate::support::{FUNCTIONS, Form, World, eventually};
 
-const MIGRATIONS: [&str; 3] = [
+const MIGRATIONS: [&str; 4] = [
     include_str!("../../../../migrations/V3__create_outbox_table.sql"),
     include_str!("../../../../migrations/V4__share_outbox_among_relays.sql"),
     include_str!("../../../../migrations/V5__create_event_inbox.sql"),
+    include_str!("../../../../migrations/V6__keep_the_claim_on_its_indexes.sql"),
 ];
 const PARTITION: &str = include_str!("../../../../migrations/partition_event_outbox.sql");
 
