@@ -233,7 +233,7 @@ async fn a_claim_that_waited_for_a_takeover_claims_nothing() -> Result<()> {
     let claim = tokio::spawn(async move { outbox.claim(&mut claims, &request).await });
     eventually("the claim to wait", async || {
         let waiting = "SELECT EXISTS (SELECT 1 FROM pg_stat_activity
-                       WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE 'WITH open AS%')";
+                       WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE '%WITH open AS%')";
         Ok(sqlx::query_scalar(waiting).fetch_one(&mut eye).await?)
     })
     .await?;
