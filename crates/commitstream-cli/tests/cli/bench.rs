@@ -103,7 +103,7 @@ fn what_is_interrupted_leaves_nothing_behind() -> Result<()> {
     })?;
     bench.signal("INT")?;
     let answer = bench.ended()?;
-    ensure!(answer.code == Some(130) && answer.stdout.is_empty(), "{answer:?}");
+    ensure!(answer.code == Some(130) && answer.stdout.is_empty() && answer.stderr.contains("interrupted"), "{answer:?}");
     ensure_nothing_is_left(&world)
 }
 

@@ -71,6 +71,8 @@ async fn partitioning_keeps_rows_definitions_and_grants() -> Result<()> {
     assert_eq!((definition(&world)?, world.database.psql(rows)?), before);
     let of_the_partition = "SELECT relfilenode FROM pg_class WHERE relname LIKE 'event_outbox_p________';";
     assert_eq!(world.database.psql(of_the_partition)?, file, "nothing was copied");
+    let indexes = "SELECT DISTINCT count(*) FROM pg_index JOIN pg_class c ON c.oid = indrelid WHERE relname LIKE 'event_outbox%' GROUP BY c.oid;";
+    assert_eq!(world.database.psql(indexes)?.lines().count(), 1, "nor was an index made anew");
     let made = days::make_ahead(&world.outbox, &mut connection).await?.context("it has partitions")?;
     assert_eq!(made.made.len(), 3, "{made:?}");
     let counts: Vec<_> = partitions(&world)?.into_iter().map(|(_, count)| count).collect();

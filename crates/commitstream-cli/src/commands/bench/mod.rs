@@ -149,7 +149,10 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
     let removed = servers.remove().await;
     let measured = measured?;
     removed?;
-    let Some(report) = measured else { return Ok(ExitCode::from(INTERRUPTED)) };
+    let Some(report) = measured else {
+        output.remark("interrupted; what was made is removed")?;
+        return Ok(ExitCode::from(INTERRUPTED));
+    };
     report.print(&output)?;
     page.map_or(Ok(()), |page| page.write(&report))?;
     svg.map_or(Ok(()), |file| write(&file, &chart::svg(&report)))?;
