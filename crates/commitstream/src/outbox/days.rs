@@ -162,7 +162,7 @@ impl OutboxRepository {
     pub async fn overdue(&self, connection: &mut PgConnection, retention: Duration) -> Result<Vec<Overdue>, OutboxError> {
         let doing = "looking for old partitions";
         let sql = format!(
-            "SELECT name, days.table, pg_total_relation_size(oid) FROM ({DAYS}) AS days
+            "SELECT name, days.table, COALESCE(pg_total_relation_size(oid), 0) FROM ({DAYS}) AS days
              WHERE ends < statement_timestamp() - $2 * interval '1 second' ORDER BY ends"
         );
         let query = sqlx::query_as(AssertSqlSafe(sql)).bind(self.table("event_outbox")).bind(retention.as_secs_f64());
@@ -171,7 +171,11 @@ impl OutboxRepository {
         for (name, table, bytes) in old {
             let query = sqlx::query_as(AssertSqlSafe(COUNT.replace("{p}", &table)));
             let query = query.bind(retention.as_secs_f64()).bind(MOST_MOVED + 1);
-            let (unsettled, recent) = query.fetch_one(&mut *connection).await.map_err(self.error(doing))?;
+            let (unsettled, recent) = match query.fetch_one(&mut *connection).await {
+                // undefined_table: somebody else has just dropped it.
+                Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("42P01") => continue,
+                counts => counts.map_err(self.error(doing))?,
+            };
             overdue.push(Overdue { name, table, bytes: bytes.cast_unsigned(), fate: fate(unsettled, recent) });
         }
         Ok(overdue)

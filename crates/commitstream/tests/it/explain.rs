@@ -324,6 +324,21 @@ async fn the_clean_up_goes_by_index() -> Result<()> {
     Ok(())
 }
 
+/// Before a day is dropped, and again while everybody waits for it, what outlives it is looked for.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_outlives_a_day_is_found_by_index() -> Result<()> {
+    for case in CASES.into_iter().filter(|(form, _)| *form == Form::ByDay) {
+        let (world, mut connection) = populated(case).await?;
+        let overdue = world.outbox.overdue(&mut connection, Duration::from_secs(7 * 86_400)).await?;
+        assert_eq!(overdue.len(), 3);
+        let part = format!("(SELECT FROM public.{} WHERE status IN", overdue[1].name);
+        let plans = plans(&mut connection, &part, "604800.0, 10001").await?;
+        let published = [(PUBLISHED, "published_at IS NULL"), (PUBLISHED, "published_at >= ")];
+        assert_indexes(&plans, TABLE, &published);
+    }
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_inbox_goes_by_index() -> Result<()> {
     for case in CASES {
