@@ -32,8 +32,7 @@ fn main() -> ExitCode {
     ended.unwrap_or_else(|error| failure::report(&error, color))
 }
 
-/// A daemon waits for servers and computes little: on one thread, an event need not wait for another to wake up at each step of its
-/// way.
+/// A daemon waits for servers and computes little. On one thread it takes less memory, and less of the processor's time from others.
 fn runtime(is_daemon: bool) -> tokio::runtime::Builder {
     if is_daemon { tokio::runtime::Builder::new_current_thread() } else { tokio::runtime::Builder::new_multi_thread() }
 }

@@ -4,13 +4,15 @@ use std::time::Duration;
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{ConnectOptions, Executor};
 
-use super::OutboxError;
+use super::{OutboxError, OutboxRepository};
 
 /// Opens one session for the relay or an operator command.
 ///
 /// The planner settings keep the claim and the settle on their indexes even while statistics are stale, as they are
-/// after a bulk insert; to plan a claim anew for its values takes as long as a small claim, and changes nothing. `work_mem` keeps a claim of many payloads off the disk. Time-outs that a role or database may have are for other
-/// sessions: those of the relay wait and idle for long, and each of its calls has a limit of its own. All belong to this session alone.
+/// after a bulk insert; to plan a claim anew for its values takes as long as a small claim, and changes nothing. `work_mem`
+/// keeps a claim of many payloads off the disk. Commits are durable whatever the role or the database says of its own, since a batch must
+/// be in the journal for good before it is sent. Time-outs that a role or database may have are for other sessions: those of the
+/// relay wait and idle for long, and each of its calls has a limit of its own. All belong to this session alone.
 ///
 /// # Errors
 /// The URL cannot be read, or the server cannot be reached within `timeout`.
@@ -27,11 +29,9 @@ pub async fn connect(url: &str, application_name: &str, timeout: Duration) -> Re
         tokio::time::timeout(timeout, options.connect()).await.map_err(timed_out)?.map_err(unreachable_or_refused)?;
     let settings = "SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_mergejoin = off; SET enable_hashjoin = off; \
                     SET plan_cache_mode = force_generic_plan; SET work_mem = '32MB'; SET jit = off; \
-                    SET idle_in_transaction_session_timeout = '60s'; SET statement_timeout = 0; SET lock_timeout = 0; SET idle_session_timeout = 0";
+                    SET idle_in_transaction_session_timeout = '60s'; SET statement_timeout = 0; SET lock_timeout = 0; SET idle_session_timeout = 0; \
+                    SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'";
     tokio::time::timeout(timeout, connection.execute(settings)).await.map_err(timed_out)?.map_err(unreachable_or_refused)?;
-    // A batch must be in the journal for good before it is sent, whatever the role or the database says of its own commits.
-    let durable = "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'";
-    tokio::time::timeout(timeout, connection.execute(durable)).await.map_err(timed_out)?.map_err(unreachable_or_refused)?;
     // A session that waits for a lock would otherwise not notice that its process is gone, and stay. Servers on some systems cannot check.
     let check = connection.execute("SET client_connection_check_interval = '1s'");
     match tokio::time::timeout(timeout, check).await.map_err(timed_out)? {
@@ -42,16 +42,14 @@ pub async fn connect(url: &str, application_name: &str, timeout: Duration) -> Re
     Ok(connection)
 }
 
-/// Lets commits of this session return before they are on disk. A crash of the server may undo the last of them, up to the moment
-/// when any other session's commit is on disk.
-///
-/// # Errors
-/// PostgreSQL cannot be asked.
-pub(crate) async fn commit_without_waiting(connection: &mut PgConnection) -> Result<(), OutboxError> {
-    let doing = "connecting";
-    match connection.execute("SET synchronous_commit = off").await {
-        Ok(_) => Ok(()),
-        Err(source @ sqlx::Error::Database(_)) => Err(OutboxError::Database { doing, source }),
-        Err(source) => Err(OutboxError::Unreachable { doing, source }),
+impl OutboxRepository {
+    /// Lets commits of this session return before they are on disk. A crash of the server may undo the last of them, up to the moment
+    /// when any other session's commit is on disk.
+    ///
+    /// # Errors
+    /// PostgreSQL cannot be asked.
+    pub(crate) async fn commit_without_waiting(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
+        connection.execute("SET synchronous_commit = off").await.map_err(self.error("connecting"))?;
+        Ok(())
     }
 }

@@ -23,7 +23,6 @@ mod wake;
 pub use admin::{FailedEvent, Selection};
 pub use audit::{Finding, Findings};
 pub use claim::{Batch, Claim, ClaimRequest, OutboxEvent};
-pub(crate) use connection::commit_without_waiting;
 pub use connection::connect;
 pub use days::{Fate, Overdue};
 pub use error::OutboxError;

@@ -185,7 +185,7 @@ impl Relay {
         let claims = self.connect("commitstream relay: claims").await?;
         let mut settles = self.connect("commitstream relay: settles").await?;
         // A settle that a crash undoes leaves its batch open, and the marker says what became of it.
-        bounded("connecting", self.timeout(), outbox::commit_without_waiting(&mut settles)).await?;
+        bounded("connecting", self.timeout(), self.outbox.commit_without_waiting(&mut settles)).await?;
         Ok(Connections {
             claims,
             settles,

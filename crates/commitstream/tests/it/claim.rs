@@ -2,41 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
-use commitstream::outbox::{AfterPublishing, Batch, ClaimRequest, Lease, OutboxEvent, Partitions, Refusal, Settlement};
+use anyhow::Result;
+use commitstream::outbox::{self, AfterPublishing, Batch, OutboxEvent, Partitions, Refusal, Settlement};
 use commitstream::streams::{Marker, Presence, StreamsError};
 use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
-use crate::support::{World, eventually};
-
-/// A look at all that is there, by a relay that owns every partition.
-async fn everything(world: &World, connection: &mut PgConnection, relay_id: Uuid) -> Result<ClaimRequest> {
-    Ok(ClaimRequest {
-        lease: take_all(world, connection, relay_id).await?,
-        after: 0,
-        snapshot: None,
-        skipped: Vec::new(),
-        open: Vec::new(),
-        looks_back: false,
-        hold: false,
-        max_events: 10_000,
-        max_bytes: 1 << 30,
-        batch_size: 10_000,
-        max_payload_bytes: 1 << 20,
-        stream_prefix: "events:".into(),
-    })
-}
-
-/// Takes every partition from whoever has it.
-async fn take_all(world: &World, connection: &mut PgConnection, relay_id: Uuid) -> Result<Lease> {
-    let owners: Vec<Option<Uuid>> =
-        sqlx::query_scalar("SELECT relay_id FROM outbox_lease ORDER BY partition_no").fetch_all(&mut *connection).await?;
-    let wanted: Vec<_> = owners.into_iter().enumerate().collect();
-    let lease = world.outbox.take_partitions(connection, relay_id, &wanted).await?;
-    ensure!(lease.partitions == Partitions::ALL, "{lease:?}");
-    Ok(lease)
-}
+use crate::support::{World, eventually_waits};
 
 /// Settles all batches of a claim as if so many events of each had been appended, without refusals.
 async fn settle(world: &World, connection: &mut PgConnection, claimed: &[Batch], appended: i32) -> Result<()> {
@@ -56,7 +28,7 @@ fn events(batches: &[Batch]) -> Vec<&OutboxEvent> {
 async fn an_event_that_falls_due_during_a_claim_is_not_overtaken() -> Result<()> {
     let world = World::new().await?;
     let mut connection = world.connect().await?;
-    let request = everything(&world, &mut connection, Uuid::now_v7()).await?;
+    let request = world.everything(&mut connection, Uuid::now_v7()).await?;
     // The refused event, much between, and the one that waits behind it.
     world.database.psql(
         "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload)
@@ -89,7 +61,7 @@ async fn an_event_that_falls_due_during_a_claim_is_not_overtaken() -> Result<()>
 async fn what_an_operator_changed_meanwhile_is_left_as_it_is() -> Result<()> {
     let world = World::new().await?;
     let mut connection = world.connect().await?;
-    let request = everything(&world, &mut connection, Uuid::now_v7()).await?;
+    let request = world.everything(&mut connection, Uuid::now_v7()).await?;
     world.insert(6, 6).await?;
     let claimed = world.outbox.claim(&mut connection, &request).await?.batches;
     let ids: Vec<Uuid> = events(&claimed).iter().map(|e| e.id).collect();
@@ -114,8 +86,8 @@ async fn a_relay_that_lost_its_lease_claims_nothing() -> Result<()> {
     let world = World::new().await?;
     let (mut old, mut new) = (world.connect().await?, world.connect().await?);
     world.insert(10, 10).await?;
-    let was = everything(&world, &mut old, Uuid::now_v7()).await?;
-    let is = everything(&world, &mut new, Uuid::now_v7()).await?;
+    let was = world.everything(&mut old, Uuid::now_v7()).await?;
+    let is = world.everything(&mut new, Uuid::now_v7()).await?;
     let claim = world.outbox.claim(&mut old, &was).await?;
     assert!(!claim.held && claim.batches.is_empty());
     assert!(world.outbox.open_batches(&mut new, Partitions::ALL).await?.is_empty(), "an empty claim leaves no batch");
@@ -129,7 +101,7 @@ async fn a_relay_that_lost_one_partition_claims_nothing_until_it_knows() -> Resu
     let world = World::new().await?;
     let (mut old, mut new) = (world.connect().await?, world.connect().await?);
     world.insert(100, 100).await?;
-    let mut request = everything(&world, &mut old, Uuid::now_v7()).await?;
+    let mut request = world.everything(&mut old, Uuid::now_v7()).await?;
     let taken = world.outbox.take_partitions(&mut new, Uuid::now_v7(), &[(5, Some(request.lease.relay_id))]).await?;
     assert_eq!(taken.partitions.iter().collect::<Vec<_>>(), [5]);
     assert!(!world.outbox.claim(&mut old, &request).await?.held);
@@ -151,8 +123,8 @@ async fn a_claim_of_an_earlier_epoch_claims_nothing() -> Result<()> {
     let world = World::new().await?;
     let (mut old, mut new) = (world.connect().await?, world.connect().await?);
     world.insert(10, 10).await?;
-    let late = everything(&world, &mut old, Uuid::now_v7()).await?;
-    let current = everything(&world, &mut new, late.lease.relay_id).await?;
+    let late = world.everything(&mut old, Uuid::now_v7()).await?;
+    let current = world.everything(&mut new, late.lease.relay_id).await?;
     assert!(!world.outbox.claim(&mut old, &late).await?.held);
     assert_eq!(world.outbox.claim(&mut new, &current).await?.batches[0].events.len(), 10);
     Ok(())
@@ -165,7 +137,7 @@ async fn a_lost_batch_is_unsent_again_once_per_partition() -> Result<()> {
     let world = World::new().await?;
     let mut connection = world.connect().await?;
     world.insert(100, 100).await?;
-    let request = everything(&world, &mut connection, Uuid::now_v7()).await?;
+    let request = world.everything(&mut connection, Uuid::now_v7()).await?;
     let claimed = world.outbox.claim(&mut connection, &request).await?.batches;
     settle(&world, &mut connection, &claimed, 100).await?;
     let lost = [claimed[0].id];
@@ -186,7 +158,7 @@ async fn a_lost_batch_that_was_aborted_since_is_lost() -> Result<()> {
     let world = World::new().await?;
     let mut connection = world.connect().await?;
     world.insert(2, 2).await?;
-    let mut request = everything(&world, &mut connection, Uuid::now_v7()).await?;
+    let mut request = world.everything(&mut connection, Uuid::now_v7()).await?;
     (request.batch_size, request.stream_prefix) = (1, world.settings.redis.stream_prefix.clone());
     let claimed = world.outbox.claim(&mut connection, &request).await?.batches;
     let (stream, lost, next) = (&claimed[0].stream, claimed[0].id, &claimed[1]);
@@ -207,15 +179,15 @@ async fn a_lost_batch_that_was_aborted_since_is_lost() -> Result<()> {
 async fn a_claim_holds_a_takeover_off() -> Result<()> {
     let world = World::new().await?;
     let (mut claims, mut other) = (world.connect().await?, world.connect().await?);
-    let request = everything(&world, &mut claims, Uuid::now_v7()).await?;
+    let request = world.everything(&mut claims, Uuid::now_v7()).await?;
     world.insert(1, 1).await?;
     let mut open = claims.begin().await?;
     assert_eq!(world.outbox.claim(&mut open, &request).await?.batches[0].events.len(), 1);
     sqlx::raw_sql("SET lock_timeout = '200ms'").execute(&mut other).await?;
-    let taken = take_all(&world, &mut other, Uuid::now_v7()).await;
+    let taken = world.take_all(&mut other, Uuid::now_v7()).await;
     assert!(taken.is_err(), "the claim holds its rows: {taken:?}");
     open.commit().await?;
-    take_all(&world, &mut other, Uuid::now_v7()).await?;
+    world.take_all(&mut other, Uuid::now_v7()).await?;
     assert_eq!(world.outbox.open_batches(&mut other, Partitions::ALL).await?.len(), 1);
     Ok(())
 }
@@ -226,17 +198,12 @@ async fn a_claim_that_waited_for_a_takeover_claims_nothing() -> Result<()> {
     let world = World::new().await?;
     let (mut claims, mut other, mut eye) = (world.connect().await?, world.connect().await?, world.connect().await?);
     world.insert(10, 10).await?;
-    let request = everything(&world, &mut claims, Uuid::now_v7()).await?;
+    let request = world.everything(&mut claims, Uuid::now_v7()).await?;
     let mut takeover = other.begin().await?;
-    take_all(&world, &mut takeover, Uuid::now_v7()).await?;
+    world.take_all(&mut takeover, Uuid::now_v7()).await?;
     let outbox = world.outbox.clone();
     let claim = tokio::spawn(async move { outbox.claim(&mut claims, &request).await });
-    eventually("the claim to wait", async || {
-        let waiting = "SELECT EXISTS (SELECT 1 FROM pg_stat_activity
-                       WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE '%WITH open AS%')";
-        Ok(sqlx::query_scalar(waiting).fetch_one(&mut eye).await?)
-    })
-    .await?;
+    eventually_waits(&mut eye, "WITH open AS").await?;
     takeover.commit().await?;
     let claim = claim.await??;
     assert!(!claim.held && claim.batches.is_empty(), "{claim:?}");
@@ -249,11 +216,26 @@ async fn a_claim_that_waited_for_a_takeover_claims_nothing() -> Result<()> {
 async fn a_look_that_finds_nothing_writes_nothing() -> Result<()> {
     let world = World::new().await?;
     let mut connection = world.connect().await?;
-    let request = everything(&world, &mut connection, Uuid::now_v7()).await?;
+    let request = world.everything(&mut connection, Uuid::now_v7()).await?;
     let mut look = connection.begin().await?;
     assert!(world.outbox.claim(&mut look, &request).await?.held);
     let written = "SELECT pg_current_xact_id_if_assigned() IS NOT NULL";
     assert!(!sqlx::query_scalar::<_, bool>(written).fetch_one(&mut *look).await?);
+    Ok(())
+}
+
+/// A batch must be on disk before it is sent, also where the commits of the application need not be.
+#[tokio::test(flavor = "multi_thread")]
+async fn claims_are_durable_whatever_the_database_says_of_commits() -> Result<()> {
+    let world = World::new().await?;
+    for (of_database, expected) in [("off", "on"), ("on", "on"), ("remote_apply", "remote_apply")] {
+        let database =
+            "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET synchronous_commit = ', current_database()) || '{}'; END $$;";
+        world.database.psql(&database.replace("{}", of_database))?;
+        let mut connection = outbox::connect(world.database.url(), "claims", Duration::from_secs(10)).await?;
+        let setting: String = sqlx::query_scalar("SHOW synchronous_commit").fetch_one(&mut connection).await?;
+        assert_eq!(setting, expected);
+    }
     Ok(())
 }
 
@@ -277,7 +259,7 @@ async fn a_partition_is_taken_by_whoever_comes_first() -> Result<()> {
 async fn what_commits_late_is_found_by_its_transaction() -> Result<()> {
     let world = World::new().await?;
     let (mut connection, mut late, mut other) = (world.connect().await?, world.connect().await?, world.connect().await?);
-    let mut request = everything(&world, &mut connection, Uuid::now_v7()).await?;
+    let mut request = world.everything(&mut connection, Uuid::now_v7()).await?;
     let insert = "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload) VALUES ('E', 'user', $1, '{}')";
     for newer in [false, true] {
         let mut open = late.begin().await?;

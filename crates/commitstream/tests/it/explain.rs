@@ -171,23 +171,10 @@ fn assert_indexes(plans: &[(&str, BTreeSet<Scan>)], table: &str, expected: &[(&s
     }
 }
 
-/// A claim by a relay that has just taken every partition.
+/// A claim in batches, from some place on, by a relay that has just taken every partition.
 async fn request(world: &World, connection: &mut PgConnection, after: i64) -> Result<ClaimRequest> {
-    let wanted: Vec<_> = (0..64).map(|partition| (partition, None)).collect();
-    Ok(ClaimRequest {
-        lease: world.outbox.take_partitions(connection, Uuid::now_v7(), &wanted).await?,
-        after,
-        snapshot: None,
-        skipped: Vec::new(),
-        open: Vec::new(),
-        looks_back: false,
-        hold: false,
-        max_events: 1_000,
-        max_bytes: 8 << 20,
-        batch_size: 100,
-        max_payload_bytes: 1 << 20,
-        stream_prefix: "events:".into(),
-    })
+    let everything = world.everything(connection, Uuid::now_v7()).await?;
+    Ok(ClaimRequest { after, max_events: 1_000, max_bytes: 8 << 20, batch_size: 100, ..everything })
 }
 
 #[tokio::test(flavor = "multi_thread")]

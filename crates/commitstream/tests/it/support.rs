@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use commitstream::config::Settings;
-use commitstream::outbox::{OutboxRepository, OutboxStats};
+use commitstream::outbox::{ClaimRequest, Lease, OutboxRepository, OutboxStats, Partitions};
 use commitstream::publisher::HybridEventPublisher;
 use commitstream::relay::{OutboxProcessor, RelayHandle, days};
 use commitstream::streams::{Entry, Streams};
 use commitstream_sandbox::{Sandbox, TestDatabase};
 use sqlx::{Connection, PgConnection, PgPool, Row};
+use uuid::Uuid;
 
 /// Longest that any condition is waited for.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -156,6 +157,34 @@ impl World {
         }
     }
 
+    /// A look at all that is there, by a relay that takes every partition from whoever has it.
+    pub async fn everything(&self, connection: &mut PgConnection, relay_id: Uuid) -> Result<ClaimRequest> {
+        Ok(ClaimRequest {
+            lease: self.take_all(connection, relay_id).await?,
+            after: 0,
+            snapshot: None,
+            skipped: Vec::new(),
+            open: Vec::new(),
+            looks_back: false,
+            hold: false,
+            max_events: 10_000,
+            max_bytes: 1 << 30,
+            batch_size: 10_000,
+            max_payload_bytes: 1 << 20,
+            stream_prefix: "events:".into(),
+        })
+    }
+
+    /// Takes every partition from whoever has it.
+    pub async fn take_all(&self, connection: &mut PgConnection, relay_id: Uuid) -> Result<Lease> {
+        let owners: Vec<Option<Uuid>> =
+            sqlx::query_scalar("SELECT relay_id FROM outbox_lease ORDER BY partition_no").fetch_all(&mut *connection).await?;
+        let wanted: Vec<_> = owners.into_iter().enumerate().collect();
+        let lease = self.outbox.take_partitions(connection, relay_id, &wanted).await?;
+        ensure!(lease.partitions == Partitions::ALL, "{lease:?}");
+        Ok(lease)
+    }
+
     /// Waits until no event is left to be sent.
     pub async fn drained(&self) -> Result<()> {
         let mut connection = self.connect().await?;
@@ -241,4 +270,11 @@ pub async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> Result<b
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     Ok(())
+}
+
+/// Waits until a statement that contains `part` waits for a lock.
+pub async fn eventually_waits(connection: &mut PgConnection, part: &str) -> Result<()> {
+    let sql = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
+               AND wait_event_type = 'Lock' AND position($1 IN query) > 0)";
+    eventually(part, async || Ok(sqlx::query_scalar(sql).bind(part).fetch_one(&mut *connection).await?)).await
 }

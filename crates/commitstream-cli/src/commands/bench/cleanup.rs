@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use commitstream::outbox::{self, OutboxRepository};
 use commitstream::relay::cleanup;
 use sqlx::PgConnection;
@@ -112,7 +112,7 @@ async fn one_side(stage: &Stage, connection: &mut PgConnection, by_clean_up: boo
 async fn clean_up(stage: &Stage, what: &str) -> anyhow::Result<u64> {
     let mut settings = stage.settings.clone();
     settings.outbox.cleanup.retention_days = RETENTION_DAYS;
-    let url = settings.database.url.as_deref().unwrap_or_default();
+    let url = settings.database.url.as_deref().context("benchmarks have a database")?;
     let mut connection = outbox::connect(url, "commitstream bench: clean-up", settings.database.timeout).await?;
     let repository = OutboxRepository::new(&settings.database.schema);
     let told = |cleaned: &cleanup::Cleaned| stage.tell(|| format!("{what}: {} removed", count(cleaned.events)));

@@ -9,11 +9,10 @@ use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
 use uuid::Uuid;
 
+use super::drain::BATCH_SIZE;
 use super::stage::Stage;
 use crate::output::count;
 
-/// The oldest rows, by the partial index. Their number is that of the relay's batches.
-const OLDEST: &str = "SELECT id FROM event_outbox WHERE status = 'PENDING' ORDER BY seq LIMIT 1000 FOR UPDATE SKIP LOCKED";
 const COLUMNS: &str = "id, event_type, aggregate_type, aggregate_id, COALESCE(occurred_at, created_at) AS occurred_at,
     payload::text AS payload, headers::text AS headers";
 
@@ -40,12 +39,15 @@ pub async fn drain(
     retention: u32,
     what: &str,
 ) -> anyhow::Result<Duration> {
-    let sql = match retention {
-        0 => format!("DELETE FROM event_outbox WHERE id IN ({OLDEST}) RETURNING {COLUMNS}"),
-        _ => format!(
-            "UPDATE event_outbox SET status = 'PUBLISHED', published_at = clock_timestamp() WHERE id IN ({OLDEST}) RETURNING {COLUMNS}"
-        ),
+    let take = match retention {
+        0 => "DELETE FROM event_outbox",
+        _ => "UPDATE event_outbox SET status = 'PUBLISHED', published_at = clock_timestamp()",
     };
+    // The oldest rows, by the partial index.
+    let sql = format!(
+        "{take} WHERE id IN (SELECT id FROM event_outbox WHERE status = 'PENDING' ORDER BY seq LIMIT {BATCH_SIZE} FOR UPDATE SKIP LOCKED)
+         RETURNING {COLUMNS}"
+    );
     sqlx::raw_sql(PLANNER).execute(&mut *connection).await?;
     check_plan(connection, &sql).await?;
     let (started, mut taken) = (Instant::now(), 0);
