@@ -1,3 +1,4 @@
+use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
@@ -62,7 +63,7 @@ impl FromIterator<usize> for Partitions {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Lease {
     pub relay_id: Uuid,
-    /// Changes whenever the relay takes partitions: a claim under an earlier one finds nothing.
+    /// Changes whenever the relay takes partitions or gives some: a claim under an earlier one finds nothing.
     pub epoch: i64,
     pub partitions: Partitions,
 }
@@ -80,7 +81,19 @@ WITH free AS (
 UPDATE {s}.outbox_lease l
 SET relay_id = $1, epoch = (SELECT max(epoch) + 1 FROM {s}.outbox_lease)
 FROM free WHERE l.partition_no = free.partition_no
-RETURNING l.partition_no, l.epoch";
+RETURNING l.partition_no, l.epoch, true AS is_owned";
+
+/// Gives partitions back, and gives the others that the relay owns a new epoch: the batches of one epoch are of the same partitions from first to
+/// last. So whoever finds the last of them in Redis knows that all are there, and not only those of partitions that were kept.
+const GIVE: &str = "
+WITH mine AS (
+    SELECT partition_no FROM {s}.outbox_lease WHERE relay_id = $1 ORDER BY partition_no FOR UPDATE
+)
+UPDATE {s}.outbox_lease l
+SET relay_id = CASE WHEN ($2::bigint >> l.partition_no::int) & 1 = 1 THEN NULL ELSE l.relay_id END,
+    epoch = (SELECT max(epoch) + 1 FROM {s}.outbox_lease)
+FROM mine WHERE l.partition_no = mine.partition_no
+RETURNING l.partition_no, l.epoch, l.relay_id IS NOT NULL AS is_owned";
 
 impl OutboxRepository {
     /// Takes the `wanted` partitions, each with the owner that it was seen with, unless somebody was quicker. Returns all that the
@@ -102,16 +115,11 @@ impl OutboxRepository {
             .fetch_all(connection)
             .await
             .map_err(self.error(doing))?;
-        let mut lease = Lease { relay_id, epoch: 0, partitions: Partitions::default() };
-        for row in rows {
-            let partition: i16 = row.try_get("partition_no").map_err(self.error(doing))?;
-            lease.epoch = row.try_get("epoch").map_err(self.error(doing))?;
-            lease.partitions.insert(usize::try_from(partition).unwrap_or(usize::MAX));
-        }
-        Ok(lease)
+        lease_of(relay_id, &rows).map_err(self.error(doing))
     }
 
-    /// Gives partitions of `relay_id` back. What it has claimed of them and not settled, the next owner resolves.
+    /// Gives partitions of `relay_id` back. What it has claimed of them and not settled, the next owner resolves. Returns what the relay
+    /// owns still.
     ///
     /// # Errors
     /// PostgreSQL cannot be asked.
@@ -120,17 +128,23 @@ impl OutboxRepository {
         connection: &mut PgConnection,
         relay_id: Uuid,
         partitions: Partitions,
-    ) -> Result<(), OutboxError> {
-        sqlx::query(self.sql(
-            "UPDATE {s}.outbox_lease SET relay_id = NULL WHERE relay_id = $1 AND ($2::bigint >> partition_no::int) & 1 = 1",
-        ))
-        .bind(relay_id)
-        .bind(partitions.bits())
-        .execute(connection)
-        .await
-        .map_err(self.error("giving partitions back"))?;
-        Ok(())
+    ) -> Result<Lease, OutboxError> {
+        let doing = "giving partitions back";
+        let query = sqlx::query(self.sql(GIVE)).bind(relay_id).bind(partitions.bits());
+        let rows = query.fetch_all(connection).await.map_err(self.error(doing))?;
+        lease_of(relay_id, &rows).map_err(self.error(doing))
     }
+}
+
+fn lease_of(relay_id: Uuid, rows: &[PgRow]) -> Result<Lease, sqlx::Error> {
+    let mut lease = Lease { relay_id, epoch: 0, partitions: Partitions::default() };
+    for row in rows.iter() {
+        if row.try_get("is_owned")? {
+            lease.epoch = row.try_get("epoch")?;
+            lease.partitions.insert(usize::try_from(row.try_get::<i16, _>("partition_no")?).unwrap_or(usize::MAX));
+        }
+    }
+    Ok(lease)
 }
 
 fn number(partition: usize) -> i16 {

@@ -138,9 +138,8 @@ impl Membership {
 
     async fn give(&mut self, partitions: Partitions) -> Result<(), OutboxError> {
         let give = self.outbox.give_partitions(&mut self.connection, self.lease.relay_id, partitions);
-        bounded("giving partitions back", self.settings.database.timeout, give).await?;
+        self.lease = bounded("giving partitions back", self.settings.database.timeout, give).await?;
         crash_window!("after-give");
-        self.lease.partitions = self.lease.partitions.without(partitions);
         self.reporter.partitions(self.lease.partitions.len());
         self.tell().await
     }

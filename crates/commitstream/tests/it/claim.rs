@@ -152,6 +152,35 @@ async fn a_lost_batch_is_unsent_again_once_per_partition() -> Result<()> {
     Ok(())
 }
 
+/// A relay gave the partition of its last batch away, Redis lost that batch, and the relay went on with the others. Whoever owns them
+/// all afterwards must not take the lost batch for one that stands before those that came later.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_batch_of_partitions_that_were_given_away_is_found() -> Result<()> {
+    let world = World::new().await?;
+    let mut connection = world.connect().await?;
+    let mut request = world.everything(&mut connection, Uuid::now_v7()).await?;
+    request.stream_prefix.clone_from(&world.settings.redis.stream_prefix);
+    world.insert(1_000, 1_000).await?;
+    world.database.psql("UPDATE event_outbox SET status = 'FAILED' WHERE partition_no <> 5;")?;
+    let lost = world.outbox.claim(&mut connection, &request).await?.batches;
+    settle(&world, &mut connection, &lost, 1).await?;
+    request.lease = world.outbox.give_partitions(&mut connection, request.lease.relay_id, [5].into_iter().collect()).await?;
+    assert_eq!(request.lease.partitions.len(), 63);
+
+    world.database.psql("UPDATE event_outbox SET status = 'PENDING' WHERE status = 'FAILED';")?;
+    let later = world.outbox.claim(&mut connection, &request).await?.batches;
+    let life = Duration::from_secs(60);
+    world.streams.append(&later[0], &[], later[0].events.len(), life).await?;
+    settle(&world, &mut connection, &later, 1).await?;
+
+    let last = world.outbox.last_batches(&mut connection, Partitions::ALL, life).await?;
+    let presence = world.streams.presence(&world.user_stream(), &last).await?;
+    let found: Vec<_> = last.iter().map(|batch| batch.batch_id).zip(presence).collect();
+    assert!(found.contains(&(lost[0].id, Presence::Lost)), "{found:?}");
+    assert!(found.contains(&(later[0].id, Presence::Marked)), "{found:?}");
+    Ok(())
+}
+
 /// A failover of Redis has lost a batch, and a new owner that found it open has aborted it since: its marker is there, its entries are not.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_batch_that_was_aborted_since_is_lost() -> Result<()> {
