@@ -8,7 +8,8 @@
 //! them; and one node that is silent holds up the commands to all, because the client looks for the others first.
 //!
 //! So each node has a connection of its own here, which breaks and is mended alone, and this file knows the way. It is
-//! learnt from any node that answers, and learnt anew after a redirection or an outage. Nothing is sent twice, except what
+//! learnt from any node that answers, and learnt anew after a redirection (from the node that it names, since others may not
+//! know yet) or an outage. Nothing is sent twice, except what
 //! was answered with `MOVED`: that was not carried out. `ASK` and `TRYAGAIN` (a slot on its way to another node) count as outages of a
 //! moment: the script cannot run in such a slot in any case, since its marker and its stream are on different nodes.
 
@@ -41,6 +42,8 @@ struct State {
     nodes: BTreeMap<Address, Arc<Node>>,
     /// Empty when it must be learnt (again).
     masters: Vec<Range>,
+    /// A redirection named it: it knows at least of its own slots who holds them.
+    named: Option<Address>,
 }
 
 /// Slots from `first` to `last` are held by `master`.
@@ -82,6 +85,7 @@ impl Cluster {
         let address = split(to)?;
         let mut state = self.state.lock().await;
         state.masters.clear();
+        state.named = Some(address.clone());
         Some(self.node(&mut state, &address))
     }
 
@@ -114,8 +118,7 @@ impl Cluster {
         if !state.masters.is_empty() {
             return Ok(());
         }
-        let known: BTreeSet<Address> = self.seeds.iter().chain(state.nodes.keys()).cloned().collect();
-        let asked = known.into_iter().choose_multiple(&mut rand::rng(), ASKED);
+        let asked = state.named.take().map_or_else(|| self.some_nodes(state), |named| vec![named]);
         let nodes: Vec<_> = asked.iter().map(|address| (self.node(state, address), address.0.as_str())).collect();
         let slots = redis::cmd("CLUSTER").arg("SLOTS").to_owned();
         let ask = |(node, host): (Arc<Node>, &str)| {
@@ -138,6 +141,11 @@ impl Cluster {
         }
         state.masters = ranges;
         Ok(())
+    }
+
+    fn some_nodes(&self, state: &State) -> Vec<Address> {
+        let known: BTreeSet<Address> = self.seeds.iter().chain(state.nodes.keys()).cloned().collect();
+        known.into_iter().choose_multiple(&mut rand::rng(), ASKED)
     }
 }
 

@@ -1,7 +1,7 @@
 //! A Redis Cluster: streams on several masters, which change places.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use commitstream::event::EventEnvelope;
@@ -76,7 +76,17 @@ async fn streams_on_all_masters_are_written_listed_followed_and_removed() -> Res
     let master = cluster.master_of(&stream(0))?;
     let client = redis::Client::open(cluster.nodes()[master + 3].url())?;
     let mut replica = client.get_multiplexed_async_connection().await?;
-    redis::cmd("CLUSTER").arg("FAILOVER").query_async::<()>(&mut replica).await?;
+    let mut asked = None::<Instant>;
+    eventually("the replica to take the place", async || {
+        let done = cluster.master_of(&stream(0))? != master;
+        // Redis gives an attempt up after five seconds, and says nothing.
+        if !done && asked.is_none_or(|asked| asked.elapsed() > Duration::from_secs(6)) {
+            redis::cmd("CLUSTER").arg("FAILOVER").query_async::<()>(&mut replica).await?;
+            asked = Some(Instant::now());
+        }
+        Ok(done)
+    })
+    .await?;
     cluster.wait_for_master_of_other_than(&stream(0), master)?;
     world.streams.publish(&envelopes(300, 400)?).await.map_err(|e| e.error)?;
     arrived.all(&mut tail, 400).await?;
