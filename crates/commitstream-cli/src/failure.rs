@@ -14,6 +14,7 @@ use commitstream::verify::VerifyError;
 use sqlx::postgres::PgDatabaseError;
 
 use crate::cli::Color;
+use crate::http::ListenError;
 use crate::output::{Style, color_is_wanted, paint, printable};
 
 /// A mistake of whoever typed the command.
@@ -161,6 +162,9 @@ pub fn is_refused_by_redis(error: &StreamsError) -> bool {
 fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
     if let Some(wrong) = cause.downcast_ref::<WrongUse>() {
         return wrong.hint;
+    }
+    if cause.is::<ListenError>() {
+        return Some("end what listens there, or set HTTP_LISTEN (app.http.listen) to another address of this host, or to off");
     }
     match (outbox_error(cause), streams_error(cause)) {
         (Some(OutboxError::Url(_)), _) | (_, Some(StreamsError::Url(_))) => {

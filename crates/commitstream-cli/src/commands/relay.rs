@@ -13,6 +13,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::context::{self, Context};
 use crate::failure::{self, WrongUse};
+use crate::http::{self, HttpServer};
 use crate::output::{age, plural};
 
 /// Publish the outbox to Redis Streams, until stopped
@@ -44,13 +45,16 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
         ("app.outbox.processor.batchSize", args.batch_size.as_ref()),
         ("app.outbox.processor.pollInterval", args.poll_interval.as_ref()),
     ];
-    let settings = context.load(&flags)?.settings;
+    let loaded = context.load(&flags)?;
+    let settings = loaded.settings.clone();
     check_enabled(&settings)?;
     announce(&settings)?;
+    let listener = if args.until_empty { None } else { http::listen(&loaded).await? };
     check_servers(&settings, args.until_empty).await?;
     let mut signals = Signals::new()?;
     let mut relay = OutboxProcessor::new(settings.clone())?.start();
     let status = relay.watch();
+    let server = listener.map(|listener| HttpServer::start(listener, &settings, status.clone())).transpose()?;
     tokio::select! {
         ended = relay.ended() => return ended.map(|()| ExitCode::SUCCESS).map_err(Into::into),
         drained = drain::wait(&settings, status.clone()), if args.until_empty => return stop_drained(context, relay, drained).await,
@@ -62,6 +66,9 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
             tracing::warn!("{name}: stopped at once; the next relay finds out what became of the batches in flight");
             return Ok(ExitCode::FAILURE);
         }
+    }
+    if let Some(server) = server {
+        server.stop().await;
     }
     let (published, failed) = {
         let status = status.borrow();

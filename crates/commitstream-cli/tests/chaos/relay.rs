@@ -91,6 +91,7 @@ impl Relay {
             // Both Redis servers have the same user and password.
             .env("REDIS_URL", links.redis.url(&self.world.redis.master().url()))
             .env("STREAM_PREFIX", PREFIX)
+            .env("HTTP_LISTEN", "off")
             .env("OUTBOX_BATCH_SIZE", BATCH_SIZES.choose(dice).context("batch sizes")?)
             .env("OUTBOX_POLL_INTERVAL", POLL_INTERVALS.choose(dice).context("poll intervals")?)
             .current_dir(&self.directory)

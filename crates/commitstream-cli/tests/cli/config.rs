@@ -82,6 +82,8 @@ fn settings_in_force_as_people_read_them() -> Result<()> {
     app.streams.trim                        true                                    default
     app.streams.retentionDays               7                                       default
     app.streams.maxEntries                  0                                       default
+    app.http.listen                         127.0.0.1:9464                          default        HTTP_LISTEN
+    app.http.stalledAfter                   1m                                      default        HTTP_STALLED_AFTER
     ");
     Ok(())
 }

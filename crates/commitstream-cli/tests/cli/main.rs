@@ -8,6 +8,7 @@ mod dead;
 mod flow;
 mod groups;
 mod help;
+mod http;
 mod mistakes;
 mod relays;
 mod secrets;

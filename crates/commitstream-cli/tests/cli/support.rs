@@ -55,6 +55,8 @@ impl World {
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = bare_command(args);
         command.env("DATABASE_URL", self.database.url()).env("REDIS_URL", &self.redis_url).env("STREAM_PREFIX", &self.prefix);
+        // Tests run at the same time: each that wants the server takes a free port.
+        command.env("HTTP_LISTEN", "off");
         command
     }
 

@@ -98,6 +98,8 @@ pub(super) static KEYS: &[Key] = &[
     key("app.streams.trim", Kind::Switch(field!(streams.trim))),
     key("app.streams.retentionDays", Kind::Count(field!(streams.retention_days), 1..=36_500)),
     key("app.streams.maxEntries", Kind::Count(field!(streams.max_entries), 0..=u32::MAX)),
+    key("app.http.listen", Kind::Address(field!(http.listen))).env("HTTP_LISTEN"),
+    key("app.http.stalledAfter", Kind::Time(field!(http.stalled_after), SECOND..=DAY)).env("HTTP_STALLED_AFTER"),
 ];
 
 /// The sections under `app` that are ours; every other one is the application's own.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::error::Error;
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
@@ -30,6 +31,8 @@ pub(super) enum Kind {
     Url(Field<Option<String>>, &'static [&'static str]),
     /// Never shown; empty is none.
     Secret(Field<Option<String>>),
+    /// `None` is off.
+    Address(Field<Option<SocketAddr>>),
     Schema(Field<String>),
     Prefix(Field<String>),
     Strategy(Field<Strategy>),
@@ -62,6 +65,9 @@ const ROUTES: &[(&str, Route)] = &[("outbox", Route::Outbox), ("streams", Route:
 // As in HOCON; the first of each value is the one that is printed.
 const SWITCHES: &[(&str, bool)] = &[("true", true), ("false", false), ("yes", true), ("no", false), ("on", true), ("off", false)];
 
+/// What an address is where there is none.
+const OFF: &str = "off";
+
 /// PostgreSQL cuts longer names off, silently.
 const LONGEST_IDENTIFIER: usize = 63;
 
@@ -79,6 +85,7 @@ impl Kind {
             Kind::Time(field, range) => *(field.get_mut)(settings) = parse_time(word, range)?,
             Kind::Url(field, _) => *(field.get_mut)(settings) = Some(word.to_owned()),
             Kind::Secret(field) => *(field.get_mut)(settings) = (!text.is_empty()).then(|| text.to_owned()),
+            Kind::Address(field) => *(field.get_mut)(settings) = parse_address(word)?,
             Kind::Schema(field) | Kind::Prefix(field) => *(field.get_mut)(settings) = text.to_owned(),
             Kind::Strategy(field) => *(field.get_mut)(settings) = named(word, STRATEGIES)?,
             Kind::AfterFailure(field) => *(field.get_mut)(settings) = named(word, AFTER_FAILURE)?,
@@ -113,7 +120,7 @@ impl Kind {
                 "must not contain { or }: Redis Cluster takes braces for a hash tag".to_owned(),
             ),
             Kind::Routes(field) => (!(field.get)(settings).contains_key(""), "an event type must not be empty".to_owned()),
-            Kind::Switch(_) | Kind::Secret(_) => return Ok(()),
+            Kind::Switch(_) | Kind::Secret(_) | Kind::Address(_) => return Ok(()),
             Kind::Strategy(_) | Kind::AfterFailure(_) | Kind::UnknownEvents(_) | Kind::StartFrom(_) => return Ok(()),
         };
         if holds { Ok(()) } else { Err(Refusal::new(reason)) }
@@ -128,6 +135,7 @@ impl Kind {
             Kind::Time(field, _) => print_duration(*(field.get)(settings)),
             Kind::Url(field, _) => redact_url((field.get)(settings).as_deref()?),
             Kind::Secret(field) => (field.get)(settings).as_ref().map(|_| HIDDEN.to_owned())?,
+            Kind::Address(field) => (field.get)(settings).map_or_else(|| OFF.to_owned(), |address| address.to_string()),
             Kind::Schema(field) | Kind::Prefix(field) => (field.get)(settings).clone(),
             Kind::Strategy(field) => name_of(*(field.get)(settings), STRATEGIES),
             Kind::AfterFailure(field) => name_of(*(field.get)(settings), AFTER_FAILURE),
@@ -181,6 +189,16 @@ fn parse_time(word: &str, range: &RangeInclusive<Duration>) -> Result<Duration, 
     }
     humantime::parse_duration(word).map_err(|cause| Refusal {
         reason: format!("{:?} is not a duration: {EXAMPLES}", harmless(word)),
+        cause: Some(cause.into()),
+    })
+}
+
+fn parse_address(word: &str) -> Result<Option<SocketAddr>, Refusal> {
+    if word.eq_ignore_ascii_case(OFF) {
+        return Ok(None);
+    }
+    word.parse().map(Some).map_err(|cause: std::net::AddrParseError| Refusal {
+        reason: format!("not an IP address with a port: write for example 127.0.0.1:9464, 0.0.0.0:9464, [::1]:9464 or {OFF}"),
         cause: Some(cause.into()),
     })
 }

@@ -80,7 +80,7 @@ impl Settings {
     ///   and the `${NAME}` in the file; the process environment is not read otherwise.
     /// - `flags`: keys as in the file, for example `app.redis.url`, and their values.
     ///
-    /// Of the file, only the sections `database`, `redis`, `outbox` and `eventPublishing` of `app` are read: a name in
+    /// Of the file, only the sections of `app` that settings are in are read: a name in
     /// them that is no setting is refused, and so is a section whose name is nearly one of these. The rest is the
     /// application's own.
     ///

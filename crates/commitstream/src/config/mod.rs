@@ -25,6 +25,7 @@ mod units;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 pub use error::ConfigError;
@@ -41,6 +42,7 @@ pub struct Settings {
     pub publishing: PublishingSettings,
     pub consumer: ConsumerSettings,
     pub streams: StreamsSettings,
+    pub http: HttpSettings,
 }
 
 /// `app.database`
@@ -211,6 +213,17 @@ pub struct StreamsSettings {
     pub max_entries: u32,
 }
 
+/// `app.http`: what the daemon `commitstream relay` serves.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HttpSettings {
+    /// IP address and port of health and metrics (`HTTP_LISTEN`); `None`, written `off`, serves nothing. Default `127.0.0.1:9464`: this
+    /// host only, and the port that OpenTelemetry's exporter for Prometheus has.
+    pub listen: Option<SocketAddr>,
+    /// How long events may be due while the relay settles none of them, with both servers at work, before it says that it is not alive
+    /// (`HTTP_STALLED_AFTER`). Default 60 s; 1 s to 1 day.
+    pub stalled_after: Duration,
+}
+
 /// What a `FAILED` event means for the later ones of its aggregate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AfterFailure {
@@ -320,6 +333,12 @@ impl Default for ConsumerSettings {
 impl Default for StreamsSettings {
     fn default() -> Self {
         Self { trim: true, retention_days: 7, max_entries: 0 }
+    }
+}
+
+impl Default for HttpSettings {
+    fn default() -> Self {
+        Self { listen: Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 9464))), stalled_after: Duration::from_secs(60) }
     }
 }
 

@@ -96,7 +96,7 @@ fn command(settings: &Settings) -> anyhow::Result<Command> {
     }
     let Settings { database, redis, .. } = settings;
     command.env("OUTBOX_SCHEMA", &database.schema).env("STREAM_PREFIX", &redis.stream_prefix);
-    command.env("OUTBOX_BATCH_SIZE", BATCH_SIZE.to_string()).env("RUST_LOG", "error,commitstream=info");
+    command.env("OUTBOX_BATCH_SIZE", BATCH_SIZE.to_string()).env("RUST_LOG", "error,commitstream=info").env("HTTP_LISTEN", "off");
     let urls =
         [("DATABASE_URL", &database.url), ("REDIS_URL", &redis.url), ("REDIS_SENTINEL_PASSWORD", &redis.sentinel_password)];
     command.envs(urls.into_iter().filter_map(|(name, value)| Some((name, value.as_ref()?))));

@@ -74,6 +74,8 @@ fn every_environment_variable_of_the_table_takes_effect() {
         ("OUTBOX_MAX_RETRIES", "0"),
         ("OUTBOX_RETENTION_DAYS", "30"),
         ("EVENT_PUBLISHING_STRATEGY", "streams"),
+        ("HTTP_LISTEN", "[::1]:9000"),
+        ("HTTP_STALLED_AFTER", "2m"),
     ];
     let loaded = load("", &env, &[]).unwrap();
     for (name, value) in env {

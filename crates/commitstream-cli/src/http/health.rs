@@ -1,0 +1,63 @@
+//! `/livez` and `/readyz`: 200 or 503, and why, for probes and for people.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::IntoResponse;
+use commitstream::relay::{RelayState, RelayStatus};
+use serde::Serialize;
+
+use super::Shared;
+
+/// The answer of a probe.
+#[derive(Debug, Serialize)]
+struct Health {
+    ok: bool,
+    /// As `commitstream relays` shows it.
+    state: &'static str,
+    reason: String,
+    /// Of the 64, those that this relay works on.
+    partitions: u32,
+}
+
+impl Health {
+    fn new(status: &RelayStatus, ok: bool, reason: impl Into<String>) -> Self {
+        Self { ok, state: status.state.name(), reason: reason.into(), partitions: status.partitions }
+    }
+}
+
+impl IntoResponse for Health {
+    fn into_response(self) -> axum::response::Response {
+        let code = if self.ok { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+        (code, Json(self)).into_response()
+    }
+}
+
+/// Fails where a restart may help.
+pub async fn livez(State(shared): State<Shared>) -> impl IntoResponse {
+    live(&shared.status.borrow())
+}
+
+/// Succeeds while both servers can be used.
+pub async fn readyz(State(shared): State<Shared>) -> impl IntoResponse {
+    ready(&shared.status.borrow())
+}
+
+fn live(status: &RelayStatus) -> Health {
+    match &status.state {
+        RelayState::Stopped => Health::new(status, false, "the relay has ended"),
+        _ => Health::new(status, true, "the relay runs"),
+    }
+}
+
+fn ready(status: &RelayStatus) -> Health {
+    match &status.state {
+        RelayState::Active => Health::new(status, true, "publishing, or waiting for events"),
+        RelayState::Standby => Health::new(status, true, "both servers can be used; other relays have all partitions"),
+        RelayState::Recovering => Health::new(status, true, "finding out what became of batches that were left open"),
+        RelayState::Connecting => Health::new(status, false, "connecting to PostgreSQL and Redis"),
+        RelayState::Unable { reason } => Health::new(status, false, reason),
+        RelayState::Stopped => Health::new(status, false, "the relay has ended"),
+        _ => Health::new(status, false, "unknown state"),
+    }
+}

@@ -1,0 +1,136 @@
+//! The address, the connections and their limits, the end.
+
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Request};
+use axum::http::StatusCode;
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use commitstream::config::{Loaded, Settings, Source};
+use commitstream::relay::RelayStatus;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use metrics_exporter_prometheus::PrometheusBuilder;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::{sleep, timeout};
+
+use super::Shared;
+
+const KEY: &str = "app.http.listen";
+
+/// Connections at a time; more wait to be accepted.
+const MAX_CONNECTIONS: usize = 64;
+/// Bytes of the head of a request, and fields in it.
+const MAX_HEAD: usize = 16 << 10;
+const MAX_FIELDS: usize = 64;
+/// Bytes of the body of a request.
+const MAX_BODY: usize = 64 << 10;
+/// Until the head of a request is there, also on a connection that is kept open.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
+/// Until the head of the answer is there.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long a stop waits for answers under way.
+const GRACE: Duration = Duration::from_secs(2);
+/// After a connection that could not be accepted, for want of file descriptors for example.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// The address that was set cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on {address} ({KEY}, from {origin})")]
+pub struct ListenError {
+    address: SocketAddr,
+    origin: Source,
+    source: io::Error,
+}
+
+/// Binds the address of the settings; `None` where nothing is to be served. The default address may be another relay's: then this one works
+/// without.
+pub async fn listen(loaded: &Loaded) -> Result<Option<TcpListener>, ListenError> {
+    let Some(address) = loaded.settings.http.listen else { return Ok(None) };
+    match TcpListener::bind(address).await {
+        Ok(listener) => Ok(Some(listener)),
+        Err(error) if loaded.source(KEY) == Source::Default => {
+            let advice = "set HTTP_LISTEN to another address, or to off";
+            tracing::warn!("no health and no metrics: cannot listen on {address}, the default: {error}; {advice}");
+            Ok(None)
+        }
+        Err(source) => Err(ListenError { address, origin: loaded.source(KEY), source }),
+    }
+}
+
+/// Serves until it is stopped or dropped.
+pub struct HttpServer {
+    stop: watch::Sender<()>,
+    task: JoinHandle<()>,
+}
+
+impl HttpServer {
+    /// Starts it on an address that is bound. From then on, metrics are recorded.
+    pub fn start(listener: TcpListener, settings: &Settings, status: watch::Receiver<RelayStatus>) -> anyhow::Result<Self> {
+        let metrics = PrometheusBuilder::new().install_recorder().context("cannot record metrics")?;
+        tracing::info!("health and metrics on http://{}: /livez, /readyz, /metrics", listener.local_addr()?);
+        let shared = Shared { settings: Arc::new(settings.clone()), status, metrics };
+        let (stop, stopped) = watch::channel(());
+        Ok(Self { stop, task: tokio::spawn(serve(listener, limited(super::routes(shared)), stopped)) })
+    }
+
+    /// Accepts no more, and waits a moment for answers under way.
+    pub async fn stop(self) {
+        drop(self.stop);
+        if let Err(error) = self.task.await {
+            tracing::error!("the HTTP server failed: {error}; this is a defect");
+        }
+    }
+}
+
+fn limited(routes: Router) -> Router {
+    routes.layer(DefaultBodyLimit::max(MAX_BODY)).layer(middleware::from_fn(within_time))
+}
+
+async fn within_time(request: Request, next: Next) -> Result<Response, Infallible> {
+    let answer = timeout(ANSWER_TIMEOUT, next.run(request)).await;
+    Ok(answer.unwrap_or_else(|_| (StatusCode::SERVICE_UNAVAILABLE, "this took too long\n").into_response()))
+}
+
+/// Until `stopped` has no sender any more.
+async fn serve(listener: TcpListener, routes: Router, mut stopped: watch::Receiver<()>) {
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_headers(MAX_FIELDS).max_buf_size(MAX_HEAD);
+    let graceful = GracefulShutdown::new();
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
+                Ok((stream, _)) => {
+                    let connection = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes.clone()));
+                    connections.spawn(graceful.watch(connection));
+                }
+                Err(error) => {
+                    tracing::warn!("cannot accept a connection: {error}");
+                    sleep(PAUSE).await;
+                }
+            },
+            Some(ended) = connections.join_next() => match ended {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::debug!("a connection ended: {error}"),
+                Err(error) => tracing::error!("a connection failed: {error}; this is a defect"),
+            },
+            _ = stopped.changed() => break,
+        }
+    }
+    drop(listener);
+    if timeout(GRACE, graceful.shutdown()).await.is_err() {
+        tracing::debug!(connections = connections.len(), "connections are cut off");
+    }
+    // Dropping `connections` ends what is left.
+}
