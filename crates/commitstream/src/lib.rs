@@ -58,6 +58,8 @@ pub mod outbox;
 pub mod publisher;
 pub mod relay;
 pub mod streams;
+#[cfg(feature = "otel")]
+mod trace;
 pub mod verify;
 
 pub use commitstream_macros::DomainEvent;

@@ -84,6 +84,9 @@ fn settings_in_force_as_people_read_them() -> Result<()> {
     app.streams.maxEntries                  0                                       default
     app.http.listen                         127.0.0.1:9464                          default        HTTP_LISTEN
     app.http.stalledAfter                   1m                                      default        HTTP_STALLED_AFTER
+    app.tracing.endpoint                    (not set)                               default        OTEL_EXPORTER_OTLP_ENDPOINT
+    app.tracing.sampleRatio                 1                                       default        OTEL_TRACES_SAMPLER_ARG
+    app.tracing.serviceName                 commitstream                            default        OTEL_SERVICE_NAME
     ");
     Ok(())
 }

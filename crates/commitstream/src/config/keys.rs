@@ -100,6 +100,9 @@ pub(super) static KEYS: &[Key] = &[
     key("app.streams.maxEntries", Kind::Count(field!(streams.max_entries), 0..=u32::MAX)),
     key("app.http.listen", Kind::Address(field!(http.listen))).env("HTTP_LISTEN"),
     key("app.http.stalledAfter", Kind::Time(field!(http.stalled_after), SECOND..=DAY)).env("HTTP_STALLED_AFTER"),
+    key("app.tracing.endpoint", Kind::Endpoint(field!(tracing.endpoint))).env("OTEL_EXPORTER_OTLP_ENDPOINT"),
+    key("app.tracing.sampleRatio", Kind::Ratio(field!(tracing.sample_ratio))).env("OTEL_TRACES_SAMPLER_ARG"),
+    key("app.tracing.serviceName", Kind::Name(field!(tracing.service_name))).env("OTEL_SERVICE_NAME"),
 ];
 
 /// The sections under `app` that are ours; every other one is the application's own.

@@ -29,11 +29,16 @@ pub(super) enum Kind {
     Size(Field<usize>, RangeInclusive<usize>),
     Time(Field<Duration>, RangeInclusive<Duration>),
     Url(Field<Option<String>>, &'static [&'static str]),
+    /// Of HTTP; empty is none.
+    Endpoint(Field<Option<String>>),
     /// Never shown; empty is none.
     Secret(Field<Option<String>>),
     /// `None` is off.
     Address(Field<Option<SocketAddr>>),
+    /// A part of a whole: 0 to 1.
+    Ratio(Field<f64>),
     Schema(Field<String>),
+    Name(Field<String>),
     Prefix(Field<String>),
     Strategy(Field<Strategy>),
     AfterFailure(Field<AfterFailure>),
@@ -70,6 +75,10 @@ const OFF: &str = "off";
 
 /// PostgreSQL cuts longer names off, silently.
 const LONGEST_IDENTIFIER: usize = 63;
+/// Of names that only people read, in bytes.
+const LONGEST_NAME: usize = 255;
+const HTTP_SCHEMES: &[&str] = &["http://", "https://"];
+const RATIOS: &str = "allowed are 0 to 1, for example 0.01";
 
 impl Kind {
     /// Reads `text` into the settings. `member` is the event type when the kind is a map.
@@ -83,10 +92,14 @@ impl Kind {
                 *(field.get_mut)(settings) = parse_size(word).ok_or_else(refusal)?;
             }
             Kind::Time(field, range) => *(field.get_mut)(settings) = parse_time(word, range)?,
+            Kind::Ratio(field) => {
+                *(field.get_mut)(settings) = word.parse().map_err(|_| Refusal::new(format!("not a number; {RATIOS}")))?;
+            }
             Kind::Url(field, _) => *(field.get_mut)(settings) = Some(word.to_owned()),
+            Kind::Endpoint(field) => *(field.get_mut)(settings) = (!word.is_empty()).then(|| word.to_owned()),
             Kind::Secret(field) => *(field.get_mut)(settings) = (!text.is_empty()).then(|| text.to_owned()),
             Kind::Address(field) => *(field.get_mut)(settings) = parse_address(word)?,
-            Kind::Schema(field) | Kind::Prefix(field) => *(field.get_mut)(settings) = text.to_owned(),
+            Kind::Schema(field) | Kind::Prefix(field) | Kind::Name(field) => *(field.get_mut)(settings) = text.to_owned(),
             Kind::Strategy(field) => *(field.get_mut)(settings) = named(word, STRATEGIES)?,
             Kind::AfterFailure(field) => *(field.get_mut)(settings) = named(word, AFTER_FAILURE)?,
             Kind::UnknownEvents(field) => *(field.get_mut)(settings) = named(word, UNKNOWN_EVENTS)?,
@@ -105,15 +118,18 @@ impl Kind {
             Kind::Count(field, range) => (range.contains((field.get)(settings)), counts(range)),
             Kind::Size(field, range) => (range.contains((field.get)(settings)), sizes(range)),
             Kind::Time(field, range) => (range.contains((field.get)(settings)), times(range)),
-            Kind::Url(field, schemes) => {
-                let starts = |url: &String| schemes.iter().any(|scheme| url.starts_with(scheme) && url.len() > scheme.len());
-                let reason = format!("must be a URL that starts with {}", schemes.join(" or "));
-                ((field.get)(settings).as_ref().is_none_or(starts), reason)
-            }
+            Kind::Endpoint(field) => url(field, settings, HTTP_SCHEMES),
+            Kind::Url(field, schemes) => url(field, settings, schemes),
             Kind::Schema(field) => {
                 let name = (field.get)(settings);
                 let holds = !name.is_empty() && name.len() <= LONGEST_IDENTIFIER && !name.contains('\0');
                 (holds, format!("must be the name of a schema, 1 to {LONGEST_IDENTIFIER} bytes without NUL"))
+            }
+            Kind::Ratio(field) => ((0.0..=1.0).contains((field.get)(settings)), RATIOS.to_owned()),
+            Kind::Name(field) => {
+                let name = (field.get)(settings);
+                let holds = !name.trim().is_empty() && name.len() <= LONGEST_NAME && !name.contains(char::is_control);
+                (holds, format!("must be a name of 1 to {LONGEST_NAME} bytes, on one line"))
             }
             Kind::Prefix(field) => (
                 !(field.get)(settings).contains(['{', '}']),
@@ -133,10 +149,11 @@ impl Kind {
             Kind::Count(field, _) => (field.get)(settings).to_string(),
             Kind::Size(field, _) => print_size(*(field.get)(settings)),
             Kind::Time(field, _) => print_duration(*(field.get)(settings)),
-            Kind::Url(field, _) => redact_url((field.get)(settings).as_deref()?),
+            Kind::Url(field, _) | Kind::Endpoint(field) => redact_url((field.get)(settings).as_deref()?),
             Kind::Secret(field) => (field.get)(settings).as_ref().map(|_| HIDDEN.to_owned())?,
             Kind::Address(field) => (field.get)(settings).map_or_else(|| OFF.to_owned(), |address| address.to_string()),
-            Kind::Schema(field) | Kind::Prefix(field) => (field.get)(settings).clone(),
+            Kind::Ratio(field) => (field.get)(settings).to_string(),
+            Kind::Schema(field) | Kind::Prefix(field) | Kind::Name(field) => (field.get)(settings).clone(),
             Kind::Strategy(field) => name_of(*(field.get)(settings), STRATEGIES),
             Kind::AfterFailure(field) => name_of(*(field.get)(settings), AFTER_FAILURE),
             Kind::UnknownEvents(field) => name_of(*(field.get)(settings), UNKNOWN_EVENTS),
@@ -148,10 +165,10 @@ impl Kind {
     /// A refused text as it may be shown.
     pub fn shown(&self, text: &str) -> String {
         match self {
-            Kind::Url(..) => redact_url(text.trim()),
+            Kind::Url(..) | Kind::Endpoint(_) => redact_url(text.trim()),
             Kind::Secret(_) => HIDDEN.to_owned(),
             // Quoted where the eye would miss what is wrong: an empty name, a NUL.
-            Kind::Schema(_) | Kind::Prefix(_) => format!("{:?}", harmless(text)),
+            Kind::Schema(_) | Kind::Prefix(_) | Kind::Name(_) => format!("{:?}", harmless(text)),
             _ => harmless(text.trim()).escape_debug().to_string(),
         }
     }
@@ -165,6 +182,13 @@ impl Kind {
             _ => None,
         }
     }
+}
+
+/// Whether it is no URL or one of these schemes, and what it must be.
+fn url(field: &Field<Option<String>>, settings: &Settings, schemes: &[&str]) -> (bool, String) {
+    let starts = |url: &String| schemes.iter().any(|scheme| url.starts_with(scheme) && url.len() > scheme.len());
+    let reason = format!("must be a URL that starts with {}", schemes.join(" or "));
+    ((field.get)(settings).as_ref().is_none_or(starts), reason)
 }
 
 /// A URL that was given to the wrong setting holds its password there, too.

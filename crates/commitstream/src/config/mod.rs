@@ -43,6 +43,7 @@ pub struct Settings {
     pub consumer: ConsumerSettings,
     pub streams: StreamsSettings,
     pub http: HttpSettings,
+    pub tracing: TracingSettings,
 }
 
 /// `app.database`
@@ -224,6 +225,18 @@ pub struct HttpSettings {
     pub stalled_after: Duration,
 }
 
+/// `app.tracing`: where the command line sends its spans. An application sets up OpenTelemetry by itself.
+#[derive(Clone, PartialEq)]
+pub struct TracingSettings {
+    /// URL of a receiver of OTLP over HTTP (`OTEL_EXPORTER_OTLP_ENDPOINT`), to which `/v1/traces` is added. Without one, nothing is traced.
+    pub endpoint: Option<String>,
+    /// Part of the traces that begin in this process (`OTEL_TRACES_SAMPLER_ARG`), as with `commitstream publish`. Whether the relay traces an
+    /// event is decided where its trace began. Default 1; 0 to 1.
+    pub sample_ratio: f64,
+    /// Name of the service in its spans (`OTEL_SERVICE_NAME`). Default `commitstream`.
+    pub service_name: String,
+}
+
 /// What a `FAILED` event means for the later ones of its aggregate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AfterFailure {
@@ -342,6 +355,12 @@ impl Default for HttpSettings {
     }
 }
 
+impl Default for TracingSettings {
+    fn default() -> Self {
+        Self { endpoint: None, sample_ratio: 1.0, service_name: "commitstream".to_owned() }
+    }
+}
+
 // Not derived: settings end up in logs, and a URL holds a password.
 impl fmt::Debug for DatabaseSettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -364,6 +383,16 @@ impl fmt::Debug for RedisSettings {
             .field("response_timeout", &self.response_timeout)
             .field("wait_replicas", &self.wait_replicas)
             .field("wait_timeout", &self.wait_timeout)
+            .finish()
+    }
+}
+
+impl fmt::Debug for TracingSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TracingSettings")
+            .field("endpoint", &self.endpoint.as_deref().map(redact_url))
+            .field("sample_ratio", &self.sample_ratio)
+            .field("service_name", &self.service_name)
             .finish()
     }
 }

@@ -41,6 +41,14 @@ pub(super) enum What {
 }
 
 impl What {
+    /// Id of the aggregate, where the entry was read.
+    pub fn aggregate(&self) -> Option<&str> {
+        match self {
+            Self::Handle(_, envelope) | Self::Unknown(envelope) => Some(&envelope.aggregate_id),
+            Self::Pass | Self::Bury(_) | Self::Unread => None,
+        }
+    }
+
     fn bytes(&self) -> usize {
         match self {
             Self::Handle(_, envelope) | Self::Unknown(envelope) => envelope.payload.get().len(),

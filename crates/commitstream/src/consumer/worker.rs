@@ -121,13 +121,16 @@ impl Session {
                 return Err(HandlerError::retry_later(LONGEST_LATER, "others have taken over"));
             }
         }
-        match AssertUnwindSafe(handler.handle(deliveries)).catch_unwind().await {
-            Ok(result) => result,
-            Err(panic) => {
-                let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
-                Err(HandlerError::from(format!("the handler panicked: {}", text.unwrap_or("without a message"))))
-            }
-        }
+        let call = handler.handle(deliveries);
+        #[cfg(feature = "otel")]
+        let (spans, call) = crate::trace::Processing::around(deliveries, call);
+        let result = AssertUnwindSafe(call).catch_unwind().await.unwrap_or_else(|panic| {
+            let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+            Err(HandlerError::from(format!("the handler panicked: {}", text.unwrap_or("without a message"))))
+        });
+        #[cfg(feature = "otel")]
+        spans.end(&result);
+        result
     }
 
     async fn failed(&self, item: Item, error: &HandlerError) -> Outcome {
@@ -157,7 +160,8 @@ impl Session {
             return self.bury(item, &reason, &history).await;
         }
         let wait = delay(item.failures, self.settings.retry_base_delay, self.settings.retry_max_delay);
-        tracing::info!(stream = %self.stream, entry = %item.id, attempt = item.failures + 1, reason, ?wait, "a handler failed");
+        let aggregate = item.what.aggregate();
+        tracing::info!(stream = %self.stream, entry = %item.id, aggregate, attempt = item.failures + 1, reason, ?wait, "a handler failed");
         match self.note(&item, item.failures + 1, &history).await {
             Ok(true) => {}
             Ok(false) => return Outcome { gone: vec![item.id], ..Outcome::default() },
@@ -204,7 +208,8 @@ impl Session {
                 Ok(buried) => {
                     if buried {
                         self.reporter.dead();
-                        tracing::warn!(stream, group, entry = %item.id, reason, "an event is a dead letter; see `commitstream dead list`");
+                        let aggregate = item.what.aggregate();
+                        tracing::warn!(stream, group, entry = %item.id, aggregate, reason, "an event is a dead letter; see `commitstream dead list`");
                     } else if self.note(&item, item.failures, history).await.is_err() {
                         return left(item);
                     }

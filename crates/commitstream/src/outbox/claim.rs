@@ -75,6 +75,8 @@ pub struct OutboxEvent {
     pub id: Uuid,
     pub event_type: String,
     pub aggregate_id: String,
+    /// 0 to 63.
+    pub partition: i64,
     pub occurred_at: DateTime<Utc>,
     /// JSON text, passed on as it came; `None` when it is over the limit.
     pub payload: Option<String>,
@@ -164,7 +166,7 @@ FROM candidates
 UNION ALL
 SELECT 'B', NULL, NULL, NULL, chunk, NULL, batch_id, NULL, aggregate_type, NULL, NULL, NULL, NULL, NULL, NULL, '' FROM batches
 UNION ALL
-SELECT 'E', NULL, NULL, NULL, (n - 1) / $12, seq, id, event_type, aggregate_type, aggregate_id, occurred_at, retry_count,
+SELECT 'E', NULL, NULL, partition_no, (n - 1) / $12, seq, id, event_type, aggregate_type, aggregate_id, occurred_at, retry_count,
        payload_bytes, was_waiting,
        CASE WHEN payload_bytes <= $13 THEN payload::text END,
        CASE WHEN payload_bytes <= $13 AND headers <> '{}' THEN headers::text ELSE '' END
@@ -298,6 +300,8 @@ mod column {
     pub const HELD: usize = 1;
     pub const SNAPSHOT: usize = 2;
     pub const LOOKED_AT: usize = 3;
+    /// Of an event, in place of `LOOKED_AT`.
+    pub const PARTITION: usize = 3;
     pub const N: usize = 4;
     pub const SEQ: usize = 5;
     pub const ID: usize = 6;
@@ -324,6 +328,7 @@ fn event_of(row: &PgRow) -> Result<OutboxEvent, sqlx::Error> {
         id: row.try_get(column::ID)?,
         event_type: row.try_get(column::EVENT_TYPE)?,
         aggregate_id: row.try_get(column::AGGREGATE_ID)?,
+        partition: row.try_get(column::PARTITION)?,
         occurred_at: row.try_get(column::OCCURRED_AT)?,
         payload: row.try_get(column::PAYLOAD)?,
         headers: row.try_get(column::HEADERS)?,

@@ -64,11 +64,11 @@ pub trait DomainEventPublisher: Send + Sync {
 
 /// The wire form of each event, checked.
 fn envelopes_of(events: &[&dyn DomainEvent], max_payload_bytes: usize) -> Result<Vec<EventEnvelope>, EventError> {
-    let checked = |event: &&dyn DomainEvent| {
-        let envelope = event.envelope()?;
-        envelope.validate(max_payload_bytes).map(|()| envelope)
-    };
-    events.iter().map(checked).collect()
+    let envelopes = events.iter().map(|event| event.envelope()).collect::<Result<Vec<_>, _>>()?;
+    #[cfg(feature = "otel")]
+    let envelopes = crate::trace::mark(envelopes);
+    envelopes.iter().try_for_each(|envelope| envelope.validate(max_payload_bytes))?;
+    Ok(envelopes)
 }
 
 fn ids_of(envelopes: &[EventEnvelope]) -> Vec<Uuid> {

@@ -28,6 +28,17 @@ pub enum Ended {
 
 /// Appends one batch behind what must stand before it. During an outage it keeps trying the same batch; no attempt is counted.
 pub async fn append(streams: Streams, settings: Arc<Settings>, reporter: Reporter, batch: Batch, behind: Behind) -> Ended {
+    #[cfg(feature = "otel")]
+    let spans = crate::trace::Sending::start(&batch);
+    let ended = run(streams, settings, reporter, batch, behind).await;
+    #[cfg(feature = "otel")]
+    if let Ended::Known { batch, appended, refusals, .. } = &ended {
+        spans.end(batch, *appended, refusals);
+    }
+    ended
+}
+
+async fn run(streams: Streams, settings: Arc<Settings>, reporter: Reporter, batch: Batch, behind: Behind) -> Ended {
     // What cannot be sent ends the batch there, so that what the marker counts stays a prefix.
     let sendable = batch.events.iter().take_while(|e| e.payload.is_some()).count();
     let outcome = if sendable == 0 {

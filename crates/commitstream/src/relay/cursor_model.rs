@@ -106,6 +106,7 @@ fn event(seq: i64) -> OutboxEvent {
         seq,
         id: Uuid::nil(),
         event_type: String::new(),
+        partition: 0,
         aggregate_id: String::new(),
         occurred_at: Utc::now(),
         payload: None,

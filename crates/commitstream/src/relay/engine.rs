@@ -367,12 +367,16 @@ async fn finish<T>(slot: &mut Slot<T>) -> T {
 }
 
 fn log_refusal(batch: &Batch, refusal: &Refusal) {
+    let Some(refused) = batch.events.iter().find(|event| event.id == refusal.event_id) else { return };
     let (stream, event, error) = (&batch.stream, refusal.event_id, &refusal.error);
+    let (partition, aggregate) = (refused.partition, &refused.aggregate_id);
     match refusal.retry_after {
         Some(after) => {
-            tracing::warn!(stream, batch = %batch.id, %event, error, retry_after = ?after, "event refused, to be tried again")
+            tracing::warn!(stream, batch = %batch.id, partition, aggregate, %event, error, retry_after = ?after, "event refused, to be tried again")
         }
-        None => tracing::error!(stream, batch = %batch.id, %event, error, "event FAILED: see `commitstream failed list`"),
+        None => {
+            tracing::error!(stream, batch = %batch.id, partition, aggregate, %event, error, "event FAILED: see `commitstream failed list`")
+        }
     }
 }
 

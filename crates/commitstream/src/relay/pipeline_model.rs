@@ -85,6 +85,7 @@ fn event(seq: i64, aggregate: i64) -> OutboxEvent {
         seq,
         id: Uuid::from_u128(seq.unsigned_abs().into()),
         event_type: "E".into(),
+        partition: 0,
         aggregate_id: aggregate.to_string(),
         occurred_at: Utc::now(),
         payload: Some("{}".into()),

@@ -76,6 +76,9 @@ fn every_environment_variable_of_the_table_takes_effect() {
         ("EVENT_PUBLISHING_STRATEGY", "streams"),
         ("HTTP_LISTEN", "[::1]:9000"),
         ("HTTP_STALLED_AFTER", "2m"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://otel:4318"),
+        ("OTEL_TRACES_SAMPLER_ARG", "0.01"),
+        ("OTEL_SERVICE_NAME", "shop relay"),
     ];
     let loaded = load("", &env, &[]).unwrap();
     for (name, value) in env {
