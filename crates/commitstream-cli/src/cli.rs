@@ -58,7 +58,7 @@ pub struct Global {
     #[arg(long, global = true, value_name = "URL", allow_hyphen_values = true)]
     pub redis_url: Option<String>,
 
-    /// Print results as JSON on standard output
+    /// Print results as JSON on standard output, and the log as JSON on standard error
     #[arg(long, global = true)]
     pub json: bool,
 

@@ -7,6 +7,7 @@ mod failure;
 mod http;
 mod logging;
 mod output;
+mod spans;
 
 use std::process::ExitCode;
 

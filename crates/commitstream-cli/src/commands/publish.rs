@@ -16,6 +16,7 @@ use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{ConnectOptions, Connection};
 
 use crate::context::{self, Context};
+use crate::spans::Spans;
 
 /// Publish one event
 ///
@@ -72,10 +73,13 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
     let event = envelope(args, &settings)?;
     // Before anything is connected: a mistake in the event is not a matter of servers.
     event.validate(settings.publishing.max_payload_bytes)?;
-    let way = match route(&settings, &event.event_type, lane) {
-        Route::Outbox => through_outbox(&settings, &event).await?,
-        Route::Streams => to_streams(&settings, &event).await?,
+    let spans = Spans::start(&settings)?;
+    let published = match route(&settings, &event.event_type, lane) {
+        Route::Outbox => through_outbox(&settings, &event).await,
+        Route::Streams => to_streams(&settings, &event).await,
     };
+    spans.stop();
+    let way = published?;
     let name = match way {
         Route::Outbox => "outbox",
         Route::Streams => "streams",

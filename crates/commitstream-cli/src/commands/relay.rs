@@ -9,12 +9,14 @@ use commitstream::outbox::OutboxError;
 use commitstream::relay::{OutboxProcessor, RelayHandle};
 use commitstream::streams::StreamsError;
 use serde_json::json;
+use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::context::{self, Context};
 use crate::failure::{self, WrongUse};
 use crate::http::{self, HttpServer};
 use crate::output::{age, plural};
+use crate::spans::Spans;
 
 /// Publish the outbox to Redis Streams, until stopped
 ///
@@ -51,13 +53,25 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
     announce(&settings)?;
     let listener = if args.until_empty { None } else { http::listen(&loaded).await? };
     check_servers(&settings, args.until_empty).await?;
+    let spans = Spans::start(&settings)?;
+    let ended = relay(&settings, listener, args.until_empty, context).await;
+    spans.stop();
+    ended
+}
+
+async fn relay(
+    settings: &Settings,
+    listener: Option<TcpListener>,
+    until_empty: bool,
+    context: &Context,
+) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::new()?;
     let mut relay = OutboxProcessor::new(settings.clone())?.start();
     let status = relay.watch();
-    let server = listener.map(|listener| HttpServer::start(listener, &settings, status.clone())).transpose()?;
+    let server = listener.map(|listener| HttpServer::start(listener, settings, status.clone())).transpose()?;
     tokio::select! {
         ended = relay.ended() => return ended.map(|()| ExitCode::SUCCESS).map_err(Into::into),
-        drained = drain::wait(&settings, status.clone()), if args.until_empty => return stop_drained(context, relay, drained).await,
+        drained = drain::wait(settings, status.clone()), if until_empty => return stop_drained(context, relay, drained).await,
         name = signals.next() => tracing::info!("{name}: settling what is in flight, then stopping; a second signal stops at once"),
     }
     tokio::select! {
