@@ -11,6 +11,7 @@
 //!   `commitstream relay`.
 //! * [`consumer`]: handlers of events, in order per aggregate, whose effect happens once.
 //! * [`verify`] audits the outbox against the streams.
+//! * [`doctor`] examines both servers for known causes of trouble.
 //! * [`outbox`] holds all SQL, [`streams`] all Redis commands, [`config`] all settings.
 //!
 //! The library opens no files and reads no environment but what it is handed in [`config`], and writes to no terminal; it logs
@@ -53,6 +54,7 @@ mod backoff;
 mod chain;
 pub mod config;
 pub mod consumer;
+pub mod doctor;
 pub mod event;
 pub mod outbox;
 pub mod publisher;

@@ -66,22 +66,13 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
 fn remark(group: &GroupInfo) -> Option<String> {
     let waits = group.pending > 0 || group.behind != Some(0);
     let named = format!("{} of {}", printable(&group.group), printable(&group.stream));
-    (waits && is_deserted(group)).then(|| format!("{named} has no living consumer: its events wait"))
-}
-
-fn is_deserted(group: &GroupInfo) -> bool {
-    let mut reporting = processes(group).filter_map(|consumer| consumer.alive).peekable();
-    processes(group).next().is_none() || (reporting.peek().is_some() && !reporting.any(|alive| alive))
-}
-
-fn processes(group: &GroupInfo) -> impl Iterator<Item = &GroupConsumer> {
-    group.consumers.iter().filter(|consumer| !consumer.is_returned())
+    (waits && group.is_deserted()).then(|| format!("{named} has no living consumer: its events wait"))
 }
 
 fn cells(group: &GroupInfo) -> [String; 7] {
-    let (all, alive) = (processes(group).count(), processes(group).filter(|consumer| consumer.alive == Some(true)).count());
+    let (all, alive) = (group.processes().count(), group.processes().filter(|consumer| consumer.alive == Some(true)).count());
     // Those of other libraries do not report.
-    let nobody_reports = processes(group).all(|consumer| consumer.alive.is_none());
+    let nobody_reports = group.processes().all(|consumer| consumer.alive.is_none());
     let consumers = if nobody_reports || alive == all { all.to_string() } else { format!("{alive} of {all} alive") };
     let counted = |number: Option<u64>| number.map_or_else(|| format!("over {}", count(GroupInfo::COUNTED as u64)), count);
     [

@@ -17,16 +17,9 @@ use super::{OutboxError, OutboxRepository};
 /// # Errors
 /// The URL cannot be read, or the server cannot be reached within `timeout`.
 pub async fn connect(url: &str, application_name: &str, timeout: Duration) -> Result<PgConnection, OutboxError> {
-    let doing = "connecting";
-    let options = PgConnectOptions::from_str(url).map_err(OutboxError::Url)?.application_name(application_name);
+    let doing = CONNECTING;
+    let mut connection = open(url, application_name, timeout).await?;
     let timed_out = |_| OutboxError::Timeout { doing, limit: timeout };
-    let unreachable_or_refused = |source| match source {
-        // A wrong password or a missing database is an answer, not an outage.
-        sqlx::Error::Database(_) => OutboxError::Database { doing, source },
-        source => OutboxError::Unreachable { doing, source },
-    };
-    let mut connection =
-        tokio::time::timeout(timeout, options.connect()).await.map_err(timed_out)?.map_err(unreachable_or_refused)?;
     let settings = "SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_mergejoin = off; SET enable_hashjoin = off; \
                     SET plan_cache_mode = force_generic_plan; SET work_mem = '32MB'; SET jit = off; \
                     SET idle_in_transaction_session_timeout = '60s'; SET statement_timeout = 0; SET lock_timeout = 0; SET idle_session_timeout = 0; \
@@ -40,6 +33,24 @@ pub async fn connect(url: &str, application_name: &str, timeout: Duration) -> Re
         Ok(_) => {}
     }
     Ok(connection)
+}
+
+/// The same session with nothing set, as those of other programs are.
+pub(super) async fn open(url: &str, application_name: &str, timeout: Duration) -> Result<PgConnection, OutboxError> {
+    let options = PgConnectOptions::from_str(url).map_err(OutboxError::Url)?.application_name(application_name);
+    let timed_out = |_| OutboxError::Timeout { doing: CONNECTING, limit: timeout };
+    tokio::time::timeout(timeout, options.connect()).await.map_err(timed_out)?.map_err(unreachable_or_refused)
+}
+
+const CONNECTING: &str = "connecting";
+
+fn unreachable_or_refused(source: sqlx::Error) -> OutboxError {
+    let doing = CONNECTING;
+    match source {
+        // A wrong password or a missing database is an answer, not an outage.
+        sqlx::Error::Database(_) => OutboxError::Database { doing, source },
+        source => OutboxError::Unreachable { doing, source },
+    }
 }
 
 impl OutboxRepository {

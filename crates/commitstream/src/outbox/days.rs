@@ -291,7 +291,7 @@ impl OutboxRepository {
     }
 
     /// True for partitions of this making.
-    async fn is_partitioned(&self, connection: &mut PgConnection) -> Result<bool, OutboxError> {
+    pub(super) async fn is_partitioned(&self, connection: &mut PgConnection) -> Result<bool, OutboxError> {
         let sql = "SELECT EXISTS (SELECT FROM pg_partitioned_table
                                   WHERE partrelid = to_regclass($1) AND partdefid = to_regclass($2))";
         sqlx::query_scalar(sql)

@@ -10,6 +10,7 @@ mod cleanup;
 mod connection;
 mod days;
 mod error;
+pub mod examine;
 mod inbox;
 mod insert;
 mod journal;

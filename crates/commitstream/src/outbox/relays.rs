@@ -63,7 +63,7 @@ pub struct RelayRow {
 
 /// A relay `r` is alive: it was heard of in time, and its session is there. The start of the session tells it from a later one with
 /// the same process id; it cannot be seen by other users than the session's own.
-const ALIVE: &str = "r.expires_at > clock_timestamp() AND EXISTS (
+pub(super) const ALIVE: &str = "r.expires_at > clock_timestamp() AND EXISTS (
     SELECT 1 FROM pg_stat_get_activity(r.session_pid) a
     WHERE a.backend_start IS NULL OR r.session_start IS NULL OR a.backend_start = r.session_start)";
 

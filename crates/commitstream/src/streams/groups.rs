@@ -64,6 +64,18 @@ pub struct GroupConsumer {
 impl GroupInfo {
     /// Entries that are counted one by one.
     pub const COUNTED: usize = 10_000;
+
+    /// Its consumers, but for [`RETURNED`], which is no process.
+    pub fn processes(&self) -> impl Iterator<Item = &GroupConsumer> {
+        self.consumers.iter().filter(|consumer| !consumer.is_returned())
+    }
+
+    /// True when it has no consumer, or none of those that report is alive.
+    #[must_use]
+    pub fn is_deserted(&self) -> bool {
+        let mut reporting = self.processes().filter_map(|consumer| consumer.alive).peekable();
+        self.processes().next().is_none() || (reporting.peek().is_some() && !reporting.any(|alive| alive))
+    }
 }
 
 impl GroupConsumer {

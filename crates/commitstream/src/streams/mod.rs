@@ -7,6 +7,7 @@ mod connection;
 mod dead;
 mod effects;
 mod error;
+pub mod examine;
 mod groups;
 mod members;
 mod node;

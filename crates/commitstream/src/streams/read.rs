@@ -65,7 +65,7 @@ impl Streams {
     }
 
     /// Of the key of a stream of dead letters, that of the events' stream. The stream of the aggregate type `dead` is none.
-    fn without_dead<'a>(&self, key: &'a str) -> Option<&'a str> {
+    pub(super) fn without_dead<'a>(&self, key: &'a str) -> Option<&'a str> {
         key.strip_suffix(DEAD).filter(|stream| stream.len() > self.prefix.len())
     }
 

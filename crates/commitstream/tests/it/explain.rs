@@ -18,14 +18,14 @@ use uuid::Uuid;
 
 use crate::support::{FUNCTIONS, Form, World};
 
-const TABLE: &str = "event_outbox";
-const PENDING: &str = "idx_outbox_pending_for_processing";
+pub const TABLE: &str = "event_outbox";
+pub const PENDING: &str = "idx_outbox_pending_for_processing";
 const TXID: &str = "idx_outbox_txid";
 const WAITING: &str = "idx_outbox_waiting";
 const FAILED_AGGREGATE: &str = "idx_outbox_failed_aggregate";
-const FAILED: &str = "idx_outbox_failed";
-const PUBLISHED: &str = "idx_outbox_published";
-const KEY: &str = "event_outbox_pkey";
+pub const FAILED: &str = "idx_outbox_failed";
+pub const PUBLISHED: &str = "idx_outbox_published";
+pub const KEY: &str = "event_outbox_pkey";
 const INBOX: &str = "event_inbox";
 
 /// 50,000 published rows of the last month, and an inbox of 50,000 rows. Autovacuum is off, so that the test decides what the
@@ -58,14 +58,14 @@ FROM generate_series(50001, 52000) n;";
 const ANALYZE: &str = "VACUUM ANALYZE event_outbox, outbox_batch, outbox_lease, outbox_relay, event_inbox;";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Statistics {
+pub enum Statistics {
     None,
     /// Of a table in which everything was sent, as it is most of the time.
     Idle,
     Current,
 }
 
-const CASES: [(Form, Statistics); 6] = [
+pub const CASES: [(Form, Statistics); 6] = [
     (Form::Whole, Statistics::None),
     (Form::Whole, Statistics::Idle),
     (Form::Whole, Statistics::Current),
@@ -75,7 +75,7 @@ const CASES: [(Form, Statistics); 6] = [
 ];
 
 /// A session of the relay's kind on a populated table.
-async fn populated((form, statistics): (Form, Statistics)) -> Result<(World, PgConnection)> {
+pub async fn populated((form, statistics): (Form, Statistics)) -> Result<(World, PgConnection)> {
     println!("statistics: {statistics:?}");
     let world = World::of(form).await?;
     if form == Form::Whole {
@@ -93,7 +93,7 @@ async fn populated((form, statistics): (Form, Statistics)) -> Result<(World, PgC
 
 /// One read of a table in a plan.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct Scan {
+pub struct Scan {
     table: String,
     node: String,
     index: String,
@@ -102,7 +102,7 @@ struct Scan {
 }
 
 /// The reads in both plans of the prepared statement that contains `part`, with these values.
-async fn plans(connection: &mut PgConnection, part: &str, values: &str) -> Result<Vec<(&'static str, BTreeSet<Scan>)>> {
+pub async fn plans(connection: &mut PgConnection, part: &str, values: &str) -> Result<Vec<(&'static str, BTreeSet<Scan>)>> {
     let find = "SELECT name FROM pg_prepared_statements WHERE position($1 IN statement) > 0";
     let names: Vec<String> = sqlx::query_scalar(find).bind(part).fetch_all(&mut *connection).await?;
     ensure!(names.len() == 1, "statements with {part:?}: {names:?}");
@@ -154,7 +154,7 @@ fn is_by(scan: &Scan, (index, column): (&str, &str)) -> bool {
 /// Every read of `table`, in each plan, is by one of these indexes, searched by the named column, or read in full where that is
 /// empty.
 #[track_caller]
-fn assert_only_indexes(plans: &[(&str, BTreeSet<Scan>)], table: &str, expected: &[(&str, &str)]) {
+pub fn assert_only_indexes(plans: &[(&str, BTreeSet<Scan>)], table: &str, expected: &[(&str, &str)]) {
     for (mode, scans) in plans {
         let stray: Vec<_> = scans.iter().filter(|s| s.table == table && !expected.iter().any(|e| is_by(s, *e))).collect();
         assert!(stray.is_empty(), "{mode}: expected {expected:?}, but {table} is read by {stray:#?}");
@@ -163,7 +163,7 @@ fn assert_only_indexes(plans: &[(&str, BTreeSet<Scan>)], table: &str, expected: 
 
 /// The same, and each of the indexes is used.
 #[track_caller]
-fn assert_indexes(plans: &[(&str, BTreeSet<Scan>)], table: &str, expected: &[(&str, &str)]) {
+pub fn assert_indexes(plans: &[(&str, BTreeSet<Scan>)], table: &str, expected: &[(&str, &str)]) {
     assert_only_indexes(plans, table, expected);
     for (mode, scans) in plans {
         let unused: Vec<_> = expected.iter().filter(|e| !scans.iter().any(|s| s.table == table && is_by(s, **e))).collect();

@@ -1,0 +1,237 @@
+//! The servers of the streams.
+
+use ::redis::ErrorKind;
+
+use super::advice::{config_set, redis_cli, size};
+use super::{Finding, Report, Severity, error, finding, note, streams, warning};
+use crate::chain::chain;
+use crate::config::{Settings, redact_url};
+use crate::streams::StreamsError;
+use crate::streams::examine::{RedisFacts, ServerFacts};
+
+const OLDEST_VERSION: (u32, u32) = (6, 2);
+
+/// Per cent of the memory.
+const MUCH_MEMORY: u64 = 75;
+const TOO_MUCH_MEMORY: u64 = 90;
+
+pub(super) fn judge(report: &mut Report, settings: &Settings, facts: Option<&Result<RedisFacts, StreamsError>>) {
+    let facts = match facts {
+        None => return report.check("redis-reachable", [no_url()]),
+        Some(Err(error)) => return report.check("redis-reachable", [unreachable(settings, error)]),
+        Some(Ok(facts)) => facts,
+    };
+    report.check("redis-reachable", []);
+    let servers = &facts.servers;
+    report.check("redis-information", servers.iter().flat_map(silent));
+    report.check("redis-writable", servers.iter().filter_map(unwritable));
+    report.check("redis-permissions", servers.iter().filter_map(denied));
+    if servers.iter().all(|server| server.info.is_ok()) {
+        report.check("redis-version", servers.iter().filter_map(version));
+        report.check("redis-eviction", servers.iter().filter_map(eviction));
+        report.check("redis-persistence", servers.iter().flat_map(persistence));
+        report.check("redis-memory", servers.iter().filter_map(memory));
+        report.check("redis-replicas", servers.iter().filter_map(|server| replicas(server, settings.redis.wait_replicas)));
+    }
+    streams::judge(report, settings, facts);
+}
+
+fn no_url() -> Finding {
+    error(
+        "app.redis.url (REDIS_URL) is not set",
+        "the streams were not examined; a relay needs them",
+        "export REDIS_URL=redis://:password@host:6379",
+    )
+}
+
+fn unreachable(settings: &Settings, why: &StreamsError) -> Finding {
+    let url = redact_url(settings.redis.url.as_deref().unwrap_or_default());
+    let mend = match why {
+        StreamsError::Url(_) => "export REDIS_URL=redis://user:password@host:6379/0",
+        StreamsError::Unavailable { source, .. }
+            if source.kind() == ErrorKind::AuthenticationFailed || matches!(source.code(), Some("NOAUTH" | "WRONGPASS")) =>
+        {
+            "check the user and the password in REDIS_URL"
+        }
+        _ => "see whether it runs and where: redis-cli -u \"$REDIS_URL\" PING",
+    };
+    error(format!("{url}: {}", chain(why)), "nothing can be published to streams; nothing else of Redis was examined", mend)
+}
+
+/// What this user may not ask is a note: the relay does not need it.
+fn silent(server: &ServerFacts) -> Vec<Finding> {
+    let lacks = |command: &str, unknown: &str, error: &StreamsError| {
+        note(
+            format!("Redis at {} does not answer {command}: {}", server.name, chain(error)),
+            format!("{unknown} were not examined"),
+            format!(
+                "run doctor as a user that may, or: {}",
+                redis_cli(
+                    &server.name,
+                    &["ACL", "SETUSER", "the_user", &format!("+{}", command.to_lowercase().replace(' ', "|"))]
+                )
+            ),
+        )
+    };
+    let info =
+        server.info.as_ref().err().map(|error| lacks("INFO", "version, memory, eviction, persistence and replicas", error));
+    let config =
+        server.config.as_ref().err().map(|error| lacks("CONFIG GET", "snapshots and the syncing of the append-only file", error));
+    info.into_iter().chain(config).collect()
+}
+
+fn version(server: &ServerFacts) -> Option<Finding> {
+    let version = server.field("redis_version")?;
+    let mut parts = version.split('.').map_while(|part| part.parse::<u32>().ok());
+    let is_old = (parts.next()?, parts.next().unwrap_or(0)) < OLDEST_VERSION;
+    is_old.then(|| {
+        error(
+            format!("Redis at {} has version {version}", server.name),
+            "commands that relays and consumers use came with Redis 6.2",
+            "install Redis 6.2 or newer; it reads the data of the older one",
+        )
+    })
+}
+
+fn unwritable(server: &ServerFacts) -> Option<Finding> {
+    if server.field("role") == Some("slave") {
+        let master = format!("{}:{}", server.field("master_host").unwrap_or("?"), server.field("master_port").unwrap_or("?"));
+        return Some(error(
+            format!("Redis at {} is a replica of {master}", server.name),
+            "nothing can be written there",
+            format!(
+                "give the address of the master: REDIS_URL=redis://user:password@{master}; or ask Sentinels: redis-sentinel://…#name"
+            ),
+        ));
+    }
+    let why = server.unable.as_deref()?;
+    let mend = match why {
+        why if why.contains("OOM") => "give it memory (see redis-memory), or trim: commitstream cleanup".to_owned(),
+        why if why.contains("MISCONF") => {
+            format!("give its disk space and rights, then: {}", redis_cli(&server.name, &["BGSAVE"]))
+        }
+        why if why.contains("NOREPLICAS") => {
+            format!("start its replicas; who is there: {}", redis_cli(&server.name, &["INFO", "replication"]))
+        }
+        _ => "mend what it says".to_owned(),
+    };
+    Some(error(
+        format!("Redis at {} refuses to write: {why}", server.name),
+        "nothing is published; relays keep trying, and nothing is lost",
+        mend,
+    ))
+}
+
+fn denied(server: &ServerFacts) -> Option<Finding> {
+    (!server.denied.is_empty()).then(|| {
+        let allowed: Vec<String> =
+            server.denied.iter().map(|command| format!("+{}", command.to_lowercase().replace(' ', "|"))).collect();
+        let mut words = vec!["ACL", "SETUSER", "the_user"];
+        words.extend(allowed.iter().map(String::as_str));
+        error(
+            format!("this user may not run {} on the keys of streams at {}", server.denied.join(", "), server.name),
+            "events are FAILED with NOPERM, or streams are not trimmed",
+            format!(
+                "{} (as an administrator, with the user of REDIS_URL, and rights on the keys ~<prefix>* and ~{{<prefix>*); then: commitstream failed retry --all",
+                redis_cli(&server.name, &words)
+            ),
+        )
+    })
+}
+
+fn eviction(server: &ServerFacts) -> Option<Finding> {
+    let policy = server.field("maxmemory_policy").filter(|policy| *policy != "noeviction")?;
+    let mend = config_set(&server.name, "maxmemory-policy", "noeviction");
+    let seen = format!("maxmemory-policy of Redis at {} is {policy}", server.name);
+    Some(if server.number("maxmemory").unwrap_or(0) > 0 {
+        let why =
+            "when memory is short Redis deletes streams with unread events, or the markers that tell a relay what was appended";
+        error(seen, why, mend)
+    } else {
+        note(seen, "it takes effect as soon as somebody sets maxmemory: then Redis deletes streams or markers", mend)
+    })
+}
+
+fn persistence(server: &ServerFacts) -> Vec<Finding> {
+    let config = |name: &str| server.config.as_ref().ok().and_then(|config| config.get(name)).map(String::as_str);
+    let name = &server.name;
+    let at = format!("Redis at {name}");
+    let mut found = Vec::new();
+    let aof = config_set(name, "appendonly", "yes");
+    if server.field("aof_enabled") == Some("0") {
+        let snapshots = config("save").is_none_or(|save| !save.is_empty());
+        let lost = "after a crash the relay publishes again what it settled within the last minutes only";
+        found.push(match (snapshots, server.replicas()) {
+            (true, _) => warning(
+                format!("{at} has snapshots, and no append-only file"),
+                format!("a crash loses what came after the last snapshot; {lost}"),
+                aof,
+            ),
+            (false, 0) => error(
+                format!("{at} keeps nothing on disk, and has no replica"),
+                format!("a restart loses all streams; {lost}"),
+                aof,
+            ),
+            (false, _) => {
+                warning(format!("{at} keeps nothing on disk"), "a master that restarts empty empties its replicas, too", aof)
+            }
+        });
+    } else if config("appendfsync") == Some("no") {
+        let why = "a crash of the machine loses up to half a minute of events; what was settled within the last minutes is published again";
+        found.push(warning(
+            format!("{at} leaves it to the system when its append-only file comes to disk (appendfsync no)"),
+            why,
+            config_set(name, "appendfsync", "everysec"),
+        ));
+    }
+    if server.field("aof_last_write_status") == Some("err") {
+        found.push(error(
+            format!("{at} cannot write its append-only file"),
+            "it takes no writes",
+            "give its disk space; it goes on by itself",
+        ));
+    }
+    if server.field("rdb_last_bgsave_status") == Some("err") {
+        let why = "a restart may lose what came since; with stop-writes-on-bgsave-error Redis takes no writes";
+        found.push(error(
+            format!("the last snapshot of {at} failed"),
+            why,
+            format!("give its disk space and rights, then: {}", redis_cli(name, &["BGSAVE"])),
+        ));
+    }
+    found
+}
+
+fn memory(server: &ServerFacts) -> Option<Finding> {
+    let used = server.number("used_memory")?;
+    let (most, what) = match server.number("maxmemory").filter(|most| *most > 0) {
+        Some(most) => (most, "maxmemory"),
+        None => (server.number("total_system_memory").filter(|most| *most > 0)?, "the machine's memory, and no maxmemory"),
+    };
+    let share = used.saturating_mul(100) / most;
+    let severity = match share {
+        TOO_MUCH_MEMORY.. => Severity::Error,
+        MUCH_MEMORY.. => Severity::Warning,
+        _ => return None,
+    };
+    let more = most.saturating_mul(2).to_string();
+    Some(finding(
+        severity,
+        format!("Redis at {} uses {} of {} ({share} % of {what})", server.name, size(used), size(most)),
+        "when memory is full Redis takes no more events: they wait in the outbox, and those that go straight to streams fail",
+        format!("commitstream cleanup (trims what is read); then more memory: {}", config_set(&server.name, "maxmemory", &more)),
+    ))
+}
+
+fn replicas(server: &ServerFacts, wanted: u32) -> Option<Finding> {
+    let (there, wanted) = (server.replicas(), wanted as usize);
+    let seen = format!("Redis at {} has {there} replicas in step, and redis.waitReplicas is {wanted}", server.name);
+    if there < wanted {
+        let mend = format!("start its replicas, or set app.redis.waitReplicas = {there} and restart the relays");
+        return Some(error(seen, "no batch can be settled: relays wait for replicas that are not there", mend));
+    }
+    (there > wanted).then(|| {
+        let why = "a failover may lose events that only the master had; the relay publishes those of the last minutes again, after a pause";
+        note(seen, why, format!("app.redis.waitReplicas = {there} in application.conf, then restart the relays; publishing then pauses while a replica is away"))
+    })
+}

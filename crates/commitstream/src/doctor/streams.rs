@@ -1,0 +1,115 @@
+//! The streams and who reads them.
+
+use super::advice::{age, quoted};
+use super::{Finding, Report, note, warning};
+use crate::config::Settings;
+use crate::streams::GroupInfo;
+use crate::streams::examine::{KeyFacts, RedisFacts, StreamFacts};
+
+/// An entry may be in hand for so long.
+const OLD_ENTRY_MS: u64 = 10 * 60 * 1_000;
+
+const DAY_MS: u64 = 24 * 60 * 60 * 1_000;
+
+pub(super) fn judge(report: &mut Report, settings: &Settings, facts: &RedisFacts) {
+    match &facts.keys {
+        Ok(keys) => report.check("stream-keys", foreign(settings, keys)),
+        Err(error) => report.unknown("stream-keys", error),
+    }
+    match &facts.streams {
+        Ok(streams) => {
+            report.check("consumer-groups", streams.iter().flat_map(|stream| &stream.groups).flat_map(group));
+            if settings.streams.trim {
+                report.check("trimming", streams.iter().filter_map(|stream| untrimmed(settings, stream)));
+            }
+        }
+        Err(error) => report.unknown("consumer-groups", error),
+    }
+}
+
+fn foreign(settings: &Settings, keys: &KeyFacts) -> Vec<Finding> {
+    let foreign = keys.foreign.iter().map(|(key, kind)| {
+        warning(
+            format!("the key {key} is a {kind}, not a stream"),
+            "events of this aggregate type are refused (WRONGTYPE) and FAILED; if the key belongs to another program, choose another redis.streamPrefix",
+            format!("redis-cli -u \"$REDIS_URL\" RENAME {} {} && commitstream failed retry --all", quoted(key), quoted(&format!("was-{key}"))),
+        )
+    });
+    let prefix = &settings.redis.stream_prefix;
+    let some = keys.incomplete.then(|| {
+        note(
+            format!("there are too many keys to look at all under {prefix}"),
+            format!("{} streams were found and examined", keys.streams.len()),
+            "commitstream groups",
+        )
+    });
+    foreign.chain(some).collect()
+}
+
+fn group(group: &GroupInfo) -> Vec<Finding> {
+    let named = format!("the group {} of {}", group.group, group.stream);
+    let mut found = Vec::new();
+    if group.is_deserted() && (group.pending > 0 || group.behind != Some(0)) {
+        let behind = group.behind.map_or_else(|| format!("over {}", GroupInfo::COUNTED), |entries| entries.to_string());
+        found.push(warning(
+            format!("{named} has no living consumer; {} entries are pending, {behind} not delivered", group.pending),
+            "its events wait, and the stream keeps everything from there on",
+            format!(
+                "start its consumer; if nobody needs it any more: redis-cli -u \"$REDIS_URL\" XGROUP DESTROY {} {}",
+                quoted(&group.stream),
+                quoted(&group.group)
+            ),
+        ));
+    } else if let Some(oldest) = group.oldest_pending_age_ms.filter(|millis| group.pending > 0 && *millis >= OLD_ENTRY_MS) {
+        found.push(warning(
+            format!("{named} has {} entries pending, the oldest written {} ago", group.pending, age(oldest.cast_signed())),
+            "a handler hangs or keeps failing, or the group is far behind; later events of the same aggregates wait",
+            format!("who has them: commitstream groups {} --consumers", quoted(&group.stream)),
+        ));
+    }
+    if group.dead != Some(0) {
+        let dead = group.dead.map_or_else(|| format!("over {}", GroupInfo::COUNTED), |entries| entries.to_string());
+        found.push(warning(
+            format!("{named} gave {dead} events up: they are dead letters"),
+            "their effects did not happen",
+            "commitstream dead list; when the handler is mended: commitstream dead retry --all",
+        ));
+    }
+    found
+}
+
+/// Of a stream that should not go back so far. A group that stands still is told among the groups.
+fn untrimmed(settings: &Settings, facts: &StreamFacts) -> Option<Finding> {
+    let retention = u64::from(settings.streams.retention_days) * DAY_MS;
+    let first = facts.first_age_ms.filter(|millis| *millis > retention + DAY_MS)?;
+    let seen = format!(
+        "the stream {} goes back {}, though retentionDays is {}",
+        facts.stream,
+        age(first.cast_signed()),
+        settings.streams.retention_days
+    );
+    if facts.groups.is_empty() {
+        return Some(note(
+            seen,
+            "no consumer group reads it, so it is never trimmed and takes ever more memory",
+            "start a consumer, or cut it to so many entries: app.streams.maxEntries = 1000000 in application.conf",
+        ));
+    }
+    let behind = facts.groups.iter().find(|group| group.pending > 0 || group.behind != Some(0));
+    Some(match behind {
+        Some(group) => warning(
+            seen,
+            format!("the group {} has not acknowledged its beginning, so nothing from there on is trimmed", group.group),
+            format!(
+                "start its consumer, or: redis-cli -u \"$REDIS_URL\" XGROUP DESTROY {} {}",
+                quoted(&facts.stream),
+                quoted(&group.group)
+            ),
+        ),
+        None => warning(
+            seen,
+            "every group has acknowledged it: the hourly clean-up of the relay does not get on",
+            "commitstream cleanup",
+        ),
+    })
+}

@@ -1,0 +1,158 @@
+//! What [`doctor`](crate::doctor) wants to know of PostgreSQL and the outbox: facts, without a verdict.
+//!
+//! Nothing here changes anything, and nothing reads a table in full: counts stop at [`COUNTED`], sizes are those of the statistics. Each
+//! look is a short read-only transaction with time-outs of its own, so that one that fails leaves the others alone.
+
+mod backlog;
+mod horizon;
+mod schema;
+mod server;
+mod tables;
+
+use std::time::{Duration, Instant};
+
+use chrono::{DateTime, Utc};
+use sqlx::{Connection, Executor, PgConnection, Postgres, Transaction};
+
+pub use backlog::{Backlog, FailedFacts, History, OpenFacts};
+pub use horizon::{Holder, HolderKind};
+pub use schema::{Difference, Recorded, SchemaFacts};
+pub use server::ServerFacts;
+pub use tables::{SizeFacts, TableFacts};
+
+use super::{OutboxError, OutboxRepository, RelayRow};
+use crate::doctor::Clock;
+
+/// Rows are counted up to this; one more means "more".
+pub const COUNTED: i64 = 10_000;
+
+/// The planner keeps to indexes, whatever the statistics say, and a look waits neither for a lock nor for a slow disk.
+const LIMITS: &str = "SET TRANSACTION READ ONLY; SET LOCAL lock_timeout = '1s'; SET LOCAL statement_timeout = '5s'; \
+                      SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_mergejoin = off; \
+                      SET LOCAL enable_hashjoin = off; SET LOCAL jit = off; SET LOCAL search_path TO {s}";
+
+/// What leads to PostgreSQL.
+#[derive(Debug)]
+pub enum PostgresFacts {
+    /// A pooler that gives sessions to others between transactions. Nothing else was asked through it.
+    Pooled,
+    Direct(Box<DirectFacts>),
+}
+
+/// Each part is there, or why it is not.
+#[derive(Debug)]
+pub struct DirectFacts {
+    pub clock: Result<Clock, OutboxError>,
+    pub server: Result<ServerFacts, OutboxError>,
+    pub horizon: Result<Vec<Holder>, OutboxError>,
+    pub recorded: Result<Recorded, OutboxError>,
+    /// `None` without a current outbox to ask.
+    pub outbox: Option<OutboxFacts>,
+}
+
+/// Of an outbox whose migration is there.
+#[derive(Debug)]
+pub struct OutboxFacts {
+    pub schema: Result<SchemaFacts, OutboxError>,
+    pub sizes: Result<SizeFacts, OutboxError>,
+    pub backlog: Result<Backlog, OutboxError>,
+    pub failed: Result<FailedFacts, OutboxError>,
+    pub history: Result<History, OutboxError>,
+    pub open: Result<OpenFacts, OutboxError>,
+    pub relays: Result<Vec<RelayRow>, OutboxError>,
+    /// Days without a partition; `None` when the table is not partitioned by day.
+    pub missing_days: Result<Option<Vec<chrono::NaiveDate>>, OutboxError>,
+}
+
+impl OutboxRepository {
+    /// Looks at the server that `url` leads to and at the outbox there. Two sessions, each closed at the end.
+    ///
+    /// # Errors
+    /// PostgreSQL cannot be reached within `limit`, or refuses the login.
+    pub async fn examine(&self, url: &str, limit: Duration) -> Result<PostgresFacts, OutboxError> {
+        let mut connection = super::connection::open(url, "commitstream doctor", limit).await?;
+        // Without a second session (the server may have none left) a pooler is not found, and everything else is.
+        if let Ok(mut second) = super::connection::open(url, "commitstream doctor", limit).await {
+            let pooled = is_pooled(&mut connection, &mut second).await.map_err(self.error("looking for a pooler"))?;
+            second.close().await.ok();
+            if pooled {
+                return Ok(PostgresFacts::Pooled);
+            }
+        }
+        let facts = self.examine_by(&mut connection).await;
+        connection.close().await.ok();
+        Ok(PostgresFacts::Direct(Box::new(facts)))
+    }
+
+    /// The same on a session that there is.
+    pub async fn examine_by(&self, connection: &mut PgConnection) -> DirectFacts {
+        let recorded = self.recorded(connection).await;
+        let is_there = matches!(&recorded, Ok(recorded) if recorded.is_current_or_newer());
+        DirectFacts {
+            clock: self.clock(connection).await,
+            server: self.server_facts(connection).await,
+            horizon: self.horizon(connection).await,
+            outbox: if is_there { Some(self.outbox_facts(connection).await) } else { None },
+            recorded,
+        }
+    }
+
+    async fn outbox_facts(&self, connection: &mut PgConnection) -> OutboxFacts {
+        OutboxFacts {
+            schema: self.schema_facts(connection).await,
+            sizes: self.size_facts(connection).await,
+            backlog: self.backlog(connection).await,
+            failed: self.failed_facts(connection).await,
+            history: self.history(connection).await,
+            open: self.open_facts(connection).await,
+            relays: self.relays(connection).await,
+            missing_days: self.missing_days(connection).await,
+        }
+    }
+
+    /// The server's clock against that of this machine.
+    async fn clock(&self, connection: &mut PgConnection) -> Result<Clock, OutboxError> {
+        let (before, asked) = (Utc::now(), Instant::now());
+        let time: DateTime<Utc> = sqlx::query_scalar("SELECT clock_timestamp()")
+            .fetch_one(connection)
+            .await
+            .map_err(self.error("reading the clock"))?;
+        Ok(Clock::measured(before, asked.elapsed(), time))
+    }
+
+    /// A transaction for one look. It ends when it is dropped.
+    async fn looking<'c>(
+        &self,
+        doing: &'static str,
+        connection: &'c mut PgConnection,
+    ) -> Result<Transaction<'c, Postgres>, OutboxError> {
+        let mut tx = connection.begin().await.map_err(self.error(doing))?;
+        tx.execute(self.sql(LIMITS)).await.map_err(self.error(doing))?;
+        Ok(tx)
+    }
+}
+
+/// True if two sessions that are open at the same time share a backend, or one of them changes it: what only a pooler does. One that gives each
+/// session a backend of its own until it ends is not found, and does no harm.
+///
+/// A pooler mostly hands out the backend that came back last, so the second session gets that of the first one, and keeps it while the
+/// first one asks again. One that takes them in turn or at random gives the first session several.
+async fn is_pooled(first: &mut PgConnection, second: &mut PgConnection) -> Result<bool, sqlx::Error> {
+    let own = backend(first).await?;
+    for _ in 0..4 {
+        if backend(first).await? != own {
+            return Ok(true);
+        }
+    }
+    second.execute("BEGIN").await?;
+    let other = backend(second).await?;
+    let again = backend(first).await?;
+    second.execute("ROLLBACK").await?;
+    Ok(other == own || again != own)
+}
+
+/// Without a prepared statement, which poolers mix up.
+async fn backend(connection: &mut PgConnection) -> Result<i32, sqlx::Error> {
+    let row = sqlx::raw_sql("SELECT pg_backend_pid()").fetch_one(connection).await?;
+    sqlx::Row::try_get(&row, 0)
+}

@@ -1,0 +1,273 @@
+//! What [`doctor`](crate::doctor) wants to know of Redis: facts, without a verdict. Nothing here changes anything.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use chrono::{DateTime, Utc};
+use redis::{Cmd, ErrorKind, RedisError, Value};
+
+use super::node::{Node, Request};
+use super::read::escape_glob;
+use super::{GroupInfo, Streams, StreamsError};
+use crate::doctor::Clock;
+
+const DOING: &str = "examining Redis";
+
+/// Longest that all of it may take.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Steps of the walk over the keys of one server, of a thousand keys each.
+const MOST_STEPS: usize = 500;
+
+/// Keys under the prefix that are looked at.
+const MOST_KEYS: usize = 1_000;
+
+/// Streams whose groups are looked at.
+const MOST_STREAMS: usize = 100;
+
+/// Each part is there, or why it is not.
+#[derive(Debug)]
+pub struct RedisFacts {
+    /// Every master.
+    pub servers: Vec<ServerFacts>,
+    pub keys: Result<KeyFacts, StreamsError>,
+    pub streams: Result<Vec<StreamFacts>, StreamsError>,
+}
+
+/// One server.
+#[derive(Debug)]
+pub struct ServerFacts {
+    /// `host:port`, or the name of the master and its sentinels.
+    pub name: String,
+    pub clock: Result<Clock, StreamsError>,
+    /// `INFO`.
+    pub info: Result<BTreeMap<String, String>, StreamsError>,
+    /// `CONFIG GET` of what is asked below.
+    pub config: Result<BTreeMap<String, String>, StreamsError>,
+    /// Commands that the relay needs and this user may not run, or the server does not know.
+    pub denied: Vec<String>,
+    /// Why nothing can be written at the moment.
+    pub unable: Option<String>,
+}
+
+/// The keys under the prefix.
+#[derive(Debug, Clone, Default)]
+pub struct KeyFacts {
+    pub streams: Vec<String>,
+    /// Name and type of the others.
+    pub foreign: Vec<(String, String)>,
+    /// There were too many keys to look at them all.
+    pub incomplete: bool,
+}
+
+/// A stream and its groups.
+#[derive(Debug, Clone)]
+pub struct StreamFacts {
+    pub stream: String,
+    /// How long ago its first entry was written, by the server's clock.
+    pub first_age_ms: Option<u64>,
+    pub groups: Vec<GroupInfo>,
+}
+
+impl Streams {
+    /// Looks at every master and at what stands under the prefix.
+    ///
+    /// # Errors
+    /// Redis is not reachable, or lets this user not in.
+    pub async fn examine(&self) -> Result<RedisFacts, StreamsError> {
+        let timed_out = || {
+            let source = RedisError::from((ErrorKind::Io, "it took longer than a minute"));
+            StreamsError::Unavailable { server: self.stream_of("*"), doing: DOING, source }
+        };
+        tokio::time::timeout(LIMIT, self.facts()).await.unwrap_or_else(|_| Err(timed_out()))
+    }
+
+    async fn facts(&self) -> Result<RedisFacts, StreamsError> {
+        self.ping().await?;
+        let mut servers = Vec::new();
+        for master in self.masters(DOING).await? {
+            servers.push(self.server_facts(&master).await);
+        }
+        let keys = self.key_facts().await;
+        let streams = match &keys {
+            Ok(keys) => self.stream_facts(&keys.streams).await,
+            Err(_) => Ok(Vec::new()),
+        };
+        Ok(RedisFacts { servers, keys, streams })
+    }
+
+    async fn server_facts(&self, node: &Node) -> ServerFacts {
+        let (denied, unable) = self.try_commands(node).await;
+        let info: Result<String, _> = node.query(DOING, &redis::cmd("INFO")).await;
+        ServerFacts {
+            name: node.name.to_string(),
+            clock: clock(node).await,
+            info: info.map(|text| fields(&text)),
+            config: config(node).await,
+            denied,
+            unable,
+        }
+    }
+
+    /// Runs each command of the relay where it changes nothing, on keys that do not exist: only that says for certain, with any version of Redis,
+    /// what this user may do. Redis looks at the permission before anything else, so any other error than a missing one is an answer, too.
+    async fn try_commands(&self, node: &Node) -> (Vec<String>, Option<String>) {
+        let (mut denied, mut unable) = (Vec::new(), None);
+        for (name, command) in self.commands() {
+            let Err(error) = node.query::<Value>(DOING, &command).await else { continue };
+            let (code, text) = match &error {
+                StreamsError::Refused { source, .. } | StreamsError::Unavailable { source, .. } => {
+                    (source.code().unwrap_or_default().to_owned(), source.to_string())
+                }
+                _ => continue,
+            };
+            if code == "NOPERM" || text.contains("unknown command") {
+                denied.push(name.to_owned());
+            } else if matches!(code.as_str(), "OOM" | "MISCONF" | "READONLY" | "NOREPLICAS") {
+                unable.get_or_insert(text);
+            }
+        }
+        (denied, unable)
+    }
+
+    fn commands(&self) -> Vec<(&'static str, Cmd)> {
+        let stream = self.stream_of(&format!("doctor-{}", uuid::Uuid::new_v4().simple()));
+        let marker = super::marker_key(&stream, uuid::Uuid::new_v4());
+        let words = |name: &'static str, words: &[&str]| {
+            let mut command = Cmd::new();
+            name.split(' ').chain(words.iter().copied()).for_each(|word| {
+                command.arg(word);
+            });
+            (name, command)
+        };
+        let nothing = "return 1";
+        let mut commands = vec![
+            words("PING", &[]),
+            words("SCRIPT LOAD", &[nothing]),
+            // Of `return 1`.
+            words("EVALSHA", &["e0e1f9fabfc9d4800c877a703b823ac0578ff8db", "1", &stream]),
+            words("XADD", &[&stream, "NOMKSTREAM", "*", "id", "x"]),
+            words("XRANGE", &[&stream, "-", "+", "COUNT", "1"]),
+            words("GET", &[&marker]),
+            words("SET", &[&marker, "x", "XX"]),
+            words("PEXPIRE", &[&marker, "1000"]),
+            words("TIME", &[]),
+            words("SCAN", &["0", "COUNT", "1"]),
+            words("XLEN", &[&stream]),
+            words("XINFO STREAM", &[&stream]),
+            words("XINFO GROUPS", &[&stream]),
+            words("XPENDING", &[&stream, "doctor"]),
+            words("XTRIM", &[&stream, "MAXLEN", "1000000"]),
+        ];
+        if self.replicas.is_some() {
+            commands.push(words("WAIT", &["0", "1"]));
+        }
+        commands
+    }
+
+    /// One walk over the keys, whatever their type.
+    async fn key_facts(&self) -> Result<KeyFacts, StreamsError> {
+        let pattern = format!("{}*", escape_glob(&self.prefix));
+        let mut facts = KeyFacts::default();
+        for master in self.masters(DOING).await? {
+            let (mut cursor, mut steps) = (0_u64, 0);
+            loop {
+                let mut scan = redis::cmd("SCAN");
+                scan.arg(cursor).arg("MATCH").arg(&pattern).arg("COUNT").arg(1_000);
+                let (next, keys): (u64, Vec<String>) = master.query(DOING, &scan).await?;
+                self.sort_keys(&master, keys, &mut facts).await?;
+                (cursor, steps) = (next, steps + 1);
+                let most = facts.streams.len() + facts.foreign.len() >= MOST_KEYS;
+                facts.incomplete |= cursor != 0 && (most || steps >= MOST_STEPS);
+                if cursor == 0 || facts.incomplete {
+                    break;
+                }
+            }
+        }
+        facts.streams.sort();
+        facts.streams.dedup();
+        facts.foreign.sort();
+        facts.foreign.dedup();
+        Ok(facts)
+    }
+
+    async fn sort_keys(&self, master: &Node, keys: Vec<String>, facts: &mut KeyFacts) -> Result<(), StreamsError> {
+        if keys.is_empty() {
+            return Ok(());
+        }
+        let mut pipeline = redis::pipe();
+        for key in &keys {
+            pipeline.cmd("TYPE").arg(key);
+        }
+        let types: Vec<String> = master.send(DOING, Request::Pipeline(&pipeline)).await?;
+        for (key, kind) in keys.into_iter().zip(types) {
+            match kind.as_str() {
+                "stream" if self.without_dead(&key).is_none() => facts.streams.push(key),
+                // It is gone meanwhile.
+                "stream" | "none" => {}
+                _ => facts.foreign.push((key, kind)),
+            }
+        }
+        Ok(())
+    }
+
+    async fn stream_facts(&self, streams: &[String]) -> Result<Vec<StreamFacts>, StreamsError> {
+        let mut facts = Vec::new();
+        for stream in streams.iter().take(MOST_STREAMS) {
+            let time: (u64, u64) = self.query(DOING, stream, &redis::cmd("TIME")).await?;
+            let Some(info) = self.info(stream).await? else { continue };
+            let written = info.first_id.as_deref().and_then(|id| id.split('-').next()?.parse::<u64>().ok());
+            facts.push(StreamFacts {
+                first_age_ms: written.map(|written| (time.0 * 1_000 + time.1 / 1_000).saturating_sub(written)),
+                groups: self.groups(stream).await?,
+                stream: stream.clone(),
+            });
+        }
+        Ok(facts)
+    }
+}
+
+async fn clock(node: &Node) -> Result<Clock, StreamsError> {
+    let (before, asked) = (Utc::now(), Instant::now());
+    let (seconds, micros): (i64, u32) = node.query(DOING, &redis::cmd("TIME")).await?;
+    let took = asked.elapsed();
+    let time = DateTime::from_timestamp(seconds, micros.saturating_mul(1_000)).unwrap_or_default();
+    Ok(Clock::measured(before, took, time))
+}
+
+/// `CONFIG GET` takes one name before Redis 7.
+async fn config(node: &Node) -> Result<BTreeMap<String, String>, StreamsError> {
+    let mut settings = BTreeMap::new();
+    for name in ["save", "appendfsync"] {
+        let found: Vec<String> = node.query(DOING, redis::cmd("CONFIG").arg("GET").arg(name)).await?;
+        settings.extend(found.get(1).map(|value| (name.to_owned(), value.clone())));
+    }
+    Ok(settings)
+}
+
+/// The lines `name:value`.
+fn fields(info: &str) -> BTreeMap<String, String> {
+    let lines = info.lines().filter_map(|line| line.trim_end().split_once(':'));
+    lines.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+}
+
+impl ServerFacts {
+    /// A field of `INFO`.
+    #[must_use]
+    pub fn field(&self, name: &str) -> Option<&str> {
+        self.info.as_ref().ok()?.get(name).map(String::as_str)
+    }
+
+    #[must_use]
+    pub fn number(&self, name: &str) -> Option<u64> {
+        self.field(name)?.parse().ok()
+    }
+
+    /// Replicas that are in step, or catching up by the stream of changes.
+    #[must_use]
+    pub fn replicas(&self) -> usize {
+        let Ok(info) = &self.info else { return 0 };
+        let is_replica = |name: &str| name.strip_prefix("slave").is_some_and(|number| number.parse::<u32>().is_ok());
+        info.iter().filter(|(name, value)| is_replica(name) && value.split(',').any(|part| part == "state=online")).count()
+    }
+}
