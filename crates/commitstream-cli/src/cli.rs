@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::commands::{bench, cleanup, config, dead, demo, failed, groups, migrate, publish, relay, relays, stats, tail, verify};
+use crate::commands::{
+    bench, cleanup, config, dead, demo, doctor, failed, groups, migrate, publish, relay, relays, stats, tail, verify,
+};
 
 const ABOUT: &str = "Transactional events from PostgreSQL to Redis Streams: exactly once, in order";
 
@@ -30,7 +32,8 @@ Settings come from the settings file, then the environment, then the options; th
 `commitstream config` shows what is in force. Prefer DATABASE_URL and REDIS_URL to the options: \
 a command line can be seen by other users of this computer.
 
-Exit codes: 0 done, 1 the work failed, 2 wrong use (options, settings, fields of an event).";
+Exit codes: 0 done, 1 the work failed, 2 wrong use (options, settings, fields of an event); \
+doctor: 3 warnings, 4 errors.";
 
 #[derive(Parser)]
 #[command(name = "commitstream", version, about = ABOUT, long_about = LONG_ABOUT, after_help = AFTER_HELP)]
@@ -104,6 +107,7 @@ Examples:
     Cleanup(cleanup::Args),
     Tail(tail::Args),
     Verify(verify::Args),
+    Doctor(doctor::Args),
     Bench(bench::Args),
     Config(config::Args),
 }

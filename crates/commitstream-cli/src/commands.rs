@@ -6,6 +6,7 @@ pub mod config;
 mod days;
 pub mod dead;
 pub mod demo;
+pub mod doctor;
 pub mod failed;
 pub mod groups;
 mod interrupt;
@@ -39,6 +40,7 @@ pub async fn run(command: Command, context: &Context) -> anyhow::Result<ExitCode
         Command::Cleanup(args) => cleanup::run(args, context).await,
         Command::Tail(args) => tail::run(args, context).await,
         Command::Verify(args) => verify::run(args, context).await,
+        Command::Doctor(args) => doctor::run(args, context).await,
         Command::Config(args) => config::run(args, context).await,
     }
 }

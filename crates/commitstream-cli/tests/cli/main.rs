@@ -5,6 +5,7 @@ mod bench;
 mod config;
 mod daemon;
 mod dead;
+mod doctor;
 mod flow;
 mod groups;
 mod help;

@@ -44,6 +44,8 @@ fn no_output_shows_a_password() -> Result<()> {
         &["relay", "--until-empty", "-v"],
         &["tail", "--no-follow"],
         &["verify"],
+        &["doctor"],
+        &["doctor", "--json"],
         &["config"],
         &["config", "--json"],
         &publish,
