@@ -9,6 +9,7 @@ mod flow;
 mod groups;
 mod help;
 mod http;
+mod metrics;
 mod mistakes;
 mod relays;
 mod secrets;
