@@ -34,7 +34,7 @@ bench: ## measure the speed beside baselines: under ten minutes, or twenty with 
 	@$(CARGO) run --release --quiet -p commitstream-cli --bin commitstream -- bench $(BENCH_ARGS) $(BENCH_DOCS)
 
 test: ## run all tests against a throwaway PostgreSQL and Redis (TEST_ARGS=)
-	@scripts/install-servers.sh --python
+	@scripts/install-servers.sh --tests
 	@echo "Building the tests ..."
 	@$(CARGO) test --quiet --no-run $(TEST_ARGS)
 	@echo "Running the tests against a private PostgreSQL and Redis ..."

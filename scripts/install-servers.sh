@@ -3,19 +3,20 @@
 # PostgreSQL and Redis, and a C linker for Rust. No server is started, and servers
 # that run already are not touched: Commitstream starts private ones of its own.
 #
-#   scripts/install-servers.sh [--dry-run] [--python]
+#   scripts/install-servers.sh [--dry-run] [--tests]
 #       --dry-run: say what would be done
-#       --python: also Python's Redis client, with which a test reads a stream
+#       --tests: also what only tests need: Python's Redis client, and on Debian PgBouncer
+#                and promtool, without which some of them are left out
 set -eu
 
 DRY_RUN=no
-PYTHON=no
+TESTS=no
 for option in "$@"; do
     case $option in
     --dry-run) DRY_RUN=yes ;;
-    --python) PYTHON=yes ;;
+    --tests) TESTS=yes ;;
     *)
-        echo "usage: scripts/install-servers.sh [--dry-run] [--python]" >&2
+        echo "usage: scripts/install-servers.sh [--dry-run] [--tests]" >&2
         exit 2
         ;;
     esac
@@ -60,11 +61,15 @@ missing_linker() { ! has cc; }
 # The places where the test crates/commitstream/tests/it/python.rs looks: change both together.
 VENV=target/python
 missing_python() {
-    [ "$PYTHON" = yes ] || return 1
+    [ "$TESTS" = yes ] || return 1
     for python in "$VENV/bin/python3" python3 /usr/bin/python3; do
         ! "$python" -c 'import redis' 2>/dev/null || return 1
     done
 }
+
+# PgBouncer is in /usr/sbin, which is not in everybody's PATH.
+missing_pgbouncer() { [ "$TESTS" = yes ] && has apt-get && ! has pgbouncer && [ ! -x /usr/sbin/pgbouncer ]; }
+missing_promtool() { [ "$TESTS" = yes ] && has apt-get && ! has promtool; }
 
 missing=
 if missing_postgres; then missing="$missing PostgreSQL"; fi
@@ -72,6 +77,8 @@ if missing_psql; then missing="$missing psql"; fi
 if missing_redis; then missing="$missing Redis"; fi
 if missing_linker; then missing="$missing C-linker"; fi
 if missing_python; then missing="$missing redis-py"; fi
+if missing_pgbouncer; then missing="$missing PgBouncer"; fi
+if missing_promtool; then missing="$missing promtool"; fi
 
 # apt-get with the package's usual habits held back: it would create a database cluster
 # and start services. Both measures are undone at the end, also after a failure.
@@ -105,6 +112,8 @@ install_debian() {
     if missing_redis; then packages="$packages redis-server redis-tools"; fi
     if missing_linker; then packages="$packages gcc libc6-dev"; fi
     if missing_python; then packages="$packages python3-redis"; fi
+    if missing_pgbouncer; then packages="$packages pgbouncer"; fi
+    if missing_promtool; then packages="$packages prometheus"; fi
     packages=${packages# }
     say "Installing with apt-get: $packages"
     [ "$DRY_RUN" = no ] || exit 0

@@ -10,6 +10,7 @@
 //! * [`relay`]: [`OutboxProcessor`](relay::OutboxProcessor) moves committed events to Redis Streams, in the application or as the daemon
 //!   `commitstream relay`.
 //! * [`consumer`]: handlers of events, in order per aggregate, whose effect happens once.
+//! * [`metrics`] says what is measured, through the facade of that name.
 //! * [`verify`] audits the outbox against the streams.
 //! * [`doctor`] examines both servers for known causes of trouble.
 //! * [`outbox`] holds all SQL, [`streams`] all Redis commands, [`config`] all settings.
@@ -56,6 +57,7 @@ pub mod config;
 pub mod consumer;
 pub mod doctor;
 pub mod event;
+pub mod metrics;
 pub mod outbox;
 pub mod publisher;
 pub mod relay;

@@ -1,20 +1,25 @@
 //! `commitstream relay`
 
 mod drain;
+mod monitor;
+mod progress;
 
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use commitstream::config::{Settings, redact_url};
 use commitstream::outbox::OutboxError;
 use commitstream::relay::{OutboxProcessor, RelayHandle};
 use commitstream::streams::StreamsError;
+use monitor::Monitor;
+pub use progress::Progress;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::context::{self, Context};
 use crate::failure::{self, WrongUse};
-use crate::http::{self, HttpServer};
+use crate::http::{self, HttpServer, Shared};
 use crate::output::{age, plural};
 use crate::spans::Spans;
 
@@ -66,13 +71,26 @@ async fn relay(
     context: &Context,
 ) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::new()?;
+    // Before the relay is made: it looks its metrics up once.
+    let metrics = listener.is_some().then(http::record_metrics).transpose()?;
     let mut relay = OutboxProcessor::new(settings.clone())?.start();
     let status = relay.watch();
-    let server = listener.map(|listener| HttpServer::start(listener, settings, status.clone())).transpose()?;
+    let monitor = if until_empty { None } else { Monitor::start(settings, status.clone(), metrics.clone()) };
+    let server = match (listener, metrics, &monitor) {
+        (Some(listener), Some(metrics), Some(monitor)) => {
+            let settings = Arc::new(settings.clone());
+            let shared = Shared { settings, status: status.clone(), progress: monitor.progress(), metrics };
+            Some(HttpServer::start(listener, shared)?)
+        }
+        _ => None,
+    };
     tokio::select! {
         ended = relay.ended() => return ended.map(|()| ExitCode::SUCCESS).map_err(Into::into),
         drained = drain::wait(settings, status.clone()), if until_empty => return stop_drained(context, relay, drained).await,
         name = signals.next() => tracing::info!("{name}: settling what is in flight, then stopping; a second signal stops at once"),
+    }
+    if let Some(monitor) = &monitor {
+        monitor.stopping();
     }
     tokio::select! {
         ended = relay.stop() => ended?,

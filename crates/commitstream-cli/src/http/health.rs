@@ -1,5 +1,7 @@
 //! `/livez` and `/readyz`: 200 or 503, and why, for probes and for people.
 
+use std::time::{Duration, Instant};
+
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -35,7 +37,8 @@ impl IntoResponse for Health {
 
 /// Fails where a restart may help.
 pub async fn livez(State(shared): State<Shared>) -> impl IntoResponse {
-    live(&shared.status.borrow())
+    let stalled = shared.progress.borrow().stalled(Instant::now(), shared.settings.http.stalled_after);
+    live(&shared.status.borrow(), stalled)
 }
 
 /// Succeeds while both servers can be used.
@@ -43,9 +46,14 @@ pub async fn readyz(State(shared): State<Shared>) -> impl IntoResponse {
     ready(&shared.status.borrow())
 }
 
-fn live(status: &RelayStatus) -> Health {
-    match &status.state {
-        RelayState::Stopped => Health::new(status, false, "the relay has ended"),
+/// A restart mends a relay that stands still though both servers answer it. It brings back no server, and no event that was refused.
+fn live(status: &RelayStatus, stalled: Option<Duration>) -> Health {
+    match (&status.state, stalled) {
+        (RelayState::Stopped, _) => Health::new(status, false, "the relay has ended"),
+        (RelayState::Active, Some(stalled)) => {
+            let reason = format!("events are due, and none was settled for {} s", stalled.as_secs());
+            Health::new(status, false, reason)
+        }
         _ => Health::new(status, true, "the relay runs"),
     }
 }

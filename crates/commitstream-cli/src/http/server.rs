@@ -3,22 +3,18 @@
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::StatusCode;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use commitstream::config::{Loaded, Settings, Source};
-use commitstream::relay::RelayStatus;
+use commitstream::config::{Loaded, Source};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
-use metrics_exporter_prometheus::PrometheusBuilder;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
@@ -75,11 +71,9 @@ pub struct HttpServer {
 }
 
 impl HttpServer {
-    /// Starts it on an address that is bound. From then on, metrics are recorded.
-    pub fn start(listener: TcpListener, settings: &Settings, status: watch::Receiver<RelayStatus>) -> anyhow::Result<Self> {
-        let metrics = PrometheusBuilder::new().install_recorder().context("cannot record metrics")?;
+    /// Starts it on an address that is bound.
+    pub fn start(listener: TcpListener, shared: Shared) -> anyhow::Result<Self> {
         tracing::info!("health and metrics on http://{}: /livez, /readyz, /metrics", listener.local_addr()?);
-        let shared = Shared { settings: Arc::new(settings.clone()), status, metrics };
         let (stop, stopped) = watch::channel(());
         Ok(Self { stop, task: tokio::spawn(serve(listener, limited(super::routes(shared)), stopped)) })
     }

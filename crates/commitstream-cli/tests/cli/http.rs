@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::UnixDatagram;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -11,15 +12,19 @@ use serde_json::Value;
 use crate::support::{PATIENCE, Running, World, eventually, finish};
 
 /// A relay with a server on a free port.
-struct Daemon {
+pub struct Daemon {
     relay: Running,
     address: String,
 }
 
 impl Daemon {
-    fn start(world: &World) -> Result<Self> {
+    pub fn start(world: &World) -> Result<Self> {
+        Self::with(world, &[])
+    }
+
+    pub fn with(world: &World, env: &[(&str, &str)]) -> Result<Self> {
         let mut command = world.command(&["relay"]);
-        command.env("HTTP_LISTEN", "127.0.0.1:0");
+        command.env("HTTP_LISTEN", "127.0.0.1:0").envs(env.iter().copied());
         let mut relay = Running::new(command)?;
         let said = relay.says("health and metrics on http://")?;
         let (_, rest) = said.split_once("http://").context("an address")?;
@@ -28,7 +33,7 @@ impl Daemon {
     }
 
     /// Status and body.
-    fn get(&self, path: &str) -> Result<(u16, String)> {
+    pub fn get(&self, path: &str) -> Result<(u16, String)> {
         let mut stream = TcpStream::connect(&self.address)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         write!(stream, "GET {path} HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n")?;
@@ -39,12 +44,12 @@ impl Daemon {
         Ok((status, body.to_owned()))
     }
 
-    fn health(&self, path: &str) -> Result<(u16, Value)> {
+    pub fn health(&self, path: &str) -> Result<(u16, Value)> {
         let (status, body) = self.get(path)?;
         Ok((status, serde_json::from_str(&body).with_context(|| body.clone())?))
     }
 
-    fn end(mut self) -> Result<()> {
+    pub fn end(mut self) -> Result<()> {
         self.relay.signal("TERM")?;
         ensure!(self.relay.ended()?.code == Some(0), "it ends well");
         Ok(())
@@ -127,5 +132,64 @@ fn where_the_default_address_is_in_use_a_relay_works_without() -> Result<()> {
     relay.says("relay is active")?;
     relay.signal("TERM")?;
     assert_eq!(relay.ended()?.code, Some(0));
+    Ok(())
+}
+
+#[test]
+fn a_relay_that_stands_still_while_events_are_due_is_not_live() -> Result<()> {
+    let world = World::new()?;
+    let daemon = Daemon::with(&world, &[("HTTP_STALLED_AFTER", "1s")])?;
+    eventually("the relay to be active", || Ok(daemon.health("/readyz")?.1["state"] == "active"))?;
+    // Claims wait for the lease rows; everything else goes on.
+    let url = world.database.url().to_owned();
+    let holds = std::thread::spawn(move || psql(&url, "BEGIN; SELECT FROM outbox_lease FOR UPDATE; SELECT pg_sleep(6); COMMIT"));
+    let waits = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'";
+    eventually("the lock", || Ok(world.database.psql(waits)? == "1\n"))?;
+    world.publish_user("1")?;
+    let mut reason = String::new();
+    eventually("the relay to be found dead", || {
+        let (status, live) = daemon.health("/livez")?;
+        reason = live["reason"].to_string();
+        Ok(status == 503)
+    })?;
+    assert!(reason.contains("events are due, and none was settled for"), "{reason}");
+    holds.join().map_err(|_| anyhow::anyhow!("psql panicked"))??;
+    eventually("the relay to live", || Ok(daemon.health("/livez")?.0 == 200))?;
+    daemon.end()
+}
+
+fn psql(url: &str, sql: &str) -> Result<()> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let mut connection = <sqlx::PgConnection as sqlx::Connection>::connect(url).await?;
+        sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&mut connection).await?;
+        Ok(())
+    })
+}
+
+#[test]
+fn systemd_hears_that_it_is_up_alive_and_about_to_stop() -> Result<()> {
+    let world = World::new()?;
+    let path = std::env::temp_dir().join(format!("commitstream-notify-{}", std::process::id()));
+    let socket = UnixDatagram::bind(&path)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    let hears = |wanted: &str| -> Result<()> {
+        loop {
+            let mut message = [0; 1024];
+            let size = socket.recv(&mut message)?;
+            if std::str::from_utf8(&message[..size])?.lines().any(|line| line == wanted) {
+                return Ok(());
+            }
+        }
+    };
+    let mut command = world.command(&["relay"]);
+    command.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "300000");
+    let mut relay = Running::new(command)?;
+    for wanted in ["READY=1", "WATCHDOG=1", "STATUS=active", "WATCHDOG=1"] {
+        hears(wanted).with_context(|| wanted.to_owned())?;
+    }
+    relay.signal("TERM")?;
+    hears("STOPPING=1")?;
+    assert_eq!(relay.ended()?.code, Some(0));
+    std::fs::remove_file(&path)?;
     Ok(())
 }

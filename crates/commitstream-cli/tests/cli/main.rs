@@ -10,6 +10,7 @@ mod flow;
 mod groups;
 mod help;
 mod http;
+mod metrics;
 mod mistakes;
 mod otlp;
 mod relays;

@@ -213,7 +213,7 @@ impl Consumer {
         let connection = Streams::new(url, &self.settings.redis)?;
         let (stop, stopped) = watch::channel(false);
         let streams: Vec<Arc<str>> = routes.keys().map(|of| connection.stream_of(of).into()).collect();
-        let (reporters, status) = Reporter::all(&streams);
+        let (reporters, status) = Reporter::all(&streams, &self.group);
         let handlers: Arc<[Arc<dyn AnyHandler>]> = all.into();
         let settings = Arc::new(self.settings.consumer);
         let mut tasks = JoinSet::new();

@@ -3,6 +3,8 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
+use crate::metrics::ConsumerMetrics;
+
 /// What a consumer is doing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -40,6 +42,7 @@ pub struct ConsumerStatus {
 pub(super) struct Reporter {
     stream: Arc<str>,
     shared: Arc<watch::Sender<Inner>>,
+    metrics: ConsumerMetrics,
 }
 
 #[derive(Debug, Clone)]
@@ -80,7 +83,7 @@ impl Inner {
 
 impl Reporter {
     /// One for each stream, and what they say together.
-    pub fn all(streams: &[Arc<str>]) -> (Vec<Reporter>, watch::Receiver<Inner>) {
+    pub fn all(streams: &[Arc<str>], group: &str) -> (Vec<Reporter>, watch::Receiver<Inner>) {
         let fresh = || StreamState { state: ConsumerState::Connecting, in_hand: (0, 0) };
         let inner = Inner {
             streams: streams.iter().map(|stream| (Arc::clone(stream), fresh())).collect(),
@@ -91,7 +94,12 @@ impl Reporter {
         };
         let shared = Arc::new(watch::Sender::new(inner));
         let changes = shared.subscribe();
-        (streams.iter().map(|stream| Self { stream: Arc::clone(stream), shared: Arc::clone(&shared) }).collect(), changes)
+        let reporter = |stream: &Arc<str>| Self {
+            stream: Arc::clone(stream),
+            shared: Arc::clone(&shared),
+            metrics: ConsumerMetrics::new(stream, group),
+        };
+        (streams.iter().map(reporter).collect(), changes)
     }
 
     /// Logs each change of state once, with its first reason.
@@ -108,6 +116,7 @@ impl Reporter {
     }
 
     pub fn in_hand(&self, in_hand: (usize, usize)) {
+        self.metrics.in_hand(in_hand.0);
         self.shared.send_if_modified(|inner| {
             let Some(stream) = inner.streams.get_mut(&self.stream) else { return false };
             std::mem::replace(&mut stream.in_hand, in_hand) != in_hand
@@ -115,18 +124,22 @@ impl Reporter {
     }
 
     pub fn handled(&self, events: usize) {
+        self.metrics.handled(events);
         self.shared.send_modify(|inner| inner.handled += events as u64);
     }
 
     pub fn skipped(&self) {
+        self.metrics.skipped();
         self.shared.send_modify(|inner| inner.skipped += 1);
     }
 
     pub fn failed(&self) {
+        self.metrics.failed();
         self.shared.send_modify(|inner| inner.failed += 1);
     }
 
     pub fn dead(&self) {
+        self.metrics.dead();
         self.shared.send_modify(|inner| inner.dead += 1);
     }
 }

@@ -1,3 +1,5 @@
+use std::time::{Duration, Instant};
+
 use chrono::{DateTime, Utc};
 use futures_util::TryStreamExt;
 use sqlx::postgres::PgRow;
@@ -66,6 +68,10 @@ pub struct Batch {
     pub stream: String,
     pub aggregate_type: String,
     pub events: Vec<OutboxEvent>,
+    /// Age of its oldest event when it was claimed, by the database's clock.
+    pub age: Duration,
+    /// When its claim began, which is a little before that age was taken.
+    pub claimed: Instant,
 }
 
 /// The outbox row as a model: one claimed event.
@@ -144,7 +150,7 @@ WITH open AS MATERIALIZED (
           WHERE relay_id = $2 AND epoch = $3 AND EXISTS (SELECT 1 FROM candidates) FOR KEY SHARE) AS l
 ), batches AS MATERIALIZED (
     SELECT gen_random_uuid() AS batch_id, aggregate_type, (n - 1) / $12 AS chunk, array_agg(id ORDER BY seq) AS event_ids,
-           min(seq) AS first_seq, bit_or(1::bigint << partition_no::int) AS partitions
+           min(seq) AS first_seq, min(created_at) AS oldest, bit_or(1::bigint << partition_no::int) AS partitions
     FROM candidates WHERE {claimed} GROUP BY chunk, aggregate_type
 ), journal AS (
     INSERT INTO {s}.outbox_batch (batch_id, relay_id, epoch, stream, event_ids, partitions)
@@ -164,7 +170,7 @@ SELECT 'H' AS kind, count(*) = 0 OR (SELECT held FROM lease) AS held, pg_current
        NULL AS payload, '' AS headers
 FROM candidates
 UNION ALL
-SELECT 'B', NULL, NULL, NULL, chunk, NULL, batch_id, NULL, aggregate_type, NULL, NULL, NULL, NULL, NULL, NULL, '' FROM batches
+SELECT 'B', NULL, NULL, NULL, chunk, (extract(epoch FROM clock_timestamp() - oldest) * 1000000)::bigint, batch_id, NULL, aggregate_type, NULL, NULL, NULL, NULL, NULL, NULL, '' FROM batches
 UNION ALL
 SELECT 'E', NULL, NULL, partition_no, (n - 1) / $12, seq, id, event_type, aggregate_type, aggregate_id, occurred_at, retry_count,
        payload_bytes, was_waiting,
@@ -182,7 +188,7 @@ const CLAIMED: &str = "NOT blocked AND (running <= $11 OR n = 1) AND (SELECT hel
 /// A row of `candidates`, of the relay's own partitions.
 const EVENT: &str =
     "e.seq, e.id, e.event_type, e.aggregate_type, e.aggregate_id, e.partition_no, e.retry_count, e.payload, e.headers,
-    e.payload_bytes, COALESCE(e.occurred_at, e.created_at) AS occurred_at, e.next_retry_at IS NOT NULL AS was_waiting,
+    e.payload_bytes, e.created_at, COALESCE(e.occurred_at, e.created_at) AS occurred_at, e.next_retry_at IS NOT NULL AS was_waiting,
     e.next_retry_at IS NULL AND (EXISTS (
         SELECT 1 FROM {s}.event_outbox b
         WHERE b.aggregate_type = e.aggregate_type AND b.aggregate_id = e.aggregate_id AND b.seq < e.seq
@@ -231,8 +237,9 @@ impl OutboxRepository {
             .bind(request.looks_back)
             .fetch(connection);
         let mut answer = Answer::default();
+        let begun = Instant::now();
         while let Some(row) = rows.try_next().await.map_err(self.error("claiming events"))? {
-            answer.take_in(&row, &request.stream_prefix).map_err(self.error("reading claimed events"))?;
+            answer.take_in(&row, &request.stream_prefix, begun).map_err(self.error("reading claimed events"))?;
         }
         Ok(answer.into_claim(request.max_events))
     }
@@ -252,7 +259,7 @@ struct Answer {
 }
 
 impl Answer {
-    fn take_in(&mut self, row: &PgRow, stream_prefix: &str) -> Result<(), sqlx::Error> {
+    fn take_in(&mut self, row: &PgRow, stream_prefix: &str, begun: Instant) -> Result<(), sqlx::Error> {
         match row.try_get(column::KIND)? {
             "H" => {
                 self.claim.held = row.try_get(column::HELD)?;
@@ -263,7 +270,7 @@ impl Answer {
             }
             "B" => {
                 self.numbers.push(row.try_get(column::N)?);
-                self.claim.batches.push(batch_of(row, stream_prefix)?);
+                self.claim.batches.push(batch_of(row, stream_prefix, begun)?);
             }
             "E" => {
                 let (number, of): (i64, &str) = (row.try_get(column::N)?, row.try_get(column::AGGREGATE_TYPE)?);
@@ -303,6 +310,7 @@ mod column {
     /// Of an event, in place of `LOOKED_AT`.
     pub const PARTITION: usize = 3;
     pub const N: usize = 4;
+    /// Of a batch, its age in microseconds.
     pub const SEQ: usize = 5;
     pub const ID: usize = 6;
     pub const EVENT_TYPE: usize = 7;
@@ -316,10 +324,12 @@ mod column {
     pub const HEADERS: usize = 15;
 }
 
-fn batch_of(row: &PgRow, stream_prefix: &str) -> Result<Batch, sqlx::Error> {
+fn batch_of(row: &PgRow, stream_prefix: &str, claimed: Instant) -> Result<Batch, sqlx::Error> {
     let aggregate_type: String = row.try_get(column::AGGREGATE_TYPE)?;
     let stream = format!("{stream_prefix}{aggregate_type}");
-    Ok(Batch { id: row.try_get(column::ID)?, stream, aggregate_type, events: Vec::new() })
+    // `created_at` may be set by whoever inserts, and be in the future.
+    let age = Duration::from_micros(u64::try_from(row.try_get::<i64, _>(column::SEQ)?).unwrap_or(0));
+    Ok(Batch { id: row.try_get(column::ID)?, stream, aggregate_type, events: Vec::new(), age, claimed })
 }
 
 fn event_of(row: &PgRow) -> Result<OutboxEvent, sqlx::Error> {

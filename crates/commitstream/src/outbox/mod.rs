@@ -5,6 +5,7 @@
 
 mod admin;
 mod audit;
+mod backlog;
 mod claim;
 mod cleanup;
 mod connection;
@@ -23,6 +24,7 @@ mod wake;
 
 pub use admin::{FailedEvent, Selection};
 pub use audit::{Finding, Findings};
+pub use backlog::Backlog;
 pub use claim::{Batch, Claim, ClaimRequest, OutboxEvent};
 pub use connection::connect;
 pub use days::{Fate, Overdue};

@@ -1,3 +1,6 @@
+use std::collections::HashMap;
+use std::sync::Arc;
+
 use futures_util::future::{BoxFuture, FutureExt};
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -5,6 +8,7 @@ use uuid::Uuid;
 use super::{DomainEventPublisher, PublishError, envelopes_of, ids_of};
 use crate::config::Settings;
 use crate::event::{DomainEvent, EventEnvelope};
+use crate::metrics::{Events, Outcome};
 use crate::streams::{NotPublished, Streams};
 
 /// Appends events straight to Redis Streams. Injected on its own, it forces streams even for a critical event.
@@ -15,6 +19,7 @@ use crate::streams::{NotPublished, Streams};
 pub struct RedisStreamsPublisher {
     streams: Streams,
     max_payload_bytes: usize,
+    events: Arc<Events>,
 }
 
 impl RedisStreamsPublisher {
@@ -24,7 +29,11 @@ impl RedisStreamsPublisher {
     /// There is no Redis URL, or it is malformed.
     pub fn new(settings: &Settings) -> Result<Self, PublishError> {
         let url = settings.redis.url.as_deref().ok_or(PublishError::MissingUrl("REDIS_URL (app.redis.url)"))?;
-        Ok(Self { streams: Streams::new(url, &settings.redis)?, max_payload_bytes: settings.publishing.max_payload_bytes })
+        Ok(Self {
+            streams: Streams::new(url, &settings.redis)?,
+            max_payload_bytes: settings.publishing.max_payload_bytes,
+            events: Arc::new(Events::new("streams")),
+        })
     }
 
     /// Publishes one event; no database connection is needed. Returns its id.
@@ -47,7 +56,17 @@ impl RedisStreamsPublisher {
 
     /// Sends envelopes that were checked already.
     pub(super) async fn send(&self, envelopes: &[EventEnvelope]) -> Result<(), NotPublished> {
-        self.streams.publish(envelopes).await
+        let sent = self.streams.publish(envelopes).await;
+        let failed: HashMap<Uuid, &str> = match &sent {
+            Ok(()) => HashMap::new(),
+            Err(not_published) => {
+                not_published.unconfirmed.iter().map(|failed| (failed.id, failed.event_type.as_str())).collect()
+            }
+        };
+        let published = envelopes.iter().filter(|envelope| !failed.contains_key(&envelope.id));
+        self.events.count(published.map(|envelope| envelope.event_type.as_str()), Outcome::Published);
+        self.events.count(failed.into_values(), Outcome::Failed);
+        sent
     }
 }
 

@@ -86,8 +86,14 @@ async fn until_known(
     let mut in_outage = None;
     loop {
         crash_window!("before-append");
-        let outage = match streams.append(batch, behind.at(Instant::now()), sendable, life).await {
+        let began = Instant::now();
+        let answer = streams.append(batch, behind.at(began), sendable, life).await;
+        reporter.metrics.append.record(began.elapsed());
+        let outage = match answer {
             Ok(appended) => {
+                if unknown && appended.last_entry.is_none() {
+                    prevented(reporter, &appended.marker);
+                }
                 crash_window!("after-append");
                 drop(in_outage);
                 reporter.able();
@@ -102,14 +108,25 @@ async fn until_known(
                 Ok(Marker::Aborted) => {
                     return Ok(Appended { marker: Marker::Appended(0), last_entry: None, refusal: None });
                 }
-                Ok(marker) => return Ok(Appended { marker, last_entry: None, refusal: None }),
+                Ok(marker) => {
+                    prevented(reporter, &marker);
+                    return Ok(Appended { marker, last_entry: None, refusal: None });
+                }
                 Err(error) => error,
             },
         };
         unknown |= matches!(outage, StreamsError::OutcomeUnknown { .. } | StreamsError::NotReplicated { .. });
         in_outage.get_or_insert_with(|| reporter.outage());
+        crate::metrics::redis_failed(&outage);
         reporter.unable(&outage);
         tokio::time::sleep(backoff.next()).await;
+    }
+}
+
+/// An earlier call whose answer was lost had been carried out; the marker kept this one from appending again.
+fn prevented(reporter: &Reporter, marker: &Marker) {
+    if let Marker::Appended(events) = marker {
+        reporter.metrics.prevented.increment(*events as u64);
     }
 }
 

@@ -95,7 +95,14 @@ impl Table {
         found.truncate(limit);
         let cut_at = found.last().copied().filter(|_| found.len() == limit);
         let events: Vec<_> = found.into_iter().map(event).collect();
-        let batch = Batch { id: Uuid::nil(), stream: String::new(), aggregate_type: String::new(), events };
+        let batch = Batch {
+            id: Uuid::nil(),
+            stream: String::new(),
+            aggregate_type: String::new(),
+            events,
+            age: Default::default(),
+            claimed: std::time::Instant::now(),
+        };
         let batches = if batch.events.is_empty() { Vec::new() } else { vec![batch] };
         Claim { held: true, batches, snapshot: Some(now.text()), cut_at, ..Claim::default() }
     }

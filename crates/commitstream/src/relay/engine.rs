@@ -20,6 +20,7 @@ use super::session::{SessionError, bounded};
 use super::sleep::SleepLock;
 use super::status::Reporter;
 use crate::config::{AfterFailure, Settings};
+use crate::metrics::Outcome;
 use crate::outbox::{Batch, Claim, ClaimRequest, Lease, OutboxError, OutboxRepository, Refusal};
 use crate::streams::{Streams, StreamsError};
 
@@ -193,9 +194,12 @@ impl Engine {
         {
             let (outbox, limit) = (self.outbox.clone(), self.settings.database.timeout);
             let after = after_publishing(&self.settings.outbox.cleanup);
+            let metrics = self.reporter.metrics.clone();
             let settle = async move {
                 crash_window!("before-settle");
+                let began = Instant::now();
                 let settled = bounded("settling batches", limit, outbox.settle(&mut connection, &settlements, after)).await?;
+                metrics.settle.record(began.elapsed());
                 crash_window!("after-settle");
                 // Fewer means that another relay has resolved some of them.
                 let all = usize::try_from(settled).is_ok_and(|settled| settled == settlements.len());
@@ -257,6 +261,7 @@ impl Engine {
 
     fn on_claimed(&mut self, (connection, claim): (PgConnection, Claim)) -> Result<(), SessionError> {
         self.claims = Some(connection);
+        self.reporter.metrics.claim.record(self.claim_started.elapsed());
         if !claim.held {
             return Err(SessionError::LeaseLost);
         }
@@ -298,6 +303,7 @@ impl Engine {
         match ended {
             Ended::Known { batch, appended, last_entry, refusals } => {
                 refusals.iter().for_each(|refusal| log_refusal(&batch, refusal));
+                self.measure(&batch, appended, &refusals);
                 if appended > 0 {
                     self.chains.appended(&batch.stream, batch.id, Instant::now());
                 }
@@ -306,6 +312,20 @@ impl Engine {
             }
             Ended::Lost(error) => Err(SessionError::Streams(error)),
             Ended::TakenOver => Err(SessionError::LeaseLost),
+        }
+    }
+
+    fn measure(&self, batch: &Batch, appended: usize, refusals: &[Refusal]) {
+        let metrics = &self.reporter.metrics;
+        if appended > 0 {
+            metrics.latency.record(batch.age + batch.claimed.elapsed());
+            metrics.batch_events.record(appended as f64);
+            metrics.events.count(batch.events.iter().take(appended).map(|event| event.event_type.as_str()), Outcome::Published);
+        }
+        for refusal in refusals {
+            let outcome = if refusal.retry_after.is_some() { Outcome::Refused } else { Outcome::Failed };
+            let of_this = batch.events.iter().filter(|event| event.id == refusal.event_id);
+            metrics.events.count(of_this.map(|event| event.event_type.as_str()), outcome);
         }
     }
 

@@ -63,6 +63,7 @@ use uuid::Uuid;
 
 use crate::backoff::Backoff;
 use crate::config::{ConfigError, Settings};
+use crate::metrics;
 use crate::outbox::{self, OutboxError, OutboxRepository, OutboxStats};
 use crate::streams::{Streams, StreamsError};
 use session::{Relay, SessionError};
@@ -153,6 +154,11 @@ async fn supervise(relay: Relay) -> Result<(), RelayError> {
         let got_on = relay.reporter.status().published > published;
         if got_on || started.elapsed() > relay.settings.outbox.processor.lease_duration {
             backoff = Backoff::default();
+        }
+        match &error {
+            SessionError::Outbox(error) => metrics::postgres_failed(error),
+            SessionError::Streams(error) => metrics::redis_failed(error),
+            SessionError::LeaseLost | SessionError::SteppedDown => {}
         }
         relay.reporter.unable(&error);
         tokio::select! {

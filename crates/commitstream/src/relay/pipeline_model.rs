@@ -62,6 +62,8 @@ impl World {
             stream: "events:user".into(),
             aggregate_type: "user".into(),
             events: chunk.iter().map(|seq| event(*seq, self.table[seq].aggregate)).collect(),
+            age: Default::default(),
+            claimed: std::time::Instant::now(),
         };
         picked.chunks(3).map(batch).collect()
     }

@@ -14,6 +14,7 @@ use uuid::Uuid;
 use super::cleanup::after_publishing;
 use super::session::{Relay, SessionError, bounded};
 use crate::backoff::Backoff;
+use crate::metrics::{OTHER, Outcome, redis_failed};
 use crate::outbox::{JournalBatch, OpenBatch, Partitions, Requeued, Settlement};
 use crate::streams::{Marker, Presence, StreamsError};
 
@@ -45,7 +46,10 @@ impl Relay {
         bounded("settling recovered batches", self.timeout(), self.outbox.settle(connection, &settlements, after)).await?;
         crash_window!("after-recovery");
         let appended: i32 = settlements.iter().map(|settlement| settlement.appended).sum();
-        self.reporter.count(u64::try_from(appended).unwrap_or(0), 0, 0);
+        let appended = u64::try_from(appended).unwrap_or(0);
+        self.reporter.count(appended, 0, 0);
+        self.reporter.metrics.prevented.increment(appended);
+        self.reporter.metrics.events.add(OTHER, appended, Outcome::Published);
         Ok(())
     }
 
@@ -157,6 +161,7 @@ impl Relay {
 
     /// Redis is asked until it answers. Who is told to stop meanwhile drops this.
     async fn wait_out(&self, error: &StreamsError, backoff: &mut Backoff) {
+        redis_failed(error);
         self.reporter.unable(error);
         tokio::time::sleep(backoff.next()).await;
     }

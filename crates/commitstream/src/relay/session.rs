@@ -113,6 +113,7 @@ impl Relay {
     async fn wait_for_redis(&self, membership: &mut Membership) -> Result<(), SessionError> {
         let mut backoff = Backoff::default();
         while let Err(error) = self.streams.ping().await {
+            crate::metrics::redis_failed(&error);
             self.reporter.unable(&error);
             membership.announce().await?;
             tokio::time::sleep(backoff.next()).await;

@@ -7,6 +7,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use crate::chain::chain;
+use crate::metrics::RelayMetrics;
 
 /// What the relay is doing.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,6 +66,7 @@ pub(super) struct Reporter {
     status: Arc<watch::Sender<RelayStatus>>,
     /// Appends that cannot get on: while there is one, another one's success says nothing.
     outages: Arc<AtomicU32>,
+    pub metrics: Arc<RelayMetrics>,
 }
 
 /// One append is in an outage for as long as this lives.
@@ -87,7 +89,10 @@ impl Reporter {
             failed: 0,
             republished: 0,
         };
-        Self { status: Arc::new(watch::Sender::new(status)), outages: Arc::default() }
+        let metrics = Arc::new(RelayMetrics::new());
+        metrics.state(&status.state);
+        metrics.partitions.set(0);
+        Self { status: Arc::new(watch::Sender::new(status)), outages: Arc::default(), metrics }
     }
 
     pub fn subscribe(&self) -> watch::Receiver<RelayStatus> {
@@ -97,6 +102,7 @@ impl Reporter {
     pub fn state(&self, state: RelayState) {
         self.status.send_if_modified(|status| {
             let changed = status.state != state;
+            self.metrics.state(&state);
             // Attempts of one outage fail for several reasons in turn; the log has its first one.
             if std::mem::discriminant(&status.state) != std::mem::discriminant(&state) {
                 log(&status.relay_id, &state);
@@ -141,11 +147,13 @@ impl Reporter {
                 tracing::info!(relay = %status.relay_id, partitions, before = status.partitions, "share of the 64 partitions changed");
             }
             status.partitions = partitions;
+            self.metrics.partitions.set(partitions);
             changed
         });
     }
 
     pub fn republished(&self, events: u64) {
+        self.metrics.republished.increment(events);
         self.status.send_modify(|status| status.republished += events);
     }
 

@@ -23,7 +23,7 @@ impl PgBouncer {
             .into_iter()
             .find(|path| Path::new(path).exists())
         else {
-            println!("left out: pgbouncer is not installed");
+            println!("left out: pgbouncer is not installed; on Debian scripts/install-servers.sh --tests installs it");
             return Ok(None);
         };
         let (login, place) = world.database.url().rsplit_once('@').context("a login")?;

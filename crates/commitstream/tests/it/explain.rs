@@ -391,6 +391,21 @@ async fn recovery_and_leases_go_by_index() -> Result<()> {
     Ok(())
 }
 
+/// What a daemon reads every few seconds.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_backlog_goes_by_index() -> Result<()> {
+    for case in CASES {
+        let (world, mut connection) = populated(case).await?;
+        let backlog = world.outbox.backlog(&mut connection, Uuid::nil()).await?;
+        assert_eq!((backlog.events, backlog.failed, backlog.open_batches), (1_972, 28, 0));
+        assert!(backlog.oldest.is_some() && backlog.oldest_due.is_none(), "{backlog:?}");
+        let plans = plans(&mut connection, "own AS MATERIALIZED", &format!("100000, '{}'", Uuid::nil())).await?;
+        assert_indexes(&plans, TABLE, &[(PENDING, ""), (FAILED, "")]);
+        assert_indexes(&plans, "outbox_batch", &[("idx_outbox_batch_open", "")]);
+    }
+    Ok(())
+}
+
 /// The look-up after a failover of Redis.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_look_up_goes_by_index() -> Result<()> {

@@ -10,12 +10,12 @@ use serde_json::{Value, json};
 use crate::events::{envelope, user};
 use crate::support::World;
 
-/// A Python that has the client, in the places where `scripts/install-servers.sh --python` looks.
+/// A Python that has the client, in the places where `scripts/install-servers.sh --tests` looks.
 fn python() -> Result<&'static str> {
     let places = [concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/python/bin/python3"), "python3", "/usr/bin/python3"];
     let has_client =
         |python: &&str| Command::new(python).args(["-c", "import redis"]).output().is_ok_and(|output| output.status.success());
-    places.into_iter().find(has_client).context("no Python has redis-py: run scripts/install-servers.sh --python")
+    places.into_iter().find(has_client).context("no Python has redis-py: run scripts/install-servers.sh --tests")
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,0 +1,125 @@
+//! Looks after the relay from outside: reads the backlog on a connection of its own, notices when nothing gets on, tells systemd.
+
+use std::convert::Infallible;
+use std::time::{Duration, Instant};
+
+use commitstream::config::Settings;
+use commitstream::metrics::set_backlog;
+use commitstream::outbox::Backlog;
+use commitstream::relay::{RelayState, RelayStatus};
+use metrics_exporter_prometheus::PrometheusHandle;
+use sd_notify::NotifyState;
+use sqlx::PgConnection;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use super::Progress;
+use crate::context;
+
+/// Between two looks.
+const PAUSE: Duration = Duration::from_secs(5);
+/// At most, where systemd does not wait for a sign of life.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// A look takes one part in so many of the time at most, however long the backlog is.
+const SHARE: u32 = 50;
+/// Longest look; one that takes longer says nothing.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Ends when it is dropped.
+pub struct Monitor {
+    progress: watch::Receiver<Progress>,
+    _task: JoinSet<Infallible>,
+}
+
+impl Monitor {
+    /// Starts it where somebody wants to know: with metrics, or under systemd.
+    pub fn start(settings: &Settings, relay: watch::Receiver<RelayStatus>, metrics: Option<PrometheusHandle>) -> Option<Self> {
+        let has_supervisor = std::env::var_os("NOTIFY_SOCKET").is_some();
+        if metrics.is_none() && !has_supervisor {
+            return None;
+        }
+        // A relay that waits for a server is up: a restart would bring that server no sooner.
+        tell(&[NotifyState::Ready]);
+        let (sender, progress) = watch::channel(Progress::new(Instant::now()));
+        let mut task = JoinSet::new();
+        task.spawn(look_after(settings.clone(), relay, metrics, sender));
+        Some(Self { progress, _task: task })
+    }
+
+    pub fn progress(&self) -> watch::Receiver<Progress> {
+        self.progress.clone()
+    }
+
+    pub fn stopping(&self) {
+        tell(&[NotifyState::Stopping]);
+    }
+}
+
+async fn look_after(
+    settings: Settings,
+    relay: watch::Receiver<RelayStatus>,
+    metrics: Option<PrometheusHandle>,
+    progress: watch::Sender<Progress>,
+) -> Infallible {
+    let stalled_after = settings.http.stalled_after;
+    let longest = sd_notify::watchdog_enabled().map_or(LONGEST_PAUSE, |limit| limit / 3);
+    let pause = PAUSE.min(stalled_after / 4).min(longest);
+    let mut session = None;
+    loop {
+        let looked = Instant::now();
+        let backlog = look(&settings, &relay, &mut session, pause.max(Duration::from_millis(500))).await;
+        if let Some(backlog) = &backlog {
+            set_backlog(backlog);
+        }
+        let status = relay.borrow().clone();
+        let is_active = status.state == RelayState::Active;
+        let done = status.published + status.refused + status.failed + status.republished;
+        let due = backlog.is_some_and(|backlog| backlog.oldest_due.is_some());
+        progress.send_modify(|progress| progress.observe(Instant::now(), is_active, done, due));
+        if progress.borrow().stalled(Instant::now(), stalled_after).is_none() {
+            tell(&[NotifyState::Watchdog, NotifyState::Status(status.state.name())]);
+        }
+        if let Some(metrics) = &metrics {
+            metrics.run_upkeep();
+        }
+        sleep(pause.max((looked.elapsed() * SHARE).min(longest))).await;
+    }
+}
+
+/// `None` when PostgreSQL does not say.
+async fn look(
+    settings: &Settings,
+    relay: &watch::Receiver<RelayStatus>,
+    session: &mut Option<PgConnection>,
+    limit: Duration,
+) -> Option<Backlog> {
+    let relay_id = relay.borrow().relay_id;
+    let read = async {
+        let mut connection = match session.take() {
+            Some(connection) => connection,
+            None => context::postgres(settings, "relay: monitor").await?,
+        };
+        let backlog = context::repository(settings).backlog(&mut connection, relay_id).await?;
+        *session = Some(connection);
+        anyhow::Ok(backlog)
+    };
+    match timeout(limit.min(PATIENCE), read).await {
+        Ok(Ok(backlog)) => Some(backlog),
+        Ok(Err(error)) => {
+            tracing::debug!("cannot read the backlog: {error:#}");
+            None
+        }
+        Err(_) => {
+            tracing::debug!("the backlog took too long to read");
+            None
+        }
+    }
+}
+
+/// Does nothing where systemd has not started us.
+fn tell(state: &[NotifyState]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::debug!("cannot notify systemd: {error}");
+    }
+}
