@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::commands::{bench, cleanup, config, dead, demo, failed, groups, migrate, publish, relay, relays, stats, tail, verify};
+use crate::commands::{
+    bench, cleanup, config, console, dead, demo, failed, groups, migrate, publish, relay, relays, stats, tail, verify,
+};
 
 const ABOUT: &str = "Transactional events from PostgreSQL to Redis Streams: exactly once, in order";
 
@@ -104,6 +106,7 @@ Examples:
     Cleanup(cleanup::Args),
     Tail(tail::Args),
     Verify(verify::Args),
+    Console(console::Args),
     Bench(bench::Args),
     Config(config::Args),
 }

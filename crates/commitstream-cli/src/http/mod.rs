@@ -1,4 +1,4 @@
-//! What the daemon serves over HTTP: health and metrics.
+//! What the daemon serves over HTTP: health, metrics and the console.
 //!
 //! | file | what |
 //! |---|---|
@@ -8,14 +8,11 @@
 mod health;
 mod server;
 
-use std::sync::Arc;
-
 use axum::Router;
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
 use axum::routing::get;
-use commitstream::config::Settings;
 use commitstream::relay::RelayStatus;
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::sync::watch;
@@ -25,8 +22,6 @@ pub use server::{HttpServer, ListenError, listen};
 /// What all routes see.
 #[derive(Clone)]
 pub struct Shared {
-    #[expect(dead_code, reason = "for routes that are still to come")]
-    pub settings: Arc<Settings>,
     pub status: watch::Receiver<RelayStatus>,
     pub metrics: PrometheusHandle,
 }

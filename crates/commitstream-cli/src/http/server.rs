@@ -3,7 +3,6 @@
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -25,6 +24,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 
 use super::Shared;
+use crate::console;
 
 const KEY: &str = "app.http.listen";
 
@@ -78,10 +78,20 @@ impl HttpServer {
     /// Starts it on an address that is bound. From then on, metrics are recorded.
     pub fn start(listener: TcpListener, settings: &Settings, status: watch::Receiver<RelayStatus>) -> anyhow::Result<Self> {
         let metrics = PrometheusBuilder::new().install_recorder().context("cannot record metrics")?;
-        tracing::info!("health and metrics on http://{}: /livez, /readyz, /metrics", listener.local_addr()?);
-        let shared = Shared { settings: Arc::new(settings.clone()), status, metrics };
+        let address = listener.local_addr()?;
+        tracing::info!("health and metrics on http://{}: /livez, /readyz, /metrics", address);
+        let shared = Shared { status, metrics };
+        let mut routes = super::routes(shared);
+        if settings.console.enabled {
+            let (console, generated) = console::routes(settings, address)?;
+            routes = routes.merge(console);
+            tracing::info!("console on http://{address}/console");
+            if let Some(password) = generated {
+                tracing::info!("password of the console for this run: {password}; CONSOLE_PASSWORD sets one");
+            }
+        }
         let (stop, stopped) = watch::channel(());
-        Ok(Self { stop, task: tokio::spawn(serve(listener, limited(super::routes(shared)), stopped)) })
+        Ok(Self { stop, task: tokio::spawn(serve(listener, limited(routes), stopped)) })
     }
 
     /// Accepts no more, and waits a moment for answers under way.

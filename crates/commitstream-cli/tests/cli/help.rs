@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use crate::support::{bare_command, finish};
 
-const COMMANDS: [&[&str]; 21] = [
+const COMMANDS: [&[&str]; 22] = [
     &[],
     &["demo"],
     &["migrate"],
@@ -24,6 +24,7 @@ const COMMANDS: [&[&str]; 21] = [
     &["cleanup"],
     &["tail"],
     &["verify"],
+    &["console"],
     &["config"],
     &["bench"],
 ];
