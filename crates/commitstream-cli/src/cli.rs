@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::commands::{
-    bench, cleanup, config, dead, demo, doctor, failed, groups, migrate, publish, relay, relays, stats, tail, verify,
+    bench, cleanup, config, console, dead, demo, doctor, failed, groups, migrate, publish, relay, relays, stats, tail, verify,
 };
 
 const ABOUT: &str = "Transactional events from PostgreSQL to Redis Streams: exactly once, in order";
@@ -108,6 +108,7 @@ Examples:
     Tail(tail::Args),
     Verify(verify::Args),
     Doctor(doctor::Args),
+    Console(console::Args),
     Bench(bench::Args),
     Config(config::Args),
 }

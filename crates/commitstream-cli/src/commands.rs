@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod cleanup;
 pub mod config;
+pub mod console;
 mod days;
 pub mod dead;
 pub mod demo;
@@ -41,6 +42,7 @@ pub async fn run(command: Command, context: &Context) -> anyhow::Result<ExitCode
         Command::Tail(args) => tail::run(args, context).await,
         Command::Verify(args) => verify::run(args, context).await,
         Command::Doctor(args) => doctor::run(args, context).await,
+        Command::Console(args) => console::run(args, context).await,
         Command::Config(args) => config::run(args, context).await,
     }
 }

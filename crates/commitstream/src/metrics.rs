@@ -239,7 +239,7 @@ impl RelayMetrics {
         for (server, classes) in [("redis", REDIS_CLASSES), ("postgres", POSTGRES_CLASSES)] {
             classes.iter().for_each(|class| counter!(FAILURES, "server" => server, "class" => *class).increment(0));
         }
-        let states = ["connecting", "standby", "recovering", "active", "unable", "stopped"];
+        let states = ["connecting", "standby", "paused", "recovering", "active", "unable", "stopped"];
         Self {
             events: Events::new("outbox"),
             latency: histogram!(LATENCY),

@@ -17,6 +17,7 @@ use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use crate::console;
 use crate::context::{self, Context};
 use crate::failure::{self, WrongUse};
 use crate::http::{self, HttpServer, Shared};
@@ -56,6 +57,11 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
     let settings = loaded.settings.clone();
     check_enabled(&settings)?;
     announce(&settings)?;
+    if settings.console.enabled
+        && let Some(address) = settings.http.listen.filter(|_| !args.until_empty)
+    {
+        console::check(&settings, address)?;
+    }
     let listener = if args.until_empty { None } else { http::listen(&loaded).await? };
     check_servers(&settings, args.until_empty).await?;
     let spans = Spans::start(&settings)?;

@@ -62,6 +62,7 @@ fn ready(status: &RelayStatus) -> Health {
     match &status.state {
         RelayState::Active => Health::new(status, true, "publishing, or waiting for events"),
         RelayState::Standby => Health::new(status, true, "both servers can be used; other relays have all partitions"),
+        RelayState::Paused => Health::new(status, true, "an operator has paused publishing"),
         RelayState::Recovering => Health::new(status, true, "finding out what became of batches that were left open"),
         RelayState::Connecting => Health::new(status, false, "connecting to PostgreSQL and Redis"),
         RelayState::Unable { reason } => Health::new(status, false, reason),

@@ -1,4 +1,4 @@
-//! What the daemon serves over HTTP: health and metrics.
+//! What the daemon serves over HTTP: health, metrics and the console.
 //!
 //! | file | what |
 //! |---|---|

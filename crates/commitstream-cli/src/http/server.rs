@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
@@ -21,6 +22,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 
 use super::Shared;
+use crate::console;
 
 const KEY: &str = "app.http.listen";
 
@@ -73,9 +75,20 @@ pub struct HttpServer {
 impl HttpServer {
     /// Starts it on an address that is bound.
     pub fn start(listener: TcpListener, shared: Shared) -> anyhow::Result<Self> {
-        tracing::info!("health and metrics on http://{}: /livez, /readyz, /metrics", listener.local_addr()?);
+        let address = listener.local_addr()?;
+        let settings = Arc::clone(&shared.settings);
+        tracing::info!("health and metrics on http://{address}: /livez, /readyz, /metrics");
+        let mut routes = super::routes(shared);
+        if settings.console.enabled {
+            let (console, generated) = console::routes(&settings, address)?;
+            routes = routes.merge(console);
+            tracing::info!("console on http://{address}/console");
+            if let Some(password) = generated {
+                tracing::info!("password of the console for this run: {password}; CONSOLE_PASSWORD sets one");
+            }
+        }
         let (stop, stopped) = watch::channel(());
-        Ok(Self { stop, task: tokio::spawn(serve(listener, limited(super::routes(shared)), stopped)) })
+        Ok(Self { stop, task: tokio::spawn(serve(listener, limited(routes), stopped)) })
     }
 
     /// Accepts no more, and waits a moment for answers under way.

@@ -87,6 +87,9 @@ fn settings_in_force_as_people_read_them() -> Result<()> {
     app.tracing.endpoint                    (not set)                               default        OTEL_EXPORTER_OTLP_ENDPOINT
     app.tracing.sampleRatio                 1                                       default        OTEL_TRACES_SAMPLER_ARG
     app.tracing.serviceName                 commitstream                            default        OTEL_SERVICE_NAME
+    app.console.enabled                     true                                    default        CONSOLE_ENABLED
+    app.console.password                    (not set)                               default        CONSOLE_PASSWORD
+    app.console.readOnlyPassword            (not set)                               default        CONSOLE_READ_ONLY_PASSWORD
     ");
     Ok(())
 }

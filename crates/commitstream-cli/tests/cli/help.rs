@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use crate::support::{bare_command, finish};
 
-const COMMANDS: [&[&str]; 22] = [
+const COMMANDS: [&[&str]; 23] = [
     &[],
     &["demo"],
     &["migrate"],
@@ -25,6 +25,7 @@ const COMMANDS: [&[&str]; 22] = [
     &["tail"],
     &["verify"],
     &["doctor"],
+    &["console"],
     &["config"],
     &["bench"],
 ];

@@ -3,6 +3,7 @@
 mod admin;
 mod bench;
 mod config;
+mod console;
 mod daemon;
 mod dead;
 mod doctor;

@@ -103,6 +103,9 @@ pub(super) static KEYS: &[Key] = &[
     key("app.tracing.endpoint", Kind::Endpoint(field!(tracing.endpoint))).env("OTEL_EXPORTER_OTLP_ENDPOINT"),
     key("app.tracing.sampleRatio", Kind::Ratio(field!(tracing.sample_ratio))).env("OTEL_TRACES_SAMPLER_ARG"),
     key("app.tracing.serviceName", Kind::Name(field!(tracing.service_name))).env("OTEL_SERVICE_NAME"),
+    key("app.console.enabled", Kind::Switch(field!(console.enabled))).env("CONSOLE_ENABLED"),
+    key("app.console.password", Kind::Secret(field!(console.password))).env("CONSOLE_PASSWORD"),
+    key("app.console.readOnlyPassword", Kind::Secret(field!(console.read_only_password))).env("CONSOLE_READ_ONLY_PASSWORD"),
 ];
 
 /// The sections under `app` that are ours; every other one is the application's own.

@@ -44,6 +44,7 @@ pub struct Settings {
     pub streams: StreamsSettings,
     pub http: HttpSettings,
     pub tracing: TracingSettings,
+    pub console: ConsoleSettings,
 }
 
 /// `app.database`
@@ -237,6 +238,17 @@ pub struct TracingSettings {
     pub service_name: String,
 }
 
+/// `app.console`: the web console, with what [`HttpSettings`] serves.
+#[derive(Clone, PartialEq)]
+pub struct ConsoleSettings {
+    /// Whether the daemon serves it (`CONSOLE_ENABLED`). Default `true`.
+    pub enabled: bool,
+    /// Of operators (`CONSOLE_PASSWORD`). Without one, the daemon generates one for each run and logs it, and listens on this host only.
+    pub password: Option<String>,
+    /// Of those who may look and not act (`CONSOLE_READ_ONLY_PASSWORD`); without one there are none.
+    pub read_only_password: Option<String>,
+}
+
 /// What a `FAILED` event means for the later ones of its aggregate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AfterFailure {
@@ -361,6 +373,12 @@ impl Default for TracingSettings {
     }
 }
 
+impl Default for ConsoleSettings {
+    fn default() -> Self {
+        Self { enabled: true, password: None, read_only_password: None }
+    }
+}
+
 // Not derived: settings end up in logs, and a URL holds a password.
 impl fmt::Debug for DatabaseSettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -369,6 +387,16 @@ impl fmt::Debug for DatabaseSettings {
             .field("schema", &self.schema)
             .field("timeout", &self.timeout)
             .field("prepared_statements", &self.prepared_statements)
+            .finish()
+    }
+}
+
+impl fmt::Debug for ConsoleSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ConsoleSettings")
+            .field("enabled", &self.enabled)
+            .field("password", &self.password.as_ref().map(|_| HIDDEN))
+            .field("read_only_password", &self.read_only_password.as_ref().map(|_| HIDDEN))
             .finish()
     }
 }

@@ -3,14 +3,15 @@ use sqlx::{Connection, Executor, PgConnection};
 use super::{OutboxError, OutboxRepository};
 
 /// The version that this build works with.
-pub const LATEST_VERSION: i32 = 6;
+pub const LATEST_VERSION: i32 = 7;
 
 /// Migration files, oldest first. Each records its own version in `outbox_migration`, whoever applies it.
-const MIGRATIONS: [(i32, &str); 4] = [
+const MIGRATIONS: [(i32, &str); 5] = [
     (3, include_str!("../../../../migrations/V3__create_outbox_table.sql")),
     (4, include_str!("../../../../migrations/V4__share_outbox_among_relays.sql")),
     (5, include_str!("../../../../migrations/V5__create_event_inbox.sql")),
     (6, include_str!("../../../../migrations/V6__keep_the_claim_on_its_indexes.sql")),
+    (7, include_str!("../../../../migrations/V7__audit_operators_and_pause_relays.sql")),
 ];
 
 /// What a call of [`OutboxRepository::migrate`] did.

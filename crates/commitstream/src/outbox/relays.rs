@@ -37,6 +37,8 @@ pub struct Members {
     pub others_able: bool,
     /// The owner of each partition, alive or not.
     pub owners: Vec<Option<Uuid>>,
+    /// An operator wants nothing to be claimed.
+    pub is_paused: bool,
 }
 
 /// One relay, for people.
@@ -95,7 +97,8 @@ impl OutboxRepository {
              )
              SELECT ARRAY(SELECT relay_id FROM others) AS others,
                     EXISTS (SELECT 1 FROM others WHERE state <> 'unable') AS others_able,
-                    ARRAY(SELECT relay_id FROM {{s}}.outbox_lease ORDER BY partition_no) AS owners"
+                    ARRAY(SELECT relay_id FROM {{s}}.outbox_lease ORDER BY partition_no) AS owners,
+                    EXISTS (SELECT FROM {{s}}.outbox_pause) AS is_paused"
         );
         let row = sqlx::query(self.sql(&sql))
             .bind(beat.relay_id)
@@ -118,6 +121,7 @@ impl OutboxRepository {
                 others: row.try_get("others")?,
                 others_able: row.try_get("others_able")?,
                 owners: row.try_get("owners")?,
+                is_paused: row.try_get("is_paused")?,
             })
         };
         read().map_err(self.error(doing))

@@ -32,6 +32,8 @@ pub(super) struct Membership {
     lease: Lease,
     /// Nobody else was there at the last look.
     alone: bool,
+    /// An operator wanted nothing to be claimed at the last look.
+    is_paused: bool,
     /// Since when the relay cannot work.
     unable_since: Option<Instant>,
     counts: VecDeque<(Instant, u64)>,
@@ -46,12 +48,28 @@ impl Membership {
         news: Arc<Notify>,
     ) -> Self {
         let lease = Lease { relay_id: reporter.status().relay_id, epoch: 0, partitions: Partitions::default() };
-        Self { outbox, settings, reporter, connection, news, lease, alone: false, unable_since: None, counts: VecDeque::new() }
+        Self {
+            outbox,
+            settings,
+            reporter,
+            connection,
+            news,
+            lease,
+            alone: false,
+            is_paused: false,
+            unable_since: None,
+            counts: VecDeque::new(),
+        }
     }
 
     /// What the relay may claim now.
     pub fn lease(&self) -> Lease {
         self.lease
+    }
+
+    /// Whether nothing may be claimed, as an operator has it.
+    pub fn is_paused(&self) -> bool {
+        self.is_paused
     }
 
     /// Puts the relay on the list without a claim to partitions: nobody leaves any to it.
@@ -85,12 +103,12 @@ impl Membership {
         Ok(())
     }
 
-    /// Sends heartbeats until something fails, and says so whenever there is something to give or to take.
+    /// Sends heartbeats until something fails, and says so whenever there is something to give or to take, or claims are to end.
     pub async fn keep(&mut self, change: &Notify) -> SessionError {
         loop {
             self.wait().await;
             match self.look().await {
-                Ok(plan) if plan.is_empty() => {}
+                Ok(plan) if plan.is_empty() && !self.is_paused => {}
                 Ok(_) => change.notify_one(),
                 Err(error) => return error,
             }
@@ -133,6 +151,7 @@ impl Membership {
         let beat = self.outbox.beat(&mut self.connection, &heartbeat);
         let members = bounded("sending a heartbeat", limit, beat).await?;
         self.alone = members.others.is_empty();
+        self.is_paused = members.is_paused;
         Ok(members)
     }
 

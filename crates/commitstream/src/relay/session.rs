@@ -92,8 +92,13 @@ impl Relay {
         while !self.is_stopped() {
             membership.rebalance().await?;
             let lease = membership.lease();
-            if lease.partitions.is_empty() {
-                self.reporter.state(RelayState::Standby);
+            if lease.partitions.is_empty() || membership.is_paused() {
+                let is_paused = membership.is_paused();
+                self.reporter.state(if is_paused { RelayState::Paused } else { RelayState::Standby });
+                if is_paused {
+                    // With its sessions goes the sleep lock, so that producers need not notify meanwhile.
+                    connections = None;
+                }
                 tokio::select! {
                     () = membership.wait() => {}
                     () = self.stopped() => {}

@@ -19,6 +19,8 @@ pub enum RelayState {
     Standby,
     /// Has partitions, and finds out what became of the batches that an earlier owner left open.
     Recovering,
+    /// Claims nothing until an operator lets relays go on.
+    Paused,
     /// Publishing, or asleep until there is something to publish.
     Active,
     /// Cannot work now, and keeps trying. The reason is for people.
@@ -35,6 +37,7 @@ impl RelayState {
             Self::Connecting => "connecting",
             Self::Standby => "standby",
             Self::Recovering => "recovering",
+            Self::Paused => "paused",
             Self::Active => "active",
             Self::Unable { .. } => "unable",
             Self::Stopped => "stopped",
@@ -172,6 +175,7 @@ fn log(relay: &Uuid, state: &RelayState) {
         RelayState::Connecting => tracing::debug!(%relay, "relay connects"),
         RelayState::Standby => tracing::info!(%relay, "relay stands by: it has no partition"),
         RelayState::Recovering => tracing::info!(%relay, "relay has partitions and resolves open batches"),
+        RelayState::Paused => tracing::warn!(%relay, "relay is paused by an operator, and claims nothing"),
         RelayState::Active => tracing::info!(%relay, "relay is active"),
         RelayState::Stopped => tracing::info!(%relay, "relay has stopped"),
     }

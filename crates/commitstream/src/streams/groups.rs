@@ -92,10 +92,7 @@ impl Streams {
     /// # Errors
     /// Redis is not reachable or refuses.
     pub async fn groups(&self, stream: &str) -> Result<Vec<GroupInfo>, StreamsError> {
-        let groups: Vec<Group> = match self.query(DOING, stream, redis::cmd("XINFO").arg("GROUPS").arg(stream)).await {
-            Err(StreamsError::Refused { source, .. }) if source.detail() == Some("no such key") => return Ok(Vec::new()),
-            answer => answer?,
-        };
+        let groups = self.group_list(stream).await?;
         if groups.is_empty() {
             return Ok(Vec::new());
         }
@@ -115,6 +112,19 @@ impl Streams {
             }
         }
         Ok(infos)
+    }
+
+    /// The groups of a stream, each with the id of the last entry that was delivered to it.
+    pub(super) async fn group_positions(&self, stream: &str) -> Result<Vec<(String, String)>, StreamsError> {
+        let groups = self.group_list(stream).await?;
+        Ok(groups.into_iter().map(|group| (group.name, group.last_delivered)).collect())
+    }
+
+    async fn group_list(&self, stream: &str) -> Result<Vec<Group>, StreamsError> {
+        match self.query(DOING, stream, redis::cmd("XINFO").arg("GROUPS").arg(stream)).await {
+            Err(StreamsError::Refused { source, .. }) if source.detail() == Some("no such key") => Ok(Vec::new()),
+            answer => answer,
+        }
     }
 
     async fn group(&self, stream: &str, group: Group, dead: Option<u64>) -> Result<GroupInfo, StreamsError> {

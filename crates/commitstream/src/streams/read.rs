@@ -145,9 +145,9 @@ pub(super) fn escape_glob(text: &str) -> String {
 /// What Redis says of a stream as a whole.
 #[derive(Debug)]
 pub(crate) struct StreamInfo {
-    length: u64,
+    pub(super) length: u64,
     /// Redis 7 counts them; earlier versions do not.
-    entries_added: Option<u64>,
+    pub(super) entries_added: Option<u64>,
     pub(crate) first_id: Option<String>,
     /// Of the last entry there ever was.
     pub(crate) last_id: String,

@@ -18,6 +18,7 @@ mod events;
 mod explain;
 mod failover;
 mod inbox;
+mod operating;
 mod partitioning;
 mod publishing;
 mod publishing_outage;

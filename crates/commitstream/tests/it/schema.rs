@@ -14,8 +14,9 @@ const V3: &str = include_str!("../../../../migrations/V3__create_outbox_table.sq
 const V4: &str = include_str!("../../../../migrations/V4__share_outbox_among_relays.sql");
 const V5: &str = include_str!("../../../../migrations/V5__create_event_inbox.sql");
 const V6: &str = include_str!("../../../../migrations/V6__keep_the_claim_on_its_indexes.sql");
-const FRESH: Migrated = Migrated { from: None, to: 6 };
-const UNCHANGED: Migrated = Migrated { from: Some(6), to: 6 };
+const V7: &str = include_str!("../../../../migrations/V7__audit_operators_and_pause_relays.sql");
+const FRESH: Migrated = Migrated { from: None, to: 7 };
+const UNCHANGED: Migrated = Migrated { from: Some(7), to: 7 };
 
 #[tokio::test(flavor = "multi_thread")]
 async fn migrating_again_changes_nothing_and_keeps_what_is_there() -> Result<()> {
@@ -139,9 +140,10 @@ async fn the_files_applied_by_other_tools_are_the_same_migration() -> Result<()>
     world.database.psql(V4)?;
     world.database.psql(V5)?;
     world.database.psql(V6)?;
+    world.database.psql(V7)?;
     assert_eq!(world.outbox.migrate(&mut connection).await?, UNCHANGED);
     // As Flyway does: in a transaction, with the schema first in the search_path.
-    let files = [V3, V4, V5, V6].map(|file| format!("BEGIN; {file} COMMIT;")).concat();
+    let files = [V3, V4, V5, V6, V7].map(|file| format!("BEGIN; {file} COMMIT;")).concat();
     world.database.psql(&format!("CREATE SCHEMA flyway; SET search_path TO flyway, public; {files}"))?;
     let outbox = OutboxRepository::new("flyway");
     assert_eq!(outbox.migrate(&mut connection).await?, UNCHANGED);
@@ -271,7 +273,9 @@ fn columns(world: &World, schema: &str) -> Result<String> {
 /// An outbox of an earlier build, with events and a batch that was left open, goes on where it was.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_outbox_of_an_earlier_version_is_carried_on() -> Result<()> {
-    for (version, files) in [(3, V3.to_owned()), (4, [V3, V4].concat()), (5, [V3, V4, V5].concat())] {
+    for (version, files) in
+        [(3, V3.to_owned()), (4, [V3, V4].concat()), (5, [V3, V4, V5].concat()), (6, [V3, V4, V5, V6].concat())]
+    {
         let world = World::unmigrated()?;
         let mut connection = world.connect().await?;
         world.database.psql(&files)?;
@@ -282,7 +286,7 @@ async fn an_outbox_of_an_earlier_version_is_carried_on() -> Result<()> {
             world.user_stream()
         ))?;
         assert!(world.outbox.check_migrated(&mut connection).await.is_err_and(|e| e.is_not_migrated()));
-        assert_eq!(world.outbox.migrate(&mut connection).await?, Migrated { from: Some(version), to: 6 });
+        assert_eq!(world.outbox.migrate(&mut connection).await?, Migrated { from: Some(version), to: 7 });
         let relay = world.relay()?;
         world.insert(1_000, 20).await?;
         world.drained().await?;

@@ -1,0 +1,117 @@
+use axum::extract::{Query, State};
+use commitstream::outbox::Deed;
+use commitstream::streams::{DeadLetter, RetriedAs};
+use maud::{Markup, html};
+
+use super::Console;
+use super::page::{Refusal, link, nothing, page, time, token};
+use super::session::{Act, Viewer};
+
+const PAGE: usize = 25;
+
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
+pub struct Asked {
+    stream: String,
+    after: String,
+}
+
+pub async fn list(viewer: Viewer, State(console): State<Console>, Query(asked): Query<Asked>) -> Result<Markup, Refusal> {
+    let streams = &console.servers.streams;
+    let mut found = Vec::new();
+    for stream in streams.dead_streams().await? {
+        if !asked.stream.is_empty() && asked.stream != stream {
+            continue;
+        }
+        let after = if asked.after.is_empty() { "0" } else { &asked.after };
+        let mut letters = streams.dead_letters(&stream, after, PAGE + 1).await?;
+        let has_more = letters.len() > PAGE;
+        letters.truncate(PAGE);
+        found.push((stream, letters, has_more));
+    }
+    found.retain(|(_, letters, _)| !letters.is_empty());
+    Ok(page(
+        "Dead letters",
+        &viewer,
+        &html! {
+            @if found.is_empty() { (nothing("No dead letters: no consumer has given up an event.")) }
+            @for (stream, letters, has_more) in &found {
+                h2 { (stream) }
+                div.wide { table data-test="dead" {
+                    thead { tr { th { "Given up" } th { "Group" } th { "Type" } th { "Aggregate" } th.number { "Attempts" } th { "Reason" } th {} } }
+                    tbody { @for letter in letters { (row(&viewer, letter)) } }
+                } }
+                @if *has_more && let Some(last) = letters.last() {
+                    p { a href=(link("/console/dead", &[("stream", stream), ("after", &last.dead_id)])) { "More of " (stream) } }
+                }
+            }
+        },
+    ))
+}
+
+fn row(viewer: &Viewer, letter: &DeadLetter) -> Markup {
+    let text = |field: &Option<String>| field.clone().unwrap_or_else(|| "?".to_owned());
+    html! {
+        tr {
+            td { @if let Some(at) = letter.dead_at { (time(at)) } }
+            td { (letter.group) }
+            td { (text(&letter.event_type)) }
+            td { (text(&letter.aggregate_type)) " " (text(&letter.aggregate_id)) }
+            td.number { (letter.attempts) }
+            td.error {
+                (letter.reason)
+                @if let Some(payload) = &letter.payload { details { summary { "Payload" } pre { (payload.get()) } } }
+            }
+            td {
+                @if viewer.may_act() {
+                    form.acts method="post" action="/console/dead/act" {
+                        (token(viewer))
+                        input type="hidden" name="stream" value=(letter.stream);
+                        input type="hidden" name="dead_id" value=(letter.dead_id);
+                        button name="action" value="retry" data-test="retry-dead" { "Retry" } " "
+                        details { summary { "Discard …" } button.danger name="action" value="discard" data-test="discard-dead" { "Delete for good" } }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The audit is written first: Redis knows no common transaction with it.
+pub async fn act(State(console): State<Console>, act: Act) -> Result<Markup, Refusal> {
+    let streams = &console.servers.streams;
+    let (stream, dead_id) = (act.field("stream").unwrap_or_default(), act.field("dead_id").unwrap_or_default());
+    let known = streams.dead_streams().await?.iter().any(|known| known == stream);
+    let letter = if known { streams.dead_letter(stream, dead_id).await? } else { None };
+    let letter = letter.ok_or_else(|| Refusal::not_found("there is no such dead letter any more"))?;
+    let action = match act.field("action") {
+        Some("retry") => "retry dead letter",
+        Some("discard") => "discard dead letter",
+        _ => return Err(Refusal::wrong("retry, or discard?")),
+    };
+    let about = format!("{} of the group {}", letter.dead_id, letter.group);
+    let deed = Deed { who: &act.viewer.who, about: &about };
+    let event: Vec<_> = letter.event_id.iter().filter_map(|id| id.parse().ok()).collect();
+    let mut session = console.servers.session().await?;
+    console.servers.outbox.note(&mut session.connection, deed, action, &event, 1).await?;
+    session.done();
+    let outcome = if action.starts_with("retry") {
+        match streams.retry_dead(&letter).await? {
+            RetriedAs::Pending(consumer) => format!("{consumer} has its entry in hand: try again in a moment."),
+            RetriedAs::Entry | RetriedAs::Copy(_) | RetriedAs::Before => {
+                "Delivered again, to the same group only: a running consumer takes over within about a second.".to_owned()
+            }
+        }
+    } else {
+        streams.discard_dead(stream, dead_id).await?;
+        "Deleted.".to_owned()
+    };
+    Ok(page(
+        "Dead letters",
+        &act.viewer,
+        &html! {
+            p.verdict.good #outcome role="status" { (outcome) }
+            p { a href="/console/dead" { "To the dead letters" } }
+        },
+    ))
+}

@@ -1,0 +1,192 @@
+//! Failed events by cause, and what is done about them.
+
+use std::time::{Duration, Instant};
+
+use axum::extract::{Query, State};
+use commitstream::outbox::{Counted, Deed, FailureFilter, FailurePlace, Remedy};
+use maud::{Markup, html};
+use uuid::Uuid;
+
+use super::Console;
+use super::page::{Refusal, counted, link, nothing, number, page, time, token};
+use super::session::{Act, Viewer};
+
+/// How long one request goes on with a large deed; then the page asks whether to go on.
+const LONGEST: Duration = Duration::from_secs(5);
+
+pub async fn list(viewer: Viewer, State(console): State<Console>) -> Result<Markup, Refusal> {
+    let mut session = console.servers.session().await?;
+    let (groups, all) = console.servers.outbox.failure_groups(&mut session.connection).await?;
+    session.done();
+    Ok(page(
+        "Failures",
+        &viewer,
+        &html! {
+            @if groups.is_empty() {
+                (nothing("No event has failed. One that Redis refuses more often than maxRetries allows comes here."))
+            } @else {
+                p { b { (counted(all)) } " failed."
+                    @if all.at_least { " Only the newest are grouped: each number is the least that it can be." } }
+                @if viewer.may_act() { (buttons(&FailureFilter::default(), "all")) }
+                div.wide { table #groups {
+                    thead { tr { th { "Type" } th { "Cause" } th.number { "Events" } th { "Oldest" } th { "Newest" } th {} } }
+                    tbody { @for group in &groups { tr {
+                        td { (group.event_type) }
+                        td.error title=(group.cause) { (group.example) }
+                        td.number { (number(group.events)) }
+                        td { (time(group.oldest)) }
+                        td { (time(group.newest)) }
+                        td {
+                            a href=(link("/console/events", &[("type", &group.event_type), ("status", "FAILED")])) { "Show" }
+                            @if viewer.may_act() {
+                                (buttons(&FailureFilter { event_type: Some(group.event_type.clone()), cause: Some(group.cause.clone()) }, "group"))
+                            }
+                        }
+                    } } }
+                } }
+            }
+        },
+    ))
+}
+
+fn fields(filter: &FailureFilter) -> Markup {
+    html! {
+        @if let Some(event_type) = &filter.event_type { input type="hidden" name="type" value=(event_type); }
+        @if let Some(cause) = &filter.cause { input type="hidden" name="cause" value=(cause); }
+    }
+}
+
+fn buttons(filter: &FailureFilter, which: &str) -> Markup {
+    html! {
+        div.acts {
+            form method="get" action="/console/failures/confirm" {
+                (fields(filter))
+                button name="remedy" value="retry" data-test={ "retry-" (which) } { "Retry " (which) " …" } " "
+                button.danger name="remedy" value="discard" data-test={ "discard-" (which) } { "Discard " (which) " …" }
+            }
+        }
+    }
+}
+
+#[derive(serde::Deserialize)]
+pub struct Asked {
+    remedy: String,
+    id: Option<Uuid>,
+    #[serde(rename = "type")]
+    event_type: Option<String>,
+    cause: Option<String>,
+}
+
+/// What is meant, how many that are, and the button that does it.
+pub async fn confirm(viewer: Viewer, State(console): State<Console>, Query(asked): Query<Asked>) -> Result<Markup, Refusal> {
+    let remedy = remedy(&asked.remedy)?;
+    let filter = FailureFilter { event_type: asked.event_type, cause: asked.cause };
+    let mut session = console.servers.session().await?;
+    let found = match asked.id {
+        Some(_) => Counted { events: 1, at_least: false },
+        None => console.servers.outbox.count_failed(&mut session.connection, &filter).await?,
+    };
+    session.done();
+    let events = if found.events == 1 && !found.at_least { "1 event".to_owned() } else { format!("{} events", counted(found)) };
+    let question = match remedy {
+        Remedy::Retry => format!("Retry {events}?"),
+        Remedy::Discard => format!("Delete {events} for good?"),
+    };
+    Ok(page(
+        "Failures",
+        &viewer,
+        &html! {
+            p.verdict.warn #question { (question) }
+            dl {
+                @if let Some(id) = asked.id { dt { "Event" } dd { code { (id) } } }
+                @if let Some(event_type) = &filter.event_type { dt { "Type" } dd { (event_type) } }
+                @if let Some(cause) = &filter.cause { dt { "Cause" } dd { (cause) } }
+            }
+            div.acts {
+                @if viewer.may_act() {
+                    form method="post" action="/console/failures/act" {
+                        (token(&viewer)) (fields(&filter))
+                        @if let Some(id) = asked.id { input type="hidden" name="id" value=(id); }
+                        @match remedy {
+                            Remedy::Retry => { button #confirm name="remedy" value="retry" { "Retry" } }
+                            Remedy::Discard => { button.danger #confirm name="remedy" value="discard" { "Delete for good" } }
+                        }
+                    }
+                }
+                a href="/console/failures" { "Back" }
+            }
+        },
+    ))
+}
+
+fn remedy(name: &str) -> Result<Remedy, Refusal> {
+    [Remedy::Retry, Remedy::Discard]
+        .into_iter()
+        .find(|remedy| remedy.name() == name)
+        .ok_or_else(|| Refusal::wrong("retry, or discard?"))
+}
+
+/// Retries or discards one event, or what matches, in steps; after some seconds it comes back and says how far it is.
+pub async fn act(State(console): State<Console>, act: Act) -> Result<Markup, Refusal> {
+    let remedy = remedy(act.field("remedy").unwrap_or_default())?;
+    let filter = FailureFilter { event_type: act.field("type").map(str::to_owned), cause: act.fields.get("cause").cloned() };
+    let place = act.field("place").map(serde_json::from_str).transpose();
+    let mut place: FailurePlace = place.map_err(|_| Refusal::wrong("not a place: begin anew"))?.unwrap_or_default();
+    let before: i64 = act.field("before").and_then(|number| number.parse().ok()).unwrap_or_default();
+    let about = about(&filter);
+    let deed = Deed { who: &act.viewer.who, about: &about };
+    let outbox = &console.servers.outbox;
+    let mut session = console.servers.session().await?;
+    let begun = Instant::now();
+    let (mut changed, mut next) = (before, None);
+    if let Some(id) = act.field("id") {
+        let id = id.parse().map_err(|_| Refusal::wrong("an event's id is a UUID"))?;
+        let deed = Deed { about: "one event", ..deed };
+        changed = outbox.remedy_events(&mut session.connection, deed, remedy, &[id]).await?.changed;
+    } else {
+        loop {
+            let step = outbox.remedy_step(&mut session.connection, deed, remedy, &filter, &place).await?;
+            changed += step.changed;
+            let Some(to) = step.next else { break };
+            place = to;
+            if begun.elapsed() > LONGEST {
+                next = Some(serde_json::to_string(&place).map_err(anyhow::Error::from)?);
+                break;
+            }
+        }
+    }
+    session.done();
+    Ok(page("Failures", &act.viewer, &outcome(&act, remedy, &filter, changed, next.as_deref())))
+}
+
+fn about(filter: &FailureFilter) -> String {
+    match (&filter.event_type, &filter.cause) {
+        (None, None) => "all failed events".to_owned(),
+        (Some(event_type), None) => format!("all failed {event_type}"),
+        (None, Some(cause)) => format!("all that failed with: {cause}"),
+        (Some(event_type), Some(cause)) => format!("all {event_type} that failed with: {cause}"),
+    }
+}
+
+fn outcome(act: &Act, remedy: Remedy, filter: &FailureFilter, changed: i64, next: Option<&str>) -> Markup {
+    let done = match remedy {
+        Remedy::Retry => "made PENDING again: the relay publishes what can be published",
+        Remedy::Discard => "deleted",
+    };
+    let events = if changed == 1 { "1 event".to_owned() } else { format!("{} events", number(changed)) };
+    html! {
+        p #outcome .{ "verdict " (if changed > 0 { "good" } else { "warn" }) } role="status" {
+            @if changed == 0 { "Nothing to do: no failed event matches." } @else { (events) " " (done) "." }
+        }
+        @if let Some(next) = next {
+            p { "There are more. Each step is done and written down; it goes on from here." }
+            form method="post" action="/console/failures/act" {
+                (token(&act.viewer)) (fields(filter))
+                input type="hidden" name="place" value=(next);
+                input type="hidden" name="before" value=(changed);
+                button #go-on name="remedy" value=(remedy.name()) { "Go on" }
+            }
+        }
+        p { a href="/console/failures" { "To the failures" } " · " a href="/console/audit" { "To the audit" } }
+    }
+}

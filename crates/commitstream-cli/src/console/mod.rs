@@ -1,0 +1,123 @@
+//! The web console: pages for the person on call, rendered here, without scripts of others and without a build step.
+//!
+//! | file | what |
+//! |---|---|
+//! | `session` | login, its limits, cookies, roles, what every act must bring |
+//! | `servers` | sessions on PostgreSQL, and Redis |
+//! | `page` | the frame of a page, times, numbers, refusals |
+//! | the others | one page each |
+
+mod audit;
+mod blocked;
+mod dead;
+mod events;
+mod failures;
+mod overview;
+mod page;
+mod relays;
+mod servers;
+mod session;
+mod streams;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::Request;
+use axum::http::header::{self, HeaderValue};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Redirect, Response};
+use axum::routing::{get, post};
+use commitstream::config::{ConsoleSettings, Settings};
+
+use servers::Servers;
+use session::{Doorman, Passwords};
+
+use crate::failure::WrongUse;
+
+/// Hexadecimal digits of a generated password: 96 bits.
+const GENERATED: usize = 24;
+
+/// What all pages share.
+#[derive(Clone)]
+struct Console {
+    servers: Arc<Servers>,
+    doorman: Arc<Doorman>,
+}
+
+/// Nothing is loaded from elsewhere, nothing is inline, and no other page may frame this one.
+const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
+    img-src 'self' data:; form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
+
+/// Whether the console may be served on this address.
+pub fn check(settings: &Settings, address: SocketAddr) -> Result<(), WrongUse> {
+    let ConsoleSettings { password, read_only_password, .. } = &settings.console;
+    if password.is_none() && !address.ip().is_loopback() {
+        let message = format!("the console would be open to others on {address}, and CONSOLE_PASSWORD is not set");
+        let hint = "set CONSOLE_PASSWORD (app.console.password), or listen on 127.0.0.1, or set CONSOLE_ENABLED=false";
+        return Err(WrongUse::with_hint(message, hint));
+    }
+    if password.is_some() && password == read_only_password {
+        let message = "CONSOLE_PASSWORD and CONSOLE_READ_ONLY_PASSWORD are the same";
+        return Err(WrongUse::with_hint(message, "set different ones: the password decides who may act"));
+    }
+    Ok(())
+}
+
+/// The console under `/console`, and the password that was generated where none is set. Cookies are marked `Secure` unless it is for
+/// this host only.
+pub fn routes(settings: &Settings, address: SocketAddr) -> anyhow::Result<(Router, Option<String>)> {
+    let ConsoleSettings { password, read_only_password, .. } = settings.console.clone();
+    let generated = if password.is_none() { Some(session::secret()?.chars().take(GENERATED).collect::<String>()) } else { None };
+    let operator = password.or_else(|| generated.clone()).unwrap_or_default();
+    let passwords = Passwords { operator, read_only: read_only_password };
+    let doorman = Doorman::new(passwords, !address.ip().is_loopback());
+    let console = Console { servers: Arc::new(Servers::new(settings)?), doorman: Arc::new(doorman) };
+    let pages = Router::new()
+        .route("/", get(overview::page))
+        .route("/live", get(overview::live))
+        .route("/login", get(session::form).post(session::login))
+        .route("/logout", post(session::logout))
+        .route("/events", get(events::list))
+        .route("/events/{id}", get(events::one))
+        .route("/failures", get(failures::list))
+        .route("/failures/confirm", get(failures::confirm))
+        .route("/failures/act", post(failures::act))
+        .route("/blocked", get(blocked::list))
+        .route("/dead", get(dead::list))
+        .route("/dead/act", post(dead::act))
+        .route("/streams", get(streams::list))
+        .route("/relays", get(relays::list))
+        .route("/relays/switch", post(relays::switch))
+        .route("/audit", get(audit::list))
+        .route("/assets/{name}", get(asset))
+        .with_state(console);
+    let home = || async { Redirect::to("/console") };
+    let routes = Router::new().route("/", get(home)).route("/console/", get(home)).nest("/console", pages);
+    Ok((routes.layer(middleware::from_fn(guarded)), generated))
+}
+
+async fn guarded(request: Request, next: Next) -> Response {
+    let is_asset = request.uri().path().starts_with("/console/assets/");
+    let mut response = next.run(request).await;
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(CONTENT_SECURITY_POLICY));
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    let cache = if is_asset { "public, max-age=3600" } else { "no-store" };
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static(cache));
+    response
+}
+
+async fn asset(axum::extract::Path(name): axum::extract::Path<String>) -> Response {
+    const JS: &str = "text/javascript; charset=utf-8";
+    const CSS: &str = "text/css; charset=utf-8";
+    let (kind, text) = match name.as_str() {
+        "console.js" => (JS, include_str!("../../assets/console.js")),
+        "console.css" => (CSS, include_str!("../../assets/console.css")),
+        "uplot.min.js" => (JS, include_str!("../../assets/uplot.min.js")),
+        "uplot.min.css" => (CSS, include_str!("../../assets/uplot.min.css")),
+        _ => return page::Refusal::not_found("there is no such file").into_response(),
+    };
+    ([(header::CONTENT_TYPE, kind)], text).into_response()
+}

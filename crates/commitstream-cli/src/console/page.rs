@@ -1,0 +1,154 @@
+//! The frame of a page, and how things are written in it.
+
+use std::time::Duration;
+
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use chrono::{DateTime, SecondsFormat, Utc};
+use commitstream::outbox::{Counted, OutboxError};
+use commitstream::streams::StreamsError;
+use maud::{DOCTYPE, Markup, html};
+
+use super::session::Viewer;
+use crate::failure::on_one_line;
+use crate::output::{age, count};
+
+const PAGES: [(&str, &str); 8] = [
+    ("Overview", "/console"),
+    ("Events", "/console/events"),
+    ("Failures", "/console/failures"),
+    ("Blocked", "/console/blocked"),
+    ("Dead letters", "/console/dead"),
+    ("Streams", "/console/streams"),
+    ("Relays", "/console/relays"),
+    ("Audit", "/console/audit"),
+];
+
+/// A page without a viewer.
+pub fn bare(title: &str, body: &Markup) -> Markup {
+    html! {
+        (DOCTYPE)
+        html lang="en" {
+            head {
+                meta charset="utf-8";
+                meta name="viewport" content="width=device-width, initial-scale=1";
+                title { (title) " · Commitstream" }
+                link rel="icon" href="data:,";
+                link rel="stylesheet" href="/console/assets/uplot.min.css";
+                link rel="stylesheet" href="/console/assets/console.css";
+                script defer src="/console/assets/uplot.min.js" {}
+                script defer src="/console/assets/console.js" {}
+            }
+            body { (body) }
+        }
+    }
+}
+
+pub fn page(title: &str, viewer: &Viewer, body: &Markup) -> Markup {
+    bare(
+        title,
+        &html! {
+            header {
+                strong { "Commitstream" }
+                nav aria-label="Pages" {
+                    @for (name, path) in PAGES {
+                        @if name == title { a href=(path) aria-current="page" { (name) } } @else { a href=(path) { (name) } }
+                    }
+                }
+                span.quiet data-test="viewer" { (viewer.who) @if !viewer.may_act() { " (read-only)" } }
+                form method="post" action="/console/logout" { (token(viewer)) button #logout { "Log out" } }
+            }
+            main { h1 { (title) } (body) }
+        },
+    )
+}
+
+/// What a form of the viewer must bring along.
+pub fn token(viewer: &Viewer) -> Markup {
+    html! { input type="hidden" name="token" value=(viewer.token); }
+}
+
+/// A time, which a script writes in the viewer's zone.
+pub fn time(at: DateTime<Utc>) -> Markup {
+    html! { time datetime=(at.to_rfc3339_opts(SecondsFormat::Millis, true)) { (at.format("%Y-%m-%d %H:%M:%S UTC")) } }
+}
+
+pub fn number(events: i64) -> String {
+    count(u64::try_from(events).unwrap_or_default())
+}
+
+pub fn counted(events: Counted) -> String {
+    let least = if events.at_least { "at least " } else { "" };
+    format!("{least}{}", number(events.events))
+}
+
+pub fn millis(millis: i64) -> String {
+    age(Duration::from_millis(millis.unsigned_abs()))
+}
+
+/// What is said in place of an empty list.
+pub fn nothing(text: &str) -> Markup {
+    html! { p.quiet data-test="nothing" { (text) } }
+}
+
+pub fn link(path: &str, query: &[(&str, &str)]) -> String {
+    let query: Vec<_> = query.iter().filter(|(_, value)| !value.is_empty()).collect();
+    format!("{path}?{}", serde_urlencoded::to_string(query).unwrap_or_default())
+}
+
+/// Why there is no page.
+pub struct Refusal {
+    code: StatusCode,
+    why: String,
+}
+
+impl Refusal {
+    pub fn why(&self) -> &str {
+        &self.why
+    }
+
+    pub fn not_found(why: &str) -> Self {
+        Self { code: StatusCode::NOT_FOUND, why: why.to_owned() }
+    }
+
+    pub fn forbidden(why: &str) -> Self {
+        Self { code: StatusCode::FORBIDDEN, why: why.to_owned() }
+    }
+
+    pub fn wrong(why: &str) -> Self {
+        Self { code: StatusCode::BAD_REQUEST, why: why.to_owned() }
+    }
+}
+
+impl From<anyhow::Error> for Refusal {
+    fn from(error: anyhow::Error) -> Self {
+        let why = on_one_line(&error);
+        tracing::warn!("a page of the console cannot be shown: {why}");
+        Self { code: StatusCode::SERVICE_UNAVAILABLE, why }
+    }
+}
+
+impl From<OutboxError> for Refusal {
+    fn from(error: OutboxError) -> Self {
+        anyhow::Error::from(error).into()
+    }
+}
+
+impl From<StreamsError> for Refusal {
+    fn from(error: StreamsError) -> Self {
+        anyhow::Error::from(error).into()
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let body = html! {
+            main {
+                h1 { "This did not work" }
+                p.verdict.bad role="alert" data-test="problem" { (self.why) }
+                p { a href="/console" { "To the overview" } }
+            }
+        };
+        (self.code, bare("This did not work", &body)).into_response()
+    }
+}

@@ -1,0 +1,61 @@
+use axum::extract::State;
+use axum::response::Redirect;
+use maud::{Markup, html};
+
+use super::Console;
+use super::page::{Refusal, millis, nothing, number, page, time, token};
+use super::session::{Act, Viewer};
+
+pub async fn list(viewer: Viewer, State(console): State<Console>) -> Result<Markup, Refusal> {
+    let mut session = console.servers.session().await?;
+    let relays = console.servers.outbox.relays(&mut session.connection).await?;
+    let pause = console.servers.outbox.paused(&mut session.connection).await?;
+    session.done();
+    Ok(page(
+        "Relays",
+        &viewer,
+        &html! {
+            @if let Some(pause) = &pause {
+                p.verdict.warn #paused { "Paused by " (pause.who) " since " (time(pause.since)) ": relays claim nothing." }
+            }
+            @if viewer.may_act() {
+                form.acts method="post" action="/console/relays/switch" {
+                    (token(&viewer))
+                    @if pause.is_some() { button #resume name="to" value="resume" { "Resume" } }
+                    @else { details { summary { "Pause …" }
+                        p { "All relays settle what is on its way, and claim nothing until somebody resumes them. Events wait in the outbox meanwhile." }
+                        button.danger #pause name="to" value="pause" { "Pause all relays" } } }
+                }
+            }
+            @if relays.is_empty() { (nothing("No relay is alive, and none was within the last hour: start `commitstream relay`.")) } @else {
+                div.wide { table #relays {
+                    thead { tr { th { "Host" } th.number { "Process" } th { "State" } th.number { "Partitions" } th.number { "Events/s" } th.number { "Published" } th.number { "Failed" } th.number { "Heartbeat" } th { "Started" } th { "Reason" } } }
+                    tbody { @for relay in &relays { tr {
+                        td { (relay.host) }
+                        td.number { (relay.pid) }
+                        td { (relay.state) }
+                        td.number { (relay.partitions) }
+                        td.number { (number(relay.events_per_second.round() as i64)) }
+                        td.number { (number(relay.published)) }
+                        td.number { (number(relay.failed)) }
+                        td.number { (millis(relay.heartbeat_age_ms)) " ago" }
+                        td { (time(relay.started_at)) }
+                        td.error { (relay.reason.as_deref().unwrap_or_default()) }
+                    } } }
+                } }
+            }
+        },
+    ))
+}
+
+pub async fn switch(State(console): State<Console>, act: Act) -> Result<Redirect, Refusal> {
+    let outbox = &console.servers.outbox;
+    let mut session = console.servers.session().await?;
+    match act.field("to") {
+        Some("pause") => outbox.pause(&mut session.connection, &act.viewer.who).await?,
+        Some("resume") => outbox.resume(&mut session.connection, &act.viewer.who).await?,
+        _ => return Err(Refusal::wrong("pause, or resume?")),
+    };
+    session.done();
+    Ok(Redirect::to("/console/relays"))
+}

@@ -1,0 +1,67 @@
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use commitstream::config::Settings;
+use commitstream::outbox::OutboxRepository;
+use commitstream::streams::Streams;
+use sqlx::{Executor, PgConnection};
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+use super::page::Refusal;
+use crate::context;
+
+/// Pages that may ask PostgreSQL at a time.
+const SESSIONS: usize = 4;
+
+/// How long a page waits for its turn.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Where pages get their data from.
+pub struct Servers {
+    pub settings: Settings,
+    pub outbox: OutboxRepository,
+    pub streams: Streams,
+    turns: Semaphore,
+    idle: Mutex<Vec<PgConnection>>,
+}
+
+/// A session for one page. It is kept for the next one if [`done`](Self::done) is called, and closed otherwise: then a statement may be
+/// under way on it.
+pub struct Session<'a> {
+    pub connection: PgConnection,
+    servers: &'a Servers,
+    _turn: SemaphorePermit<'a>,
+}
+
+impl Servers {
+    pub fn new(settings: &Settings) -> anyhow::Result<Self> {
+        Ok(Self {
+            settings: settings.clone(),
+            outbox: context::repository(settings),
+            streams: Streams::new(context::redis_url(settings)?, &settings.redis)?,
+            turns: Semaphore::new(SESSIONS),
+            idle: Mutex::default(),
+        })
+    }
+
+    pub async fn session(&self) -> Result<Session<'_>, Refusal> {
+        let busy = || anyhow::anyhow!("the console is busy: too many pages ask at the same time");
+        let turn = tokio::time::timeout(PATIENCE, self.turns.acquire()).await.map_err(|_| busy())?.map_err(|_| busy())?;
+        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        if let Some(mut connection) = idle
+            && connection.execute("SELECT").await.is_ok()
+        {
+            return Ok(Session { connection, servers: self, _turn: turn });
+        }
+        let mut connection = context::migrated(&self.settings, "console").await?;
+        connection.execute("SET statement_timeout = '10s'").await.map_err(anyhow::Error::from)?;
+        Ok(Session { connection, servers: self, _turn: turn })
+    }
+}
+
+impl Session<'_> {
+    /// Nothing is under way on it.
+    pub fn done(self) {
+        self.servers.idle.lock().unwrap_or_else(PoisonError::into_inner).push(self.connection);
+    }
+}

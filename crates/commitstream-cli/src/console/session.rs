@@ -1,0 +1,262 @@
+//! Who may look and who may act.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use axum::Form;
+use axum::extract::{FromRequest, FromRequestParts, Request, State};
+use axum::http::header::{COOKIE, HOST, ORIGIN, RETRY_AFTER, SET_COOKIE};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Redirect, Response};
+use maud::{Markup, html};
+use rand::TryRngCore;
+use rand::rngs::OsRng;
+use subtle::ConstantTimeEq;
+
+use super::Console;
+use super::page::{self, Refusal};
+
+const COOKIE_NAME: &str = "commitstream_console";
+
+/// Of a session, however much it is used.
+const LIFE: Duration = Duration::from_secs(12 * 60 * 60);
+/// Sessions at a time; with one more, the oldest ends.
+const MAX_SESSIONS: usize = 100;
+/// Wrong passwords within a window, of all clients together; then nobody can log in until it is over. Sessions go on.
+const MAX_WRONG: u32 = 10;
+const WINDOW: Duration = Duration::from_secs(60);
+/// Characters of a name.
+const LONGEST_NAME: usize = 100;
+
+/// What opens the console.
+pub struct Passwords {
+    pub operator: String,
+    /// For who may look and not act.
+    pub read_only: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    Operator,
+    ReadOnly,
+}
+
+/// Somebody who is logged in.
+#[derive(Debug, Clone)]
+pub struct Viewer {
+    /// As they called themselves.
+    pub who: String,
+    pub role: Role,
+    /// What a form of theirs must bring along.
+    pub token: String,
+    since: Instant,
+}
+
+impl Viewer {
+    pub fn may_act(&self) -> bool {
+        self.role == Role::Operator
+    }
+}
+
+pub struct Doorman {
+    passwords: Passwords,
+    secure: bool,
+    state: Mutex<DoorState>,
+}
+
+#[derive(Default)]
+struct DoorState {
+    sessions: HashMap<String, Viewer>,
+    wrong: u32,
+    window: Option<Instant>,
+}
+
+impl Doorman {
+    pub fn new(passwords: Passwords, secure: bool) -> Self {
+        Self { passwords, secure, state: Mutex::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, DoorState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn viewer(&self, headers: &HeaderMap) -> Option<Viewer> {
+        let id = cookie(headers)?;
+        self.state().sessions.get(id).filter(|viewer| viewer.since.elapsed() < LIFE).cloned()
+    }
+
+    /// The seconds until somebody may try again, if too many were wrong.
+    fn locked(&self) -> Option<u64> {
+        let mut state = self.state();
+        let left = state.window.map_or(Duration::ZERO, |since| WINDOW.saturating_sub(since.elapsed()));
+        if left.is_zero() {
+            (state.wrong, state.window) = (0, None);
+        }
+        (state.wrong >= MAX_WRONG).then(|| left.as_secs() + 1)
+    }
+
+    fn role_of(&self, password: &str) -> Option<Role> {
+        let is = |known: &str| bool::from(known.as_bytes().ct_eq(password.as_bytes()));
+        let reads = self.passwords.read_only.as_deref().is_some_and(is);
+        match (is(&self.passwords.operator), reads) {
+            (true, _) => Some(Role::Operator),
+            (false, true) => Some(Role::ReadOnly),
+            (false, false) => {
+                let mut state = self.state();
+                state.wrong += 1;
+                state.window.get_or_insert_with(Instant::now);
+                None
+            }
+        }
+    }
+
+    /// The cookie of a new session.
+    fn enter(&self, who: &str, role: Role) -> anyhow::Result<String> {
+        let (id, token) = (secret()?, secret()?);
+        let mut state = self.state();
+        state.sessions.retain(|_, viewer| viewer.since.elapsed() < LIFE);
+        if state.sessions.len() >= MAX_SESSIONS
+            && let Some(oldest) = state.sessions.iter().min_by_key(|(_, viewer)| viewer.since).map(|(id, _)| id.clone())
+        {
+            state.sessions.remove(&oldest);
+        }
+        state.sessions.insert(id.clone(), Viewer { who: who.to_owned(), role, token, since: Instant::now() });
+        Ok(self.cookie(&id, LIFE.as_secs()))
+    }
+
+    fn leave(&self, headers: &HeaderMap) -> String {
+        if let Some(id) = cookie(headers) {
+            self.state().sessions.remove(id);
+        }
+        self.cookie("", 0)
+    }
+
+    fn cookie(&self, id: &str, seconds: u64) -> String {
+        let secure = if self.secure { "; Secure" } else { "" };
+        format!("{COOKIE_NAME}={id}; Path=/console; Max-Age={seconds}; HttpOnly; SameSite=Strict{secure}")
+    }
+}
+
+/// 256 random bits.
+pub fn secret() -> anyhow::Result<String> {
+    let mut bytes = [0_u8; 32];
+    OsRng.try_fill_bytes(&mut bytes)?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn cookie(headers: &HeaderMap) -> Option<&str> {
+    let cookies = headers.get_all(COOKIE).iter().filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(';'));
+    cookies.filter_map(|cookie| cookie.trim().split_once('=')).find(|(name, _)| *name == COOKIE_NAME).map(|(_, id)| id)
+}
+
+/// Browsers name the origin of each POST; it must be this host.
+fn is_from_here(headers: &HeaderMap) -> bool {
+    let Some(origin) = headers.get(ORIGIN) else { return true };
+    let host = headers.get(HOST).and_then(|host| host.to_str().ok());
+    origin.to_str().ok().and_then(|origin| origin.split_once("://")).is_some_and(|(_, origin)| Some(origin) == host)
+}
+
+/// Another site cannot know the token, and cannot send the cookie either.
+fn check_form(headers: &HeaderMap, viewer: &Viewer, fields: &HashMap<String, String>) -> Result<(), Refusal> {
+    let token = fields.get("token").map(String::as_bytes).unwrap_or_default();
+    if is_from_here(headers) && bool::from(token.ct_eq(viewer.token.as_bytes())) {
+        return Ok(());
+    }
+    Err(Refusal::forbidden("this form is not of your session: load the page again"))
+}
+
+impl FromRequestParts<Console> for Viewer {
+    type Rejection = Redirect;
+
+    async fn from_request_parts(parts: &mut Parts, console: &Console) -> Result<Self, Redirect> {
+        console.doorman.viewer(&parts.headers).ok_or_else(|| Redirect::to("/console/login"))
+    }
+}
+
+/// An act of an operator: logged in, allowed to act, from a form of this very session.
+pub struct Act {
+    pub viewer: Viewer,
+    pub fields: HashMap<String, String>,
+}
+
+impl Act {
+    /// A field that is there and not empty.
+    pub fn field(&self, name: &str) -> Option<&str> {
+        self.fields.get(name).map(String::as_str).filter(|text| !text.is_empty())
+    }
+}
+
+impl FromRequest<Console> for Act {
+    type Rejection = Response;
+
+    async fn from_request(request: Request, console: &Console) -> Result<Self, Response> {
+        let headers = request.headers().clone();
+        let viewer = console.doorman.viewer(&headers).ok_or_else(|| Redirect::to("/console/login").into_response())?;
+        if !viewer.may_act() {
+            return Err(Refusal::forbidden("you may look and not act: log in with the operator's password").into_response());
+        }
+        let Form(fields) =
+            Form::<HashMap<String, String>>::from_request(request, console).await.map_err(IntoResponse::into_response)?;
+        check_form(&headers, &viewer, &fields).map_err(IntoResponse::into_response)?;
+        Ok(Self { viewer, fields })
+    }
+}
+
+pub async fn form() -> Markup {
+    login_page(None)
+}
+
+fn login_page(problem: Option<&str>) -> Markup {
+    page::bare(
+        "Log in",
+        &html! {
+            div.login {
+                h1 { "Commitstream" }
+                @if let Some(problem) = problem { p.verdict.bad role="alert" data-test="problem" { (problem) } }
+                form method="post" action="/console/login" {
+                    label for="name" { "Your name, for the audit" }
+                    input #name name="name" required maxlength=(LONGEST_NAME) autocomplete="username" autofocus;
+                    label for="password" { "Password" }
+                    input #password type="password" name="password" required autocomplete="current-password";
+                    button #login type="submit" { "Log in" }
+                }
+            }
+        },
+    )
+}
+
+#[derive(serde::Deserialize)]
+pub struct Login {
+    name: String,
+    password: String,
+}
+
+pub async fn login(State(console): State<Console>, headers: HeaderMap, Form(login): Form<Login>) -> Result<Response, Refusal> {
+    if !is_from_here(&headers) {
+        return Err(Refusal::forbidden("this form is of another site"));
+    }
+    if let Some(seconds) = console.doorman.locked() {
+        let problem = format!("Too many wrong passwords. Try again in {seconds} seconds.");
+        let answer = (StatusCode::TOO_MANY_REQUESTS, [(RETRY_AFTER, seconds.to_string())], login_page(Some(&problem)));
+        return Ok(answer.into_response());
+    }
+    let name: String = login.name.trim().chars().filter(|c| !c.is_control()).take(LONGEST_NAME).collect();
+    let Some(role) = console.doorman.role_of(&login.password).filter(|_| !name.is_empty()) else {
+        tracing::warn!("somebody gave a wrong password to the console");
+        return Ok((StatusCode::UNAUTHORIZED, login_page(Some("That is not the password."))).into_response());
+    };
+    let cookie = console.doorman.enter(&name, role)?;
+    Ok(([(SET_COOKIE, cookie)], Redirect::to("/console")).into_response())
+}
+
+pub async fn logout(
+    viewer: Viewer,
+    State(console): State<Console>,
+    headers: HeaderMap,
+    Form(fields): Form<HashMap<String, String>>,
+) -> Result<Response, Refusal> {
+    check_form(&headers, &viewer, &fields)?;
+    Ok(([(SET_COOKIE, console.doorman.leave(&headers))], Redirect::to("/console/login")).into_response())
+}

@@ -1,0 +1,311 @@
+//! The web console over HTTP: who may look, who may act, and what the pages say.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::support::{PATIENCE, Running, World, eventually, finish};
+
+const PASSWORD: &str = "correct horse";
+const READ_ONLY: &str = "battery staple";
+
+const PAGES: [&str; 8] = ["", "/events", "/failures", "/blocked", "/dead", "/streams", "/relays", "/audit"];
+
+struct Site {
+    _server: Running,
+    address: String,
+}
+
+struct Page {
+    code: u16,
+    head: String,
+    body: String,
+}
+
+impl Page {
+    fn header(&self, name: &str) -> Option<&str> {
+        self.head.lines().filter_map(|line| line.split_once(": ")).find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, v)| v)
+    }
+
+    /// The value of the hidden field that every form has.
+    fn token(&self) -> Result<String> {
+        let (_, rest) = self.body.split_once("name=\"token\" value=\"").context("a form with a token")?;
+        Ok(rest.split('"').next().unwrap_or_default().to_owned())
+    }
+}
+
+impl Site {
+    fn start(world: &World) -> Result<Self> {
+        let mut command = world.command(&["console", "--listen", "127.0.0.1:0"]);
+        command.env("CONSOLE_PASSWORD", PASSWORD).env("CONSOLE_READ_ONLY_PASSWORD", READ_ONLY);
+        let mut server = Running::new(command)?;
+        let line = server.prints("console on http://")?;
+        let address = line.trim_start_matches("console on http://").trim_end_matches("/console").to_owned();
+        Ok(Self { _server: server, address })
+    }
+
+    fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Result<Page> {
+        let mut stream = TcpStream::connect(&self.address)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut request = format!("{method} /console{path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n", self.address);
+        headers.iter().for_each(|(name, value)| request += &format!("{name}: {value}\r\n"));
+        if method == "POST" {
+            request += &format!("Content-Type: application/x-www-form-urlencoded\r\nContent-Length: {}\r\n", body.len());
+        }
+        stream.write_all(format!("{request}\r\n{body}").as_bytes())?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").context("an answer")?;
+        let code = head.split(' ').nth(1).context("a code")?.parse()?;
+        Ok(Page { code, head: head.to_owned(), body: body.to_owned() })
+    }
+
+    fn login(&self, password: &str) -> Result<Page> {
+        self.send("POST", "/login", &[], &form(&[("name", "Ada"), ("password", password)]))
+    }
+
+    /// The cookie of a session.
+    fn enter(&self, password: &str) -> Result<String> {
+        let page = self.login(password)?;
+        ensure!(page.code == 303, "{}", page.body);
+        Ok(page.header("set-cookie").context("a cookie")?.split(';').next().unwrap_or_default().to_owned())
+    }
+
+    fn get(&self, cookie: &str, path: &str) -> Result<Page> {
+        self.send("GET", path, &[("Cookie", cookie)], "")
+    }
+
+    fn post(&self, cookie: &str, path: &str, fields: &[(&str, &str)]) -> Result<Page> {
+        let origin = format!("http://{}", self.address);
+        self.send("POST", path, &[("Cookie", cookie), ("Origin", &origin)], &form(fields))
+    }
+}
+
+fn form(fields: &[(&str, &str)]) -> String {
+    let escaped = |text: &str| -> String {
+        text.bytes().map(|b| if b.is_ascii_alphanumeric() { (b as char).to_string() } else { format!("%{b:02X}") }).collect()
+    };
+    let fields: Vec<_> = fields.iter().map(|(name, value)| format!("{}={}", escaped(name), escaped(value))).collect();
+    fields.join("&")
+}
+
+#[test]
+fn nobody_looks_without_a_password_and_wrong_ones_are_limited() -> Result<()> {
+    let world = World::new()?;
+    let site = Site::start(&world)?;
+    for path in PAGES.into_iter().chain(["/live"]) {
+        let page = site.get("", path)?;
+        assert_eq!((page.code, page.header("location")), (303, Some("/console/login")), "{path}");
+    }
+    let page = site.send("GET", "/login", &[], "")?;
+    assert_eq!(page.code, 200);
+    let policy = page.header("content-security-policy").context("a policy")?;
+    assert!(policy.starts_with("default-src 'none'; script-src 'self'; style-src 'self'") && !policy.contains("unsafe"));
+    assert_eq!(page.header("x-content-type-options"), Some("nosniff"));
+    assert_eq!(page.header("referrer-policy"), Some("no-referrer"));
+    assert_eq!(page.header("cache-control"), Some("no-store"));
+    assert!(!page.body.contains("style=") && !page.body.contains("onclick"), "nothing is inline");
+
+    let entered = site.login(PASSWORD)?;
+    let cookie = entered.header("set-cookie").context("a cookie")?;
+    assert!(cookie.contains("HttpOnly") && cookie.contains("SameSite=Strict") && !cookie.contains("Secure"), "{cookie}");
+    let id = cookie.split(['=', ';']).nth(1).context("an id")?;
+    assert_eq!(id.len(), 64, "256 bits");
+
+    for _ in 0..10 {
+        assert_eq!(site.login("wrong")?.code, 401);
+    }
+    let page = site.login(PASSWORD)?;
+    assert_eq!(page.code, 429, "{}", page.body);
+    assert!(page.header("retry-after").is_some_and(|seconds| seconds.parse().is_ok_and(|s: u64| (1..=61).contains(&s))));
+    assert_eq!(site.get(&format!("commitstream_console={id}"), "")?.code, 200, "sessions go on");
+    Ok(())
+}
+
+#[test]
+fn logging_out_ends_the_session() -> Result<()> {
+    let world = World::new()?;
+    let site = Site::start(&world)?;
+    let cookie = site.enter(PASSWORD)?;
+    assert_eq!(site.post(&cookie, "/logout", &[])?.code, 403, "not without the token");
+    let token = site.get(&cookie, "/audit")?.token()?;
+    assert_eq!(site.post(&cookie, "/logout", &[("token", &token)])?.code, 303);
+    assert_eq!(site.get(&cookie, "/audit")?.code, 303);
+    Ok(())
+}
+
+#[test]
+fn each_page_is_there_with_data_and_without() -> Result<()> {
+    let world = World::new()?;
+    let site = Site::start(&world)?;
+    let cookie = site.enter(READ_ONLY)?;
+    for path in PAGES {
+        let page = site.get(&cookie, path)?;
+        assert_eq!(page.code, 200, "{path}: {}", page.body);
+        assert!(path.is_empty() || page.body.contains("data-test=\"nothing\""), "{path} says why it is empty: {}", page.body);
+    }
+    world.fail_users()?;
+    world.publish_user("4")?;
+    world.ok(&["relay", "--until-empty"])?;
+    redis::cmd("XGROUP").arg(&["CREATE", &world.user_stream(), "mail", "0"]).exec(&mut world.redis()?)?;
+    for (path, text) in [
+        ("", "Events flow".to_owned()),
+        ("/events", "UserCreated".to_owned()),
+        ("/events?status=PUBLISHED&type=UserCreated", "user 4".to_owned()),
+        ("/failures", "WRONGTYPE".to_owned()),
+        ("/streams", world.user_stream()),
+        ("/streams", "mail".to_owned()),
+    ] {
+        let page = site.get(&cookie, path)?;
+        assert_eq!(page.code, 200, "{path}");
+        let is_there = page.body.contains(&text) || (path.is_empty() && page.body.contains("No relay is alive"));
+        assert!(is_there, "{path} has {text}: {}", page.body);
+    }
+    for asset in ["console.js", "console.css", "uplot.min.js", "uplot.min.css"] {
+        assert_eq!(site.get("", &format!("/assets/{asset}"))?.code, 200, "{asset}");
+    }
+    assert_eq!(site.get(&cookie, "/events/no-id")?.code, 400);
+    assert_eq!(site.get(&cookie, "/events/00000000-0000-7000-8000-000000000000")?.code, 404);
+    Ok(())
+}
+
+#[test]
+fn an_event_shows_its_life_and_what_is_in_it_stays_text() -> Result<()> {
+    let world = World::new()?;
+    world.database.psql(
+        r#"INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, headers)
+           VALUES ('<b>T</b>', 'user', '"><script>alert(1)</script>', '{"x": "<script>alert(2)</script>"}', '{"traceparent": "00-abc-def-01"}');
+           INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, status, last_error)
+           VALUES ('F', 'user', '1', '{}', 'FAILED', '<img src=x onerror=alert(3)>');"#,
+    )?;
+    world.ok(&["relay", "--until-empty"])?;
+    redis::cmd("XGROUP").arg(&["CREATE", &world.user_stream(), "mail", "0"]).exec(&mut world.redis()?)?;
+    let site = Site::start(&world)?;
+    let cookie = site.enter(PASSWORD)?;
+    let id = world.database.psql("SELECT id FROM event_outbox WHERE status = 'PUBLISHED';")?;
+    let event = site.get(&cookie, &format!("/events/{}", id.trim()))?;
+    assert_eq!(event.code, 200, "{}", event.body);
+    for text in ["PUBLISHED", "00-abc-def-01", "as 1 of 1", "Group mail", "not delivered yet", "&lt;script&gt;alert(2)"] {
+        assert!(event.body.contains(text), "{text}: {}", event.body);
+    }
+    let pages = [event, site.get(&cookie, "/events")?, site.get(&cookie, "/failures")?];
+    for page in pages {
+        assert!(
+            !page.body.contains("<script>alert") && !page.body.contains("<img") && !page.body.contains("<b>T"),
+            "{}",
+            page.body
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn only_an_operator_with_a_form_of_the_session_acts() -> Result<()> {
+    let world = World::new()?;
+    let ids = world.fail_users()?;
+    let site = Site::start(&world)?;
+    let (operator, reader) = (site.enter(PASSWORD)?, site.enter(READ_ONLY)?);
+    let token = site.get(&operator, "/failures")?.token()?;
+    let act = [("remedy", "discard"), ("id", ids[0].as_str())];
+
+    assert!(!site.get(&reader, "/failures")?.body.contains("data-test=\"discard-"), "no buttons");
+    let own = site.get(&reader, "/failures")?.token()?;
+    assert_eq!(site.post(&reader, "/failures/act", &[&act[..], &[("token", &own)]].concat())?.code, 403, "read-only");
+    assert_eq!(site.post(&operator, "/failures/act", &act)?.code, 403, "no token");
+    assert_eq!(site.post(&operator, "/failures/act", &[&act[..], &[("token", &own)]].concat())?.code, 403, "another session's");
+    let elsewhere = [("Cookie", operator.as_str()), ("Origin", "https://evil.example")];
+    let stolen = form(&[&act[..], &[("token", &token)]].concat());
+    assert_eq!(site.send("POST", "/failures/act", &elsewhere, &stolen)?.code, 403, "another site");
+    assert_eq!(world.stats()?["failed"], 3);
+
+    let asked = site.get(&operator, "/failures/confirm?remedy=discard")?;
+    assert!(asked.body.contains("Delete 3 events for good?"), "{}", asked.body);
+    let done = site.post(&operator, "/failures/act", &[&act[..], &[("token", &token)]].concat())?;
+    assert!(done.code == 200 && done.body.contains("1 event deleted"), "{}", done.body);
+    assert_eq!(world.stats()?["failed"], 2);
+    let audit = site.get(&operator, "/audit")?.body;
+    assert!(audit.contains("Ada") && audit.contains("discard") && audit.contains(&ids[0]), "{audit}");
+    Ok(())
+}
+
+#[test]
+fn a_retried_failure_is_published() -> Result<()> {
+    let world = World::new()?;
+    world.fail_users()?;
+    let site = Site::start(&world)?;
+    let cookie = site.enter(PASSWORD)?;
+    let mut relay = Running::new(world.command(&["relay"]))?;
+    relay.says("relay is active")?;
+    let token = site.get(&cookie, "/failures")?.token()?;
+    let done = site.post(&cookie, "/failures/act", &[("remedy", "retry"), ("type", "UserCreated"), ("token", &token)])?;
+    assert!(done.body.contains("3 events made PENDING again"), "{}", done.body);
+    eventually("them to be published", || Ok(world.stats()?["published"] == 3))?;
+    let overview = site.get(&cookie, "")?;
+    assert!(overview.body.contains("All is well"), "{}", overview.body);
+
+    let token = site.get(&cookie, "/relays")?.token()?;
+    assert_eq!(site.post(&cookie, "/relays/switch", &[("to", "pause"), ("token", &token)])?.code, 303);
+    relay.says("relay is paused by an operator")?;
+    assert!(site.get(&cookie, "")?.body.contains("Publishing is paused"));
+    assert_eq!(site.post(&cookie, "/relays/switch", &[("to", "resume"), ("token", &token)])?.code, 303);
+    relay.says("relay is active")?;
+    let audit = site.get(&cookie, "/audit")?.body;
+    for action in ["retry", "pause", "resume"] {
+        assert!(audit.contains(action), "{audit}");
+    }
+    Ok(())
+}
+
+#[test]
+fn it_does_not_listen_to_others_without_a_password() -> Result<()> {
+    let world = World::new()?;
+    let answer = finish(world.command(&["console", "--listen", "0.0.0.0:0"]))?;
+    assert_eq!(answer.code, Some(2), "{answer:?}");
+    assert!(answer.stderr.contains("CONSOLE_PASSWORD is not set"), "{answer:?}");
+    let mut open = Running::new(world.command(&["console", "--listen", "127.0.0.1:0"]))?;
+    open.prints("password: ")?;
+    open.prints("console on http://127.0.0.1:")?;
+    Ok(())
+}
+
+#[test]
+fn the_daemon_serves_it_and_is_not_open_to_others() -> Result<()> {
+    let world = World::new()?;
+    let mut command = world.command(&["relay"]);
+    command.env("HTTP_LISTEN", "0.0.0.0:0");
+    let answer = finish(command)?;
+    assert_eq!(answer.code, Some(2), "{answer:?}");
+    assert!(
+        answer.stderr.contains("CONSOLE_PASSWORD is not set") && answer.stderr.contains("CONSOLE_ENABLED=false"),
+        "{answer:?}"
+    );
+
+    let mut command = world.command(&["relay"]);
+    command.env("HTTP_LISTEN", "127.0.0.1:0");
+    let mut relay = Running::new(command)?;
+    let line = relay.says("console on http://")?;
+    let (_, rest) = line.split_once("http://").context("an address")?;
+    let address = rest.split('/').next().context("an address")?.to_owned();
+    let line = relay.says("password of the console for this run: ")?;
+    let password = line.split("this run: ").nth(1).and_then(|rest| rest.split(';').next()).context("a password")?.to_owned();
+    assert_eq!(password.len(), 24);
+    let site = Site { _server: relay, address };
+    let cookie = site.enter(&password)?;
+    let relays = site.get(&cookie, "/relays")?;
+    assert!(relays.code == 200 && relays.body.contains("id=\"relays\""), "{}", relays.body);
+
+    // The live numbers come as an event of JSON.
+    let mut stream = TcpStream::connect(&site.address)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    write!(stream, "GET /console/live HTTP/1.1\r\nHost: {}\r\nCookie: {cookie}\r\n\r\n", site.address)?;
+    let mut seen = String::new();
+    while !(seen.contains("event: figures") && seen.contains("\"rate\"")) {
+        let mut bytes = [0; 4096];
+        let read = stream.read(&mut bytes)?;
+        ensure!(read > 0, "it ended: {seen}");
+        seen += &String::from_utf8_lossy(&bytes[..read]);
+    }
+    assert!(seen.contains("text/event-stream") && seen.contains("\"sentence\""), "{seen}");
+    Ok(())
+}

@@ -1,0 +1,250 @@
+//! Failed events by their causes, and what operators do about them: in bounded steps, each of which is one transaction that says in
+//! `outbox_audit` who did it.
+
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+use sqlx::postgres::PgRow;
+use sqlx::{PgConnection, Row};
+use uuid::Uuid;
+
+use super::{OutboxError, OutboxRepository};
+
+/// The newest failed events that are looked at to group or count them.
+const LOOKED_AT: i64 = 20_000;
+
+/// Failed events that one step looks at, and so the most that it changes.
+const STEP: i64 = 1_000;
+
+/// What failed events have in common: the beginning of the error, with `#` for each digit.
+const CAUSE: &str = "translate(left(COALESCE(last_error, ''), 150), '0123456789', '##########')";
+
+/// Which failed events are meant; what is `None` is left open.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct FailureFilter {
+    pub event_type: Option<String>,
+    /// As [`FailureGroup::cause`].
+    pub cause: Option<String>,
+}
+
+/// Failed events of one type with one cause.
+#[derive(Debug, Clone, Serialize)]
+pub struct FailureGroup {
+    pub event_type: String,
+    pub cause: String,
+    /// The whole error of one of them.
+    pub example: String,
+    pub events: i64,
+    pub oldest: DateTime<Utc>,
+    pub newest: DateTime<Utc>,
+}
+
+/// A number that is exact, or the least that it can be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Counted {
+    pub events: i64,
+    /// There may be more: so many were looked at that the counting stopped.
+    pub at_least: bool,
+}
+
+/// What an operator does about failed events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Remedy {
+    /// `PENDING` again, with all their attempts.
+    Retry,
+    /// Deleted for good.
+    Discard,
+}
+
+impl Remedy {
+    /// As the audit has it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Retry => "retry",
+            Self::Discard => "discard",
+        }
+    }
+
+    /// They become waiting events, which keeps their order among themselves and before what comes later.
+    fn change(self) -> &'static str {
+        match self {
+            Self::Retry => {
+                "UPDATE {s}.event_outbox SET status = 'PENDING', retry_count = 0, last_error = NULL, next_retry_at = statement_timestamp()"
+            }
+            Self::Discard => "DELETE FROM {s}.event_outbox",
+        }
+    }
+}
+
+/// Who does something, and in which words the audit says to what.
+#[derive(Debug, Clone, Copy)]
+pub struct Deed<'a> {
+    pub who: &'a str,
+    pub about: &'a str,
+}
+
+/// Where a step ended: the place of an event among the failed ones, by aggregate and `seq`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, serde::Deserialize)]
+pub struct FailurePlace {
+    pub aggregate_type: String,
+    pub aggregate_id: String,
+    pub seq: i64,
+}
+
+/// What a step did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RemedyStep {
+    pub changed: i64,
+    /// Where the next step begins; `None` when all have been looked at.
+    pub next: Option<FailurePlace>,
+}
+
+/// `looked` are failed events; of those that match, what the statement says is done, and the audit says so. `COALESCE` keeps the planner
+/// from the indexes of failed events: what is changed is found by key.
+const REMEDY: &str = "
+WITH looked AS MATERIALIZED ({looked}), changed AS (
+    {change} WHERE id = ANY (ARRAY(SELECT id FROM looked WHERE matches)) AND COALESCE(status, '') = 'FAILED' RETURNING id
+), noted AS (
+    INSERT INTO {s}.outbox_audit (who, action, about, events, event_ids)
+    SELECT $1, '{action}', $2, count(*), array_agg(id) FROM changed HAVING count(*) > 0
+)
+SELECT (SELECT count(*) FROM changed) AS changed, (SELECT count(*) FROM looked) AS looked, aggregate_type, aggregate_id, seq
+FROM (SELECT) AS one LEFT JOIN
+     (SELECT aggregate_type, aggregate_id, seq FROM looked ORDER BY aggregate_type DESC, aggregate_id DESC, seq DESC LIMIT 1) AS last ON true";
+
+/// By aggregate, and in each by `seq`: so a retry of many in steps keeps the order. In the planner's words the conditions of the other
+/// indexes do not apply.
+const STEPWISE: &str = "
+    SELECT id, aggregate_type, aggregate_id, seq,
+           ($6::text IS NULL OR event_type = $6) AND ($7::text IS NULL OR {cause} = $7) AS matches
+    FROM {s}.event_outbox
+    WHERE status || '' = 'FAILED' AND (aggregate_type, aggregate_id, seq) > ($3, $4, $5)
+    ORDER BY aggregate_type, aggregate_id, seq LIMIT {step}";
+
+const NAMED: &str = "
+    SELECT id, aggregate_type, aggregate_id, seq, true AS matches FROM {s}.event_outbox
+    WHERE id = ANY ($3::uuid[]) AND COALESCE(status, '') = 'FAILED'";
+
+impl OutboxRepository {
+    /// The newest failed events by type and cause, largest group first, and how many were looked at. That is 20,000 at most; then each
+    /// number is the least that it can be.
+    ///
+    /// # Errors
+    /// PostgreSQL cannot be asked.
+    pub async fn failure_groups(&self, connection: &mut PgConnection) -> Result<(Vec<FailureGroup>, Counted), OutboxError> {
+        let doing = "grouping failed events";
+        let sql = format!(
+            "SELECT event_type, cause, (array_agg(example))[1] AS example, count(*) AS events, min(created_at) AS oldest, max(created_at) AS newest
+             FROM (SELECT event_type, {CAUSE} AS cause, left(COALESCE(last_error, ''), 1000) AS example, created_at
+                   FROM {{s}}.event_outbox WHERE status = 'FAILED' ORDER BY created_at DESC LIMIT {LOOKED_AT}) AS looked
+             GROUP BY event_type, cause ORDER BY events DESC, event_type, cause"
+        );
+        let rows = sqlx::query(self.sql(&sql)).fetch_all(connection).await.map_err(self.error(doing))?;
+        let groups = rows.iter().map(group).collect::<Result<Vec<_>, _>>().map_err(self.error(doing))?;
+        let events = groups.iter().map(|group| group.events).sum();
+        Ok((groups, Counted { events, at_least: events >= LOOKED_AT }))
+    }
+
+    /// How many failed events match, of the newest 20,000.
+    ///
+    /// # Errors
+    /// PostgreSQL cannot be asked.
+    pub async fn count_failed(&self, connection: &mut PgConnection, filter: &FailureFilter) -> Result<Counted, OutboxError> {
+        let doing = "counting failed events";
+        let sql = format!(
+            "SELECT count(*) FILTER (WHERE ($1::text IS NULL OR event_type = $1) AND ($2::text IS NULL OR {CAUSE} = $2)) AS events,
+                    count(*) >= {LOOKED_AT} AS at_least
+             FROM (SELECT event_type, last_error FROM {{s}}.event_outbox WHERE status = 'FAILED'
+                   ORDER BY created_at DESC LIMIT {LOOKED_AT}) AS looked"
+        );
+        let row = sqlx::query(self.sql(&sql))
+            .bind(&filter.event_type)
+            .bind(&filter.cause)
+            .fetch_one(connection)
+            .await
+            .map_err(self.error(doing))?;
+        let read = || Ok(Counted { events: row.try_get("events")?, at_least: row.try_get("at_least")? });
+        read().map_err(self.error(doing))
+    }
+
+    /// One step through the failed events that match: looks at the next 1,000 after the place, in the order of their aggregates.
+    ///
+    /// # Errors
+    /// PostgreSQL cannot be asked; then this step did nothing.
+    pub async fn remedy_step(
+        &self,
+        connection: &mut PgConnection,
+        deed: Deed<'_>,
+        remedy: Remedy,
+        filter: &FailureFilter,
+        after: &FailurePlace,
+    ) -> Result<RemedyStep, OutboxError> {
+        let looked = STEPWISE.replace("{cause}", CAUSE).replace("{step}", &STEP.to_string());
+        let sql = statement(&looked, remedy);
+        let query = sqlx::query(self.sql(&sql)).bind(deed.who).bind(deed.about);
+        let query = query.bind(&after.aggregate_type).bind(&after.aggregate_id).bind(after.seq);
+        let row = query
+            .bind(&filter.event_type)
+            .bind(&filter.cause)
+            .fetch_one(&mut *connection)
+            .await
+            .map_err(self.error("changing failed events"))?;
+        self.stepped(connection, &row, remedy).await
+    }
+
+    /// The same for the failed ones among these events, all in one step.
+    ///
+    /// # Errors
+    /// PostgreSQL cannot be asked; then nothing was done.
+    pub async fn remedy_events(
+        &self,
+        connection: &mut PgConnection,
+        deed: Deed<'_>,
+        remedy: Remedy,
+        ids: &[Uuid],
+    ) -> Result<RemedyStep, OutboxError> {
+        let row = sqlx::query(self.sql(&statement(NAMED, remedy)))
+            .bind(deed.who)
+            .bind(deed.about)
+            .bind(ids)
+            .fetch_one(&mut *connection)
+            .await
+            .map_err(self.error("changing failed events"))?;
+        Ok(RemedyStep { next: None, ..self.stepped(connection, &row, remedy).await? })
+    }
+
+    async fn stepped(&self, connection: &mut PgConnection, row: &PgRow, remedy: Remedy) -> Result<RemedyStep, OutboxError> {
+        let step = step_of(row).map_err(self.error("changing failed events"))?;
+        if remedy == Remedy::Retry && step.changed > 0 {
+            self.notify(connection).await?;
+        }
+        Ok(step)
+    }
+}
+
+fn statement(looked: &str, remedy: Remedy) -> String {
+    REMEDY.replace("{looked}", looked).replace("{change}", remedy.change()).replace("{action}", remedy.name())
+}
+
+fn step_of(row: &PgRow) -> Result<RemedyStep, sqlx::Error> {
+    let is_full = row.try_get::<i64, _>("looked")? >= STEP;
+    let last = || {
+        Ok::<_, sqlx::Error>(FailurePlace {
+            aggregate_type: row.try_get("aggregate_type")?,
+            aggregate_id: row.try_get("aggregate_id")?,
+            seq: row.try_get("seq")?,
+        })
+    };
+    Ok(RemedyStep { changed: row.try_get("changed")?, next: if is_full { Some(last()?) } else { None } })
+}
+
+fn group(row: &PgRow) -> Result<FailureGroup, sqlx::Error> {
+    Ok(FailureGroup {
+        event_type: row.try_get("event_type")?,
+        cause: row.try_get("cause")?,
+        example: row.try_get("example")?,
+        events: row.try_get("events")?,
+        oldest: row.try_get("oldest")?,
+        newest: row.try_get("newest")?,
+    })
+}

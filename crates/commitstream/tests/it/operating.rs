@@ -1,0 +1,234 @@
+//! What operators see and do: search, failures by cause, blocked aggregates, the audit, the pause.
+
+use std::cmp::Reverse;
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use commitstream::outbox::{Deed, EventSearch, EventStatus, EventSummary, FailureFilter, FailurePlace, Remedy, SearchPlace};
+use commitstream::relay::RelayState;
+use commitstream::streams::Delivery;
+use uuid::Uuid;
+
+use crate::support::{Form, World, eventually};
+
+const DEED: Deed<'static> = Deed { who: "ada", about: "a test" };
+
+/// 30 published, 20 pending and 3,000 failed events of two types and causes, in that order.
+const STATES: &str = "
+INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, status, published_at)
+SELECT 'Sent', 'user', n::text, '{}', 'PUBLISHED', now() FROM generate_series(1, 30) n;
+INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload)
+SELECT 'Unsent', 'user', n::text, '{}' FROM generate_series(1, 20) n;
+INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, status, last_error)
+SELECT CASE WHEN n % 3 = 0 THEN 'Odd' ELSE 'Even' END, 'order', (n % 7)::text, '{}', 'FAILED', 'too large by ' || (n % 90 + 10) || ' bytes'
+FROM generate_series(1, 3000) n;";
+
+async fn world_of_states(form: Form) -> Result<World> {
+    let world = World::of(form).await?;
+    world.database.psql(STATES)?;
+    Ok(world)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_search_finds_each_event_once_page_by_page() -> Result<()> {
+    for form in Form::BOTH {
+        let world = world_of_states(form).await?;
+        let mut connection = world.connect().await?;
+        for (status, expected) in [
+            (None, 3_050),
+            (Some(EventStatus::Published), 30),
+            (Some(EventStatus::Pending), 20),
+            (Some(EventStatus::Processing), 0),
+            (Some(EventStatus::Failed), 3_000),
+        ] {
+            let search = EventSearch { status, ..EventSearch::default() };
+            let (mut found, mut place, mut pages) = (Vec::new(), None::<SearchPlace>, 0);
+            loop {
+                let page = world.outbox.search(&mut connection, &search, place.as_ref(), 700).await?;
+                found.extend(page.events);
+                pages += 1;
+                let Some(next) = page.next else { break };
+                place = Some(next.to_string().parse().map_err(anyhow::Error::msg)?);
+            }
+            assert_eq!((found.len(), pages), (expected, expected / 700 + 1), "{form:?} {status:?}");
+            assert_eq!(found.iter().map(|event| event.id).collect::<BTreeSet<_>>().len(), expected, "each once");
+            assert!(found.iter().all(|event| status.is_none_or(|status| event.status == status)));
+            // Ids of one millisecond are in no order.
+            let is_by_id = matches!(status, None | Some(EventStatus::Published));
+            let age = |event: &EventSummary| if is_by_id { Err(Reverse(event.id)) } else { Ok(Reverse(event.created_at)) };
+            assert!(found.is_sorted_by_key(age), "newest first");
+        }
+        let one = EventSearch {
+            event_type: Some("Unsent".into()),
+            aggregate_type: Some("user".into()),
+            aggregate_id: Some("7".into()),
+            ..EventSearch::default()
+        };
+        assert_eq!(world.outbox.search(&mut connection, &one, None, 10).await?.events.len(), 1);
+        let future = EventSearch { from: Some(chrono::Utc::now() + chrono::TimeDelta::hours(1)), ..EventSearch::default() };
+        assert_eq!(world.outbox.search(&mut connection, &future, None, 10).await?.events.len(), 0);
+        let past = EventSearch { until: future.from, from: Some(chrono::Utc::now() - chrono::TimeDelta::hours(1)), ..one };
+        assert_eq!(world.outbox.search(&mut connection, &past, None, 10).await?.events.len(), 1);
+    }
+    Ok(())
+}
+
+/// A search for what is rare comes back after a bounded number of rows, and goes on from there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_search_for_what_is_rare_stops_and_goes_on() -> Result<()> {
+    let world = World::new().await?;
+    let mut connection = world.connect().await?;
+    world.insert(1, 1).await?;
+    world.database.psql("UPDATE event_outbox SET event_type = 'Rare';")?;
+    world.insert(45_000, 10).await?;
+    let rare = EventSearch { event_type: Some("Rare".into()), ..EventSearch::default() };
+    let (mut place, mut found) = (None, Vec::new());
+    for page in 0..3 {
+        let answer = world.outbox.search(&mut connection, &rare, place.as_ref(), 50).await?;
+        assert_eq!(answer.next.is_some(), page < 2, "page {page}");
+        found.push(answer.events.len());
+        place = answer.next;
+    }
+    assert_eq!(found, [0, 0, 1]);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn failures_are_grouped_and_retried_or_discarded_with_an_audit() -> Result<()> {
+    for form in Form::BOTH {
+        let world = world_of_states(form).await?;
+        let mut connection = world.connect().await?;
+        let (groups, all) = world.outbox.failure_groups(&mut connection).await?;
+        let shown: Vec<_> = groups.iter().map(|g| (g.event_type.as_str(), g.cause.as_str(), g.events)).collect();
+        let cause = "too large by ## bytes";
+        assert_eq!(shown, [("Even", cause, 2_000), ("Odd", cause, 1_000)]);
+        assert_eq!((all.events, all.at_least), (3_000, false));
+
+        let odd = FailureFilter { event_type: Some("Odd".into()), cause: Some(cause.into()) };
+        assert_eq!(world.outbox.count_failed(&mut connection, &odd).await?.events, 1_000);
+        let (mut place, mut changed, mut steps) = (FailurePlace::default(), 0, 0);
+        loop {
+            let step = world.outbox.remedy_step(&mut connection, DEED, Remedy::Retry, &odd, &place).await?;
+            changed += step.changed;
+            steps += 1;
+            let Some(next) = step.next else { break };
+            place = next;
+        }
+        assert_eq!(changed, 1_000);
+        assert!((3..=4).contains(&steps), "{steps}");
+        let pending = "SELECT count(*) FROM event_outbox WHERE event_type = 'Odd' AND status = 'PENDING' AND retry_count = 0
+                       AND last_error IS NULL AND next_retry_at IS NOT NULL;";
+        assert_eq!(world.database.psql(pending)?, "1000\n");
+
+        let search = EventSearch { status: Some(EventStatus::Failed), ..EventSearch::default() };
+        let one = world.outbox.search(&mut connection, &search, None, 1).await?.events[0].id;
+        let pending = world.database.psql("SELECT id FROM event_outbox WHERE event_type = 'Unsent' LIMIT 1;")?;
+        let ids = [one, pending.trim().parse()?];
+        assert_eq!(
+            world.outbox.remedy_events(&mut connection, DEED, Remedy::Discard, &ids).await?.changed,
+            1,
+            "failed ones only"
+        );
+        assert!(world.outbox.event(&mut connection, one).await?.is_none());
+        assert!(world.outbox.event(&mut connection, ids[1]).await?.is_some());
+
+        let deeds = world.outbox.deeds(&mut connection, None, 100).await?;
+        assert_eq!((deeds[0].action.as_str(), deeds[0].who.as_str(), &deeds[0].event_ids[..]), ("discard", "ada", &ids[..1]));
+        assert_eq!(deeds.iter().filter(|d| d.action == "retry").map(|d| d.events).sum::<i64>(), 1_000);
+        assert!(deeds.iter().all(|deed| usize::try_from(deed.events).is_ok_and(|events| events == deed.event_ids.len())));
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blocked_aggregates_say_what_waits_behind_what() -> Result<()> {
+    for form in Form::BOTH {
+        let world = World::of(form).await?;
+        let mut connection = world.connect().await?;
+        assert!(world.outbox.blocked(&mut connection, ("", ""), 10).await?.is_empty());
+        world.database.psql(
+            "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, status)
+             VALUES ('First', 'user', 'held', '{}', 'FAILED');
+             INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, next_retry_at, retry_count, last_error)
+             SELECT 'Later', 'user', CASE WHEN n < 4 THEN 'held' ELSE 'tried' END, '{}', now() + interval '1 hour', 1, 'WRONGTYPE'
+             FROM generate_series(1, 8) n;",
+        )?;
+        let blocked = world.outbox.blocked(&mut connection, ("", ""), 10).await?;
+        let shown: Vec<_> =
+            blocked.iter().map(|b| (b.aggregate_id.as_str(), b.waiting, b.failed.is_some(), b.at_least)).collect();
+        assert_eq!(shown, [("held", 3, true, false), ("tried", 5, false, false)]);
+        assert_eq!(world.outbox.blocked(&mut connection, ("user", "held"), 10).await?.len(), 1, "the next page");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_life_of_an_event_is_known_to_each_group() -> Result<()> {
+    let world = World::new().await?;
+    let mut connection = world.connect().await?;
+    world.insert(250, 10).await?;
+    let relay = world.relay()?;
+    world.drained().await?;
+    relay.stop().await?;
+    let stream = world.user_stream();
+    let mut redis = world.redis().await?;
+    redis::cmd("XGROUP").arg(&["CREATE", &stream, "mail", "0"]).query_async::<()>(&mut redis).await?;
+    let ids = world.database.psql("SELECT id FROM event_outbox ORDER BY seq;")?;
+    let ids: Vec<Uuid> = ids.lines().map(str::parse).collect::<Result<_, _>>()?;
+    let mut entries = Vec::new();
+    for id in [ids[0], ids[120], ids[249]] {
+        let event = world.outbox.event(&mut connection, id).await?.context("the event is there")?;
+        assert_eq!(event.status, EventStatus::Published);
+        let batch = event.batch.context("its batch is found")?;
+        assert!(batch.settled_at.is_some() && batch.stream == stream, "{batch:?}");
+        let until = event.published_at.context("published")?.timestamp_millis() + 1_000;
+        let entry = world.streams.entry_of(&stream, id, batch.last_entry.as_deref(), until).await?;
+        assert!(batch.last_entry.is_some());
+        assert_eq!(world.streams.entry_of(&stream, id, None, until).await?, entry, "without the journal, too");
+        entries.push(entry.context("its entry is found")?);
+    }
+    assert_eq!(world.streams.entry_of(&stream, Uuid::nil(), None, i64::MAX).await?, None);
+    let deliveries =
+        async |entry: &str| Ok::<_, anyhow::Error>(world.streams.deliveries(&stream, entry).await?[0].delivery.clone());
+    assert_eq!(deliveries(&entries[0]).await?, Delivery::NotDelivered);
+    let mut read = redis::cmd("XREADGROUP");
+    read.arg(&["GROUP", "mail", "m1", "COUNT", "1", "STREAMS", &stream, ">"]).query_async::<redis::Value>(&mut redis).await?;
+    assert!(matches!(deliveries(&entries[0]).await?, Delivery::Pending { consumer, deliveries: 1, .. } if consumer == "m1"));
+    redis::cmd("XACK").arg(&[&stream, "mail", &entries[0]]).query_async::<()>(&mut redis).await?;
+    assert_eq!(deliveries(&entries[0]).await?, Delivery::Acknowledged);
+    assert_eq!(deliveries(&entries[2]).await?, Delivery::NotDelivered);
+    let figures = world.streams.figures(&stream).await?.context("the stream is there")?;
+    assert_eq!(figures.entries, 250);
+    assert!(figures.memory.is_some_and(|bytes| bytes > 1_000), "{figures:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pause_stops_claims_until_relays_may_go_on() -> Result<()> {
+    let world = World::new().await?;
+    let mut connection = world.connect().await?;
+    let relay = world.relay()?;
+    let mut status = relay.watch();
+    status.wait_for(|s| s.state == RelayState::Active).await?;
+    assert!(world.outbox.pause(&mut connection, "ada").await?);
+    assert!(!world.outbox.pause(&mut connection, "bob").await?, "once");
+    status.wait_for(|s| s.state == RelayState::Paused).await?;
+    assert_eq!(world.outbox.paused(&mut connection).await?.context("paused")?.who, "ada");
+    world.insert(50, 5).await?;
+    // A relay that claimed would do so within the poll interval.
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    let glance = world.outbox.glance(&mut connection).await?;
+    assert!(glance.is_paused && glance.unsent.events == 50 && glance.open_batches == 0, "{glance:?}");
+    let is_told = async || Ok(world.outbox.relays(&mut world.connect().await?).await?[0].state == "paused");
+    eventually("the next heartbeat", is_told).await?;
+    assert!(world.outbox.resume(&mut connection, "bob").await?);
+    assert!(!world.outbox.resume(&mut connection, "bob").await?);
+    world.drained().await?;
+    eventually("the rate", async || Ok(world.outbox.glance(&mut connection).await?.latency_p50_ms.is_some())).await?;
+    relay.stop().await?;
+    assert_eq!(world.audit().await?, 50);
+    let deeds: Vec<_> = world.outbox.deeds(&mut connection, None, 10).await?.into_iter().map(|d| (d.who, d.action)).collect();
+    assert_eq!(deeds, [("bob".to_owned(), "resume".to_owned()), ("ada".to_owned(), "pause".to_owned())]);
+    Ok(())
+}
