@@ -13,7 +13,8 @@ const DEFINITION: &str = r"
 WITH ours AS (
     SELECT c.oid, c.relname, n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE n.nspname = $1 AND c.relkind IN ('r', 'p')
-      AND c.relname IN ('event_outbox', 'outbox_batch', 'outbox_lease', 'outbox_relay', 'event_inbox', 'outbox_audit', 'outbox_migration', 'outbox_pause')
+      AND c.relname IN ('event_outbox', 'outbox_batch', 'outbox_lease', 'outbox_relay', 'event_inbox', 'outbox_audit', 'outbox_migration',
+                        'outbox_pause')
 )
 SELECT 'column', relname || '.' || attname,
        format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END
@@ -50,7 +51,8 @@ const PRIVILEGES: &str = "
 SELECT t.name || ': ' || string_agg(p.privilege, ', ')
 FROM (VALUES ('event_outbox', 'SELECT'), ('event_outbox', 'INSERT'), ('event_outbox', 'UPDATE'), ('event_outbox', 'DELETE'),
              ('outbox_batch', 'SELECT'), ('outbox_batch', 'INSERT'), ('outbox_batch', 'UPDATE'), ('outbox_batch', 'DELETE'),
-             ('outbox_pause', 'SELECT'), ('outbox_relay', 'SELECT'), ('outbox_relay', 'INSERT'), ('outbox_relay', 'UPDATE'), ('outbox_relay', 'DELETE'),
+             ('outbox_pause', 'SELECT'),
+             ('outbox_relay', 'SELECT'), ('outbox_relay', 'INSERT'), ('outbox_relay', 'UPDATE'), ('outbox_relay', 'DELETE'),
              ('outbox_lease', 'SELECT'), ('outbox_lease', 'UPDATE'),
              ('event_inbox', 'SELECT'), ('event_inbox', 'DELETE')) AS p (name, privilege)
 JOIN (SELECT relname::text AS name, c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace WHERE nspname = $1) AS t USING (name)
