@@ -23,4 +23,15 @@ CREATE TABLE outbox_pause (
     who       text        NOT NULL
 );
 
+-- Whoever runs relays reads the pause with each heartbeat.
+DO $$
+DECLARE
+    reader text;
+BEGIN
+    FOR reader IN SELECT DISTINCT CASE grantee WHEN 0 THEN 'PUBLIC' ELSE grantee::regrole::text END
+                  FROM pg_class, aclexplode(relacl) WHERE oid = 'outbox_relay'::regclass AND privilege_type = 'SELECT' LOOP
+        EXECUTE format('GRANT SELECT ON outbox_pause TO %s', reader);
+    END LOOP;
+END $$;
+
 INSERT INTO outbox_migration (version) VALUES (7);

@@ -6,8 +6,10 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use tokio::net::TcpListener;
 
+use crate::commands::relay::Signals;
 use crate::console;
 use crate::context::{self, Context};
+use crate::http::HttpServer;
 
 /// Serve the web console without a relay: see what flows and what is stuck, and act on it
 ///
@@ -36,9 +38,8 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
         context.output.line(&format!("password: {password}\n(generated for this run; CONSOLE_PASSWORD sets one)"))?;
     }
     context.output.line(&format!("console on http://{address}/console"))?;
-    tokio::select! {
-        served = axum::serve(listener, routes) => served?,
-        _ = tokio::signal::ctrl_c() => {}
-    }
+    let server = HttpServer::serve(listener, routes);
+    Signals::new()?.next().await;
+    server.stop().await;
     Ok(ExitCode::SUCCESS)
 }

@@ -163,9 +163,14 @@ fn announce(settings: &Settings) -> Result<(), WrongUse> {
 }
 
 /// The outbox is empty: stops the relay and says what it did.
-async fn stop_drained(context: &Context, relay: RelayHandle, drained: drain::Drained) -> anyhow::Result<ExitCode> {
+async fn stop_drained(
+    context: &Context,
+    relay: RelayHandle,
+    drained: anyhow::Result<drain::Drained>,
+) -> anyhow::Result<ExitCode> {
     let status = relay.watch();
     relay.stop().await?;
+    let drained = drained?;
     let (published, refused, failed) = {
         let status = status.borrow();
         (status.published, status.refused, status.failed)
@@ -183,18 +188,18 @@ async fn stop_drained(context: &Context, relay: RelayHandle, drained: drain::Dra
 }
 
 /// The signals that end a daemon.
-struct Signals {
+pub struct Signals {
     interrupt: Signal,
     terminate: Signal,
 }
 
 impl Signals {
-    fn new() -> std::io::Result<Self> {
+    pub fn new() -> std::io::Result<Self> {
         Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
     }
 
     /// The name of the next signal.
-    async fn next(&mut self) -> &'static str {
+    pub async fn next(&mut self) -> &'static str {
         tokio::select! {
             _ = self.interrupt.recv() => "SIGINT",
             _ = self.terminate.recv() => "SIGTERM",

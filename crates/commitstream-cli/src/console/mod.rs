@@ -10,6 +10,7 @@
 mod audit;
 mod blocked;
 mod dead;
+mod doctor;
 mod events;
 mod failures;
 mod overview;
@@ -71,13 +72,14 @@ pub fn routes(settings: &Settings, address: SocketAddr) -> anyhow::Result<(Route
     let generated = if password.is_none() { Some(session::secret()?.chars().take(GENERATED).collect::<String>()) } else { None };
     let operator = password.or_else(|| generated.clone()).unwrap_or_default();
     let passwords = Passwords { operator, read_only: read_only_password };
-    let doorman = Doorman::new(passwords, !address.ip().is_loopback());
+    let doorman = Doorman::new(passwords, address);
     let console = Console { servers: Arc::new(Servers::new(settings)?), doorman: Arc::new(doorman) };
     let pages = Router::new()
         .route("/", get(overview::page))
         .route("/live", get(overview::live))
         .route("/login", get(session::form).post(session::login))
         .route("/logout", post(session::logout))
+        .route("/doctor", get(doctor::show))
         .route("/events", get(events::list))
         .route("/events/{id}", get(events::one))
         .route("/failures", get(failures::list))
@@ -94,7 +96,20 @@ pub fn routes(settings: &Settings, address: SocketAddr) -> anyhow::Result<(Route
         .with_state(console);
     let home = || async { Redirect::to("/console") };
     let routes = Router::new().route("/", get(home)).route("/console/", get(home)).nest("/console", pages);
-    Ok((routes.layer(middleware::from_fn(guarded)), generated))
+    let routes = routes.layer(middleware::from_fn(guarded));
+    let routes = if address.ip().is_loopback() { routes.layer(middleware::from_fn(local_only)) } else { routes };
+    Ok((routes, generated))
+}
+
+/// A console on loopback is for this host: whoever asks by another name than an address or localhost comes from a page of somebody else,
+/// or through a proxy that has to set it.
+async fn local_only(request: Request, next: Next) -> Response {
+    let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
+    if host.is_some_and(session::is_local) {
+        return next.run(request).await;
+    }
+    page::Refusal::forbidden("ask for 127.0.0.1 or localhost; a proxy in front of this must send one of them as Host")
+        .into_response()
 }
 
 async fn guarded(request: Request, next: Next) -> Response {
@@ -103,7 +118,8 @@ async fn guarded(request: Request, next: Next) -> Response {
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(CONTENT_SECURITY_POLICY));
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-    headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    // Without a referrer, browsers would not name the origin of a form either.
+    headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("same-origin"));
     let cache = if is_asset { "public, max-age=3600" } else { "no-store" };
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static(cache));
     response

@@ -13,8 +13,9 @@ use super::session::Viewer;
 use crate::failure::on_one_line;
 use crate::output::{age, count};
 
-const PAGES: [(&str, &str); 8] = [
+const PAGES: [(&str, &str); 9] = [
     ("Overview", "/console"),
+    ("Doctor", "/console/doctor"),
     ("Events", "/console/events"),
     ("Failures", "/console/failures"),
     ("Blocked", "/console/blocked"),

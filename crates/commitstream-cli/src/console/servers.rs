@@ -44,9 +44,14 @@ impl Servers {
         })
     }
 
-    pub async fn session(&self) -> Result<Session<'_>, Refusal> {
+    /// Leave to ask, for as long as it is kept.
+    pub async fn turn(&self) -> Result<SemaphorePermit<'_>, Refusal> {
         let busy = || anyhow::anyhow!("the console is busy: too many pages ask at the same time");
-        let turn = tokio::time::timeout(PATIENCE, self.turns.acquire()).await.map_err(|_| busy())?.map_err(|_| busy())?;
+        Ok(tokio::time::timeout(PATIENCE, self.turns.acquire()).await.map_err(|_| busy())?.map_err(|_| busy())?)
+    }
+
+    pub async fn session(&self) -> Result<Session<'_>, Refusal> {
+        let turn = self.turn().await?;
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         if let Some(mut connection) = idle
             && connection.execute("SELECT").await.is_ok()

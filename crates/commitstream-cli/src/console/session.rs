@@ -1,6 +1,7 @@
 //! Who may look and who may act.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,7 +19,8 @@ use subtle::ConstantTimeEq;
 use super::Console;
 use super::page::{self, Refusal};
 
-const COOKIE_NAME: &str = "commitstream_console";
+/// With the port behind it: browsers send cookies to all ports of a host.
+const COOKIE_NAME: &str = "commitstream_console_";
 
 /// Of a session, however much it is used.
 const LIFE: Duration = Duration::from_secs(12 * 60 * 60);
@@ -63,6 +65,7 @@ impl Viewer {
 pub struct Doorman {
     passwords: Passwords,
     secure: bool,
+    cookie_name: String,
     state: Mutex<DoorState>,
 }
 
@@ -74,8 +77,9 @@ struct DoorState {
 }
 
 impl Doorman {
-    pub fn new(passwords: Passwords, secure: bool) -> Self {
-        Self { passwords, secure, state: Mutex::default() }
+    pub fn new(passwords: Passwords, address: SocketAddr) -> Self {
+        let cookie_name = format!("{COOKIE_NAME}{}", address.port());
+        Self { passwords, secure: !address.ip().is_loopback(), cookie_name, state: Mutex::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, DoorState> {
@@ -83,7 +87,7 @@ impl Doorman {
     }
 
     fn viewer(&self, headers: &HeaderMap) -> Option<Viewer> {
-        let id = cookie(headers)?;
+        let id = self.id(headers)?;
         self.state().sessions.get(id).filter(|viewer| viewer.since.elapsed() < LIFE).cloned()
     }
 
@@ -127,7 +131,7 @@ impl Doorman {
     }
 
     fn leave(&self, headers: &HeaderMap) -> String {
-        if let Some(id) = cookie(headers) {
+        if let Some(id) = self.id(headers) {
             self.state().sessions.remove(id);
         }
         self.cookie("", 0)
@@ -135,7 +139,13 @@ impl Doorman {
 
     fn cookie(&self, id: &str, seconds: u64) -> String {
         let secure = if self.secure { "; Secure" } else { "" };
-        format!("{COOKIE_NAME}={id}; Path=/console; Max-Age={seconds}; HttpOnly; SameSite=Strict{secure}")
+        format!("{}={id}; Path=/console; Max-Age={seconds}; HttpOnly; SameSite=Strict{secure}", self.cookie_name)
+    }
+
+    /// Of the session, as the browser has it.
+    fn id<'a>(&self, headers: &'a HeaderMap) -> Option<&'a str> {
+        let cookies = headers.get_all(COOKIE).iter().filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(';'));
+        cookies.filter_map(|cookie| cookie.trim().split_once('=')).find(|(name, _)| *name == self.cookie_name).map(|(_, id)| id)
     }
 }
 
@@ -146,13 +156,20 @@ pub fn secret() -> anyhow::Result<String> {
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-fn cookie(headers: &HeaderMap) -> Option<&str> {
-    let cookies = headers.get_all(COOKIE).iter().filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(';'));
-    cookies.filter_map(|cookie| cookie.trim().split_once('=')).find(|(name, _)| *name == COOKIE_NAME).map(|(_, id)| id)
+/// The name by which a console on loopback is asked for. Another one may be that of a site that made its name lead here (DNS rebinding).
+pub fn is_local(host: &str) -> bool {
+    let host =
+        host.rsplit_once(':').filter(|(_, port)| port.bytes().all(|byte| byte.is_ascii_digit())).map_or(host, |(host, _)| host);
+    let address = host.trim_start_matches('[').trim_end_matches(']');
+    host.eq_ignore_ascii_case("localhost") || address.parse::<std::net::IpAddr>().is_ok()
 }
 
 /// Browsers name the origin of each POST; it must be this host.
+/// Where they say so themselves, that counts: a proxy in between may change the host.
 fn is_from_here(headers: &HeaderMap) -> bool {
+    if let Some(site) = headers.get("sec-fetch-site") {
+        return site == "same-origin";
+    }
     let Some(origin) = headers.get(ORIGIN) else { return true };
     let host = headers.get(HOST).and_then(|host| host.to_str().ok());
     origin.to_str().ok().and_then(|origin| origin.split_once("://")).is_some_and(|(_, origin)| Some(origin) == host)
@@ -243,7 +260,10 @@ pub async fn login(State(console): State<Console>, headers: HeaderMap, Form(logi
         return Ok(answer.into_response());
     }
     let name: String = login.name.trim().chars().filter(|c| !c.is_control()).take(LONGEST_NAME).collect();
-    let Some(role) = console.doorman.role_of(&login.password).filter(|_| !name.is_empty()) else {
+    if name.is_empty() {
+        return Ok((StatusCode::UNAUTHORIZED, login_page(Some("Give a name: the audit says who did what."))).into_response());
+    }
+    let Some(role) = console.doorman.role_of(&login.password) else {
         tracing::warn!("somebody gave a wrong password to the console");
         return Ok((StatusCode::UNAUTHORIZED, login_page(Some("That is not the password."))).into_response());
     };
@@ -259,4 +279,19 @@ pub async fn logout(
 ) -> Result<Response, Refusal> {
     check_form(&headers, &viewer, &fields)?;
     Ok(([(SET_COOKIE, console.doorman.leave(&headers))], Redirect::to("/console/login")).into_response())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn local_names_are_addresses_and_localhost() {
+        for host in ["127.0.0.1", "127.0.0.1:9464", "localhost:9464", "LocalHost", "[::1]:9464", "[::1]"] {
+            assert!(is_local(host), "{host}");
+        }
+        for host in ["", "evil.example", "evil.example:9464", "localhost.evil.example", "127.0.0.1.evil.example:80"] {
+            assert!(!is_local(host), "{host}");
+        }
+    }
 }

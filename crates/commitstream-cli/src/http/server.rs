@@ -87,8 +87,13 @@ impl HttpServer {
                 tracing::info!("password of the console for this run: {password}; CONSOLE_PASSWORD sets one");
             }
         }
+        Ok(Self::serve(listener, routes))
+    }
+
+    /// The same limits for other routes.
+    pub fn serve(listener: TcpListener, routes: Router) -> Self {
         let (stop, stopped) = watch::channel(());
-        Ok(Self { stop, task: tokio::spawn(serve(listener, limited(routes), stopped)) })
+        Self { stop, task: tokio::spawn(serve(listener, limited(routes), stopped)) }
     }
 
     /// Accepts no more, and waits a moment for answers under way.

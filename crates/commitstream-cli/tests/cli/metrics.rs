@@ -133,7 +133,9 @@ fn the_alert_rules_fire_when_they_should() -> Result<()> {
     match promtool.output() {
         Ok(done) => ensure!(done.status.success(), "{done:?}"),
         Err(error) => {
-            println!("promtool cannot be run ({error}): the rules are not tested; Debian has it in the package prometheus, and scripts/install-servers.sh --tests installs it")
+            println!(
+                "promtool cannot be run ({error}): the rules are not tested; Debian has it in the package prometheus, and scripts/install-servers.sh --tests installs it"
+            )
         }
     }
     Ok(())
@@ -150,7 +152,9 @@ fn check_metrics(text: &str) -> Result<()> {
     let mut child = match started {
         Ok(child) => child,
         Err(error) => {
-            println!("promtool cannot be run ({error}): the format is not checked; Debian has it in the package prometheus, and scripts/install-servers.sh --tests installs it");
+            println!(
+                "promtool cannot be run ({error}): the format is not checked; Debian has it in the package prometheus, and scripts/install-servers.sh --tests installs it"
+            );
             return Ok(());
         }
     };

@@ -51,7 +51,7 @@ pub struct Finding {
 }
 
 /// Every check, in the order in which they are carried out.
-pub const CHECKS: [&str; 38] = [
+pub const CHECKS: [&str; 39] = [
     "postgres-reachable",
     "postgres-pooler",
     "postgres-version",
@@ -71,6 +71,7 @@ pub const CHECKS: [&str; 38] = [
     "partitions-ahead",
     "relays",
     "relay-versions",
+    "pause",
     "open-batches",
     "backlog",
     "refused-events",

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use super::advice::{age, counted, identifier, psql};
 use super::{Finding, Report, Severity, error, finding, note, warning};
 use crate::config::{AfterFailure, Settings};
-use crate::outbox::RelayRow;
 use crate::outbox::examine::{Backlog, COUNTED, FailedFacts, History, OpenFacts, OutboxFacts};
+use crate::outbox::{Pause, RelayRow};
 
 /// A relay that works publishes an event within milliseconds.
 const OLD_EVENT_MS: i64 = 5 * 60 * 1_000;
@@ -29,12 +29,17 @@ pub(super) fn judge(report: &mut Report, settings: &Settings, facts: &OutboxFact
                 Ok(open) => report.check("open-batches", orphaned(*open, !alive.is_empty())),
                 Err(error) => report.unknown("open-batches", error),
             }
-            // Without a relay, that is the finding.
-            if let Some(backlog) = backlog.filter(|backlog| !alive.is_empty() || backlog.events == 0) {
+            // Without a relay, or while relays are paused, that is the finding.
+            let may_work = !alive.is_empty() && !matches!(&facts.pause, Ok(Some(_)));
+            if let Some(backlog) = backlog.filter(|backlog| may_work || backlog.events == 0) {
                 report.check("backlog", old_backlog(*backlog));
             }
         }
         Err(error) => report.unknown("relays", error),
+    }
+    match &facts.pause {
+        Ok(pause) => report.check("pause", pause.as_ref().map(paused)),
+        Err(error) => report.unknown("pause", error),
     }
     match &facts.backlog {
         Ok(backlog) => report.check("refused-events", refused(settings, *backlog)),
@@ -80,6 +85,14 @@ fn relays(settings: &Settings, alive: &[&RelayRow], backlog: Option<&Backlog>) -
         )
     };
     unable.iter().map(tell).collect()
+}
+
+fn paused(pause: &Pause) -> Finding {
+    warning(
+        format!("publishing is paused by {} since {}", pause.who, pause.since.format("%Y-%m-%d %H:%M:%S UTC")),
+        "relays claim nothing, and every event waits; nothing is lost",
+        "commitstream console, then Resume on the page Relays",
+    )
 }
 
 fn versions(alive: &[&RelayRow]) -> Option<Finding> {

@@ -47,6 +47,8 @@ const MAX_MARKERS: usize = 10_000;
 
 /// What the engine works with.
 pub(super) struct Parts {
+    /// Nothing is claimed.
+    pub is_paused: bool,
     pub outbox: OutboxRepository,
     pub streams: Streams,
     pub settings: Arc<Settings>,
@@ -74,6 +76,7 @@ pub(super) struct Engine {
     settings: Arc<Settings>,
     reporter: Reporter,
     lease: Lease,
+    is_paused: bool,
     sleep: SleepLock,
     pipeline: Pipeline,
     cursor: Cursor,
@@ -138,6 +141,7 @@ impl Engine {
             settings: parts.settings,
             reporter: parts.reporter,
             lease: parts.lease,
+            is_paused: parts.is_paused,
             sleep: connections.sleep,
         }
     }
@@ -145,6 +149,10 @@ impl Engine {
     /// Runs until `stop` is done and everything in flight is settled, or until something fails. A failure leaves batches
     /// open; the next session finds out what became of them.
     pub async fn run(mut self, wake: &Notify, stop: impl Future<Output = ()>) -> Result<Connections, SessionError> {
+        if self.is_paused && self.sleep.is_held() {
+            // Producers need not notify meanwhile.
+            self.sleep.release();
+        }
         let mut stop = std::pin::pin!(stop.fuse());
         let mut stopping = false;
         loop {
@@ -176,6 +184,7 @@ impl Engine {
     /// Starts whatever may be started.
     fn start(&mut self, stopping: bool) {
         if !stopping
+            && !self.is_paused
             && self.dirty
             && self.pipeline.may_claim()
             && Instant::now() >= self.not_before
@@ -331,7 +340,7 @@ impl Engine {
 
     /// A claim waits for nothing but its time.
     fn lingers(&self) -> bool {
-        self.dirty && self.claims.is_some() && self.pipeline.may_claim()
+        !self.is_paused && self.dirty && self.claims.is_some() && self.pipeline.may_claim()
     }
 
     /// Nothing is being asked of Redis.
@@ -352,7 +361,10 @@ impl Engine {
             Ok(()) if self.appends.is_empty() => self.reporter.able(),
             Ok(()) => {}
             Err(lost @ StreamsError::Lost { .. }) => return Err(SessionError::Streams(lost)),
-            Err(error) => self.reporter.unable(&error),
+            Err(error) => {
+                crate::metrics::redis_failed(&error);
+                self.reporter.unable(&error);
+            }
         }
         Ok(())
     }

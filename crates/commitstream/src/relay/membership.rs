@@ -103,12 +103,13 @@ impl Membership {
         Ok(())
     }
 
-    /// Sends heartbeats until something fails, and says so whenever there is something to give or to take, or claims are to end.
+    /// Sends heartbeats until something fails, and says so whenever there is something to give or to take, or a pause begins or ends.
     pub async fn keep(&mut self, change: &Notify) -> SessionError {
+        let was_paused = self.is_paused;
         loop {
             self.wait().await;
             match self.look().await {
-                Ok(plan) if plan.is_empty() && !self.is_paused => {}
+                Ok(plan) if plan.is_empty() && self.is_paused == was_paused => {}
                 Ok(_) => change.notify_one(),
                 Err(error) => return error,
             }

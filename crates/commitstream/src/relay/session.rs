@@ -92,22 +92,17 @@ impl Relay {
         while !self.is_stopped() {
             membership.rebalance().await?;
             let lease = membership.lease();
-            if lease.partitions.is_empty() || membership.is_paused() {
-                let is_paused = membership.is_paused();
-                self.reporter.state(if is_paused { RelayState::Paused } else { RelayState::Standby });
-                if is_paused {
-                    // With its sessions goes the sleep lock, so that producers need not notify meanwhile.
-                    connections = None;
-                }
+            if lease.partitions.is_empty() {
+                self.reporter.state(if membership.is_paused() { RelayState::Paused } else { RelayState::Standby });
                 tokio::select! {
                     () = membership.wait() => {}
                     () = self.stopped() => {}
                 }
                 continue;
             }
-            let change = Notify::new();
+            let (change, is_paused) = (Notify::new(), membership.is_paused());
             tokio::select! {
-                worked = self.work(lease, connections.take(), &change) => connections = worked?,
+                worked = self.work(lease, is_paused, connections.take(), &change) => connections = worked?,
                 error = membership.keep(&change) => return Err(error),
             }
         }
@@ -127,10 +122,12 @@ impl Relay {
     }
 
     /// Resolves what earlier owners left, then runs the engine until it is told to stop or partitions come or go; then everything in
-    /// flight is settled. Returns the connections for the next time, unless it was told to stop before it came to need them.
+    /// flight is settled. While relays are paused, all of this but the claims goes on: what Redis loses meanwhile is noticed.
+    /// Returns the connections for the next time, unless it was told to stop before it came to need them.
     async fn work(
         &self,
         lease: Lease,
+        is_paused: bool,
         connections: Option<Connections>,
         change: &Notify,
     ) -> Result<Option<Connections>, SessionError> {
@@ -143,8 +140,9 @@ impl Relay {
             prepared = self.prepare(lease, &mut connections) => prepared?,
             () = self.stopped() => return Ok(None),
         };
-        self.reporter.state(RelayState::Active);
+        self.reporter.working(is_paused);
         let parts = Parts {
+            is_paused,
             outbox: self.outbox.clone(),
             streams: self.streams.clone(),
             settings: self.settings.clone(),

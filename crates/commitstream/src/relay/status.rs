@@ -1,7 +1,7 @@
 //! What a relay says of itself.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use tokio::sync::watch;
 use uuid::Uuid;
@@ -69,6 +69,8 @@ pub(super) struct Reporter {
     status: Arc<watch::Sender<RelayStatus>>,
     /// Appends that cannot get on: while there is one, another one's success says nothing.
     outages: Arc<AtomicU32>,
+    /// The state of a relay that can work is not active but paused.
+    is_paused: Arc<AtomicBool>,
     pub metrics: Arc<RelayMetrics>,
 }
 
@@ -95,7 +97,7 @@ impl Reporter {
         let metrics = Arc::new(RelayMetrics::new());
         metrics.state(&status.state);
         metrics.partitions.set(0);
-        Self { status: Arc::new(watch::Sender::new(status)), outages: Arc::default(), metrics }
+        Self { status: Arc::new(watch::Sender::new(status)), outages: Arc::default(), is_paused: Arc::default(), metrics }
     }
 
     pub fn subscribe(&self) -> watch::Receiver<RelayStatus> {
@@ -122,6 +124,12 @@ impl Reporter {
         }
     }
 
+    /// The relay works, or does all but claim.
+    pub fn working(&self, is_paused: bool) {
+        self.is_paused.store(is_paused, Ordering::Relaxed);
+        self.state(if is_paused { RelayState::Paused } else { RelayState::Active });
+    }
+
     /// An append cannot get on.
     pub fn outage(&self) -> Outage {
         self.outages.fetch_add(1, Ordering::Relaxed);
@@ -131,7 +139,7 @@ impl Reporter {
     /// The servers answer again.
     pub fn able(&self) {
         if self.outages.load(Ordering::Relaxed) == 0 && matches!(self.status.borrow().state, RelayState::Unable { .. }) {
-            self.state(RelayState::Active);
+            self.working(self.is_paused.load(Ordering::Relaxed));
         }
     }
 

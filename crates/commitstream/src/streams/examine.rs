@@ -202,6 +202,8 @@ impl Streams {
         let types: Vec<String> = master.send(DOING, Request::Pipeline(&pipeline)).await?;
         for (key, kind) in keys.into_iter().zip(types) {
             match kind.as_str() {
+                // No name of a stream has one: with an empty prefix, these are the markers.
+                _ if key.contains('{') => {}
                 "stream" if self.without_dead(&key).is_none() => facts.streams.push(key),
                 // It is gone meanwhile.
                 "stream" | "none" => {}

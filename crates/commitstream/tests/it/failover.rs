@@ -96,6 +96,30 @@ async fn an_idle_relay_notices_that_redis_lost_something() -> Result<()> {
     Ok(())
 }
 
+/// While relays are paused, they go on looking: by the time they are resumed, it might be too late.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_paused_relay_notices_that_redis_lost_something() -> Result<()> {
+    let pair = Pair::new().await?;
+    let world = &pair.world;
+    let relay = world.relay()?;
+    world.insert(100, 10).await?;
+    world.drained().await?;
+    pair.replica_has(100).await?;
+    pair.replica.kill()?;
+    world.insert(50, 10).await?;
+    world.drained().await?;
+    world.outbox.pause(&mut world.connect().await?, "ada").await?;
+    relay.watch().wait_for(|s| s.state == RelayState::Paused).await?;
+    pair.fail_over()?;
+    relay.watch().wait_for(|s| s.republished == 50 && s.state == RelayState::Paused).await?;
+    assert_eq!(world.stats().await?.pending, 50);
+    world.outbox.resume(&mut world.connect().await?, "ada").await?;
+    world.drained().await?;
+    relay.stop().await?;
+    assert_eq!(world.audit().await?, 150);
+    Ok(())
+}
+
 /// The relay is gone when Redis fails over: its successor looks its batches up before it publishes anything.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_new_relay_looks_up_what_the_last_one_published() -> Result<()> {

@@ -24,15 +24,23 @@ pub struct Drained {
 
 /// Waits until no event is pending or processing while a relay is at work, this one or others that share the outbox with it.
 /// Outages are waited for; the relay reports them.
-pub async fn wait(settings: &Settings, relay: watch::Receiver<RelayStatus>) -> Drained {
+///
+/// # Errors
+/// Events wait, and relays are paused.
+pub async fn wait(settings: &Settings, relay: watch::Receiver<RelayStatus>) -> anyhow::Result<Drained> {
     let started = Instant::now();
     let mut session = None;
     loop {
         let looked = Instant::now();
-        let is_working = matches!(relay.borrow().state, RelayState::Active | RelayState::Standby);
-        if is_working {
+        let state = relay.borrow().state.clone();
+        if matches!(state, RelayState::Active | RelayState::Standby | RelayState::Paused) {
             match look(settings, &mut session).await {
-                Ok(Some(failed)) => return Drained { took: started.elapsed(), failed },
+                Ok(Some(failed)) => return Ok(Drained { took: started.elapsed(), failed }),
+                Ok(None) if state == RelayState::Paused => {
+                    anyhow::bail!(
+                        "events wait, and relays are paused: resume them in the console (`commitstream console`), then run this again"
+                    )
+                }
                 Ok(None) => {}
                 Err(error) => tracing::debug!("cannot look at the outbox: {error:#}"),
             }

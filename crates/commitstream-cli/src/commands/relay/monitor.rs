@@ -63,7 +63,8 @@ async fn look_after(
     progress: watch::Sender<Progress>,
 ) -> Infallible {
     let stalled_after = settings.http.stalled_after;
-    let longest = sd_notify::watchdog_enabled().map_or(LONGEST_PAUSE, |limit| limit / 3);
+    // What was done is noticed in time, however long a look takes.
+    let longest = sd_notify::watchdog_enabled().map_or(LONGEST_PAUSE, |limit| limit / 3).min(stalled_after / 3);
     let pause = PAUSE.min(stalled_after / 4).min(longest);
     let mut session = None;
     loop {

@@ -76,7 +76,7 @@ SELECT clock_timestamp() AS now,
         ORDER BY published_at LIMIT 1) AS oldest_published";
 
 impl OutboxRepository {
-    pub(super) async fn backlog(&self, connection: &mut PgConnection) -> Result<Backlog, OutboxError> {
+    pub(super) async fn examine_backlog(&self, connection: &mut PgConnection) -> Result<Backlog, OutboxError> {
         let doing = "looking at unsent events";
         let mut tx = self.looking(doing, connection).await?;
         let row = sqlx::query(self.sql(BACKLOG)).bind(COUNTED + 1).fetch_one(&mut *tx).await.map_err(self.error(doing))?;

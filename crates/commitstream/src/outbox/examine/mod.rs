@@ -20,7 +20,7 @@ pub use schema::{Difference, Recorded, SchemaFacts};
 pub use server::ServerFacts;
 pub use tables::{SizeFacts, TableFacts};
 
-use super::{OutboxError, OutboxRepository, RelayRow};
+use super::{OutboxError, OutboxRepository, Pause, RelayRow};
 use crate::doctor::Clock;
 
 /// Rows are counted up to this; one more means "more".
@@ -60,6 +60,7 @@ pub struct OutboxFacts {
     pub history: Result<History, OutboxError>,
     pub open: Result<OpenFacts, OutboxError>,
     pub relays: Result<Vec<RelayRow>, OutboxError>,
+    pub pause: Result<Option<Pause>, OutboxError>,
     /// Days without a partition; `None` when the table is not partitioned by day.
     pub missing_days: Result<Option<Vec<chrono::NaiveDate>>, OutboxError>,
 }
@@ -101,11 +102,12 @@ impl OutboxRepository {
         OutboxFacts {
             schema: self.schema_facts(connection).await,
             sizes: self.size_facts(connection).await,
-            backlog: self.backlog(connection).await,
+            backlog: self.examine_backlog(connection).await,
             failed: self.failed_facts(connection).await,
             history: self.history(connection).await,
             open: self.open_facts(connection).await,
             relays: self.relays(connection).await,
+            pause: self.paused(connection).await,
             missing_days: self.missing_days(connection).await,
         }
     }
