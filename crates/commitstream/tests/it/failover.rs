@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use commitstream::relay::RelayState;
+use commitstream::relay::{RelayState, RelayStatus};
 use commitstream_sandbox::{FaultProxy, Postgres, Redis, Sandbox};
 use sqlx::{Connection, PgConnection};
 
@@ -250,7 +250,9 @@ async fn a_failover_of_postgresql_loses_and_doubles_nothing() -> Result<()> {
     })
     .await?;
     for relay in relays {
-        ensure!(matches!(relay.status().state, RelayState::Active | RelayState::Recovering), "{:?}", relay.status());
+        // One that lost its partitions to the other waits a moment before it comes back.
+        let is_back = |s: &RelayStatus| matches!(s.state, RelayState::Active | RelayState::Recovering | RelayState::Standby);
+        relay.watch().wait_for(is_back).await?;
         relay.stop().await?;
     }
     let order = "SELECT id::text FROM event_outbox ORDER BY aggregate_id, seq";
