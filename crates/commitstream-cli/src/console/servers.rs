@@ -16,6 +16,9 @@ const SESSIONS: usize = 4;
 /// How long a page waits for its turn.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long a kept session may take to answer; then there is a new one.
+const PROBE: Duration = Duration::from_secs(3);
+
 /// Where pages get their data from.
 pub struct Servers {
     pub settings: Settings,
@@ -54,7 +57,7 @@ impl Servers {
         let turn = self.turn().await?;
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         if let Some(mut connection) = idle
-            && connection.execute("SELECT").await.is_ok()
+            && tokio::time::timeout(PROBE, connection.execute("SELECT")).await.is_ok_and(|answer| answer.is_ok())
         {
             return Ok(Session { connection, servers: self, _turn: turn });
         }
