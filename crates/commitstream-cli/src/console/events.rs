@@ -258,7 +258,7 @@ fn delivery(delivery: &Delivery) -> String {
             let idle = millis(i64::try_from(*idle_ms).unwrap_or(i64::MAX));
             format!("in hand of {consumer} for {idle}, delivered {}", plural(*deliveries, "time"))
         }
-        Delivery::Acknowledged => "handled".to_owned(),
+        Delivery::Acknowledged => "acknowledged (handled, skipped or given up longer ago)".to_owned(),
         Delivery::Dead { dead_id } => format!("given up: dead letter {dead_id}"),
     }
 }
