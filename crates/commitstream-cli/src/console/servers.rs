@@ -7,6 +7,7 @@ use commitstream::streams::Streams;
 use sqlx::{Executor, PgConnection};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
+use super::overview::Sampler;
 use super::page::Refusal;
 use crate::context;
 
@@ -24,6 +25,7 @@ pub struct Servers {
     pub settings: Settings,
     pub outbox: OutboxRepository,
     pub streams: Streams,
+    pub sampler: Sampler,
     turns: Semaphore,
     idle: Mutex<Vec<PgConnection>>,
 }
@@ -42,6 +44,7 @@ impl Servers {
             settings: settings.clone(),
             outbox: context::repository(settings),
             streams: Streams::new(context::redis_url(settings)?, &settings.redis)?,
+            sampler: Sampler::default(),
             turns: Semaphore::new(SESSIONS),
             idle: Mutex::default(),
         })
