@@ -198,9 +198,20 @@ async fn the_life_of_an_event_is_known_to_each_group() -> Result<()> {
     redis::cmd("XACK").arg(&[&stream, "mail", &entries[0]]).query_async::<()>(&mut redis).await?;
     assert_eq!(deliveries(&entries[0]).await?, Delivery::Acknowledged);
     assert_eq!(deliveries(&entries[2]).await?, Delivery::NotDelivered);
+    let mut letter = redis::cmd("XADD");
+    letter.arg(&[&format!("{stream}:dead"), "9-0", "id", "x", "group", "mail", "entry", &entries[0]]);
+    letter.query_async::<()>(&mut redis).await?;
+    assert_eq!(deliveries(&entries[0]).await?, Delivery::Dead { dead_id: "9-0".into() });
     let figures = world.streams.figures(&stream).await?.context("the stream is there")?;
     assert_eq!(figures.entries, 250);
     assert!(figures.memory.is_some_and(|bytes| bytes > 1_000), "{figures:?}");
+
+    // Behind 5 MiB of others it is too far away, unless the journal says where.
+    for _ in 0..50 {
+        redis::cmd("XADD").arg(&[&stream, "*", "id", "x", "payload", &"x".repeat(100_000)]).query_async::<()>(&mut redis).await?;
+    }
+    assert_eq!(world.streams.entry_of(&stream, ids[0], None, i64::MAX).await?, None);
+    assert_eq!(world.streams.entry_of(&stream, ids[0], Some(&entries[2]), i64::MAX).await?.as_ref(), Some(&entries[0]));
     Ok(())
 }
 
