@@ -29,9 +29,9 @@ if (live && window.EventSource) {
   };
   const rates = chart("chart-rates", ["outbox/s", "all entries/s"]);
   const latency = chart("chart-latency", ["median ms", "99 % ms"]);
-  const source = new EventSource(live.dataset.source);
+  let source = null;
   let entries = null;
-  source.addEventListener("figures", (event) => {
+  const show = (event) => {
     const now = JSON.parse(event.data);
     for (const [name, text] of Object.entries(now.texts)) {
       const place = document.getElementById(name);
@@ -42,9 +42,22 @@ if (live && window.EventSource) {
     if (now.entries !== null) entries = { n: now.entries, t: now.t };
     rates(now.t, [now.rate, all]);
     latency(now.t, [now.p50, now.p99]);
-  });
-  source.onerror = () => {
+  };
+  const lost = () => {
     document.getElementById("verdict").className = "verdict warn";
     document.getElementById("sentence").textContent = "The connection to the console is lost; it is tried again.";
+    // The browser does not try again by itself after a refusal: the session is over, or too many look on.
+    if (source.readyState === EventSource.CLOSED) setTimeout(() => location.reload(), 5000);
   };
+  // Nobody looks at a hidden page, and a browser has few connections to one server.
+  const follow = () => {
+    if (source) source.close();
+    source = null;
+    if (document.hidden) return;
+    source = new EventSource(live.dataset.source);
+    source.addEventListener("figures", show);
+    source.onerror = lost;
+  };
+  document.addEventListener("visibilitychange", follow);
+  follow();
 }

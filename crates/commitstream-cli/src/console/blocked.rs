@@ -4,6 +4,7 @@ use maud::{Markup, html};
 use super::Console;
 use super::page::{Refusal, link, nothing, number, page, time};
 use super::session::Viewer;
+use crate::output::plural;
 
 const PAGE: i64 = 50;
 
@@ -37,7 +38,8 @@ pub async fn list(viewer: Viewer, State(console): State<Console>, Query(after): 
                         td { a href={ "/console/events/" (aggregate.first) } { (aggregate.event_type) } " of " (time(aggregate.created_at)) }
                         td { @match aggregate.failed {
                             Some(failed) => { "a failed event before it: " a href={ "/console/events/" (failed) } { "decide" } }
-                            None => { "itself, refused " (aggregate.retry_count) " times" }
+                            None if aggregate.retry_count <= 0 => { "itself, until its next attempt" }
+                            None => { "itself, refused " (plural(aggregate.retry_count.unsigned_abs().into(), "time")) }
                         } }
                         td { @if let Some(at) = aggregate.next_retry_at { (time(at)) } }
                         td.error { (aggregate.last_error.as_deref().unwrap_or_default()) }

@@ -7,7 +7,14 @@ use super::Console;
 use super::page::{Refusal, link, nothing, page, time, token};
 use super::session::{Act, Viewer};
 
+/// Dead letters of all streams on one page.
 const PAGE: usize = 25;
+
+/// Streams that one page looks into.
+const MOST_STREAMS: usize = 50;
+
+/// Characters of a payload.
+const SHOWN: usize = 4_000;
 
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(default)]
@@ -18,35 +25,50 @@ pub struct Asked {
 
 pub async fn list(viewer: Viewer, State(console): State<Console>, Query(asked): Query<Asked>) -> Result<Markup, Refusal> {
     let streams = &console.servers.streams;
-    let mut found = Vec::new();
-    for stream in streams.dead_streams().await? {
-        if !asked.stream.is_empty() && asked.stream != stream {
+    let mut names = streams.dead_streams().await?;
+    names.retain(|name| asked.stream.is_empty() || asked.stream == *name);
+    let others = names.split_off(names.len().min(MOST_STREAMS));
+    let (mut found, mut room) = (Vec::new(), PAGE);
+    for stream in names {
+        let after = if asked.after.is_empty() { "0" } else { &asked.after };
+        let mut letters = streams.dead_letters(&stream, after, room + 1).await?;
+        if letters.is_empty() {
             continue;
         }
-        let after = if asked.after.is_empty() { "0" } else { &asked.after };
-        let mut letters = streams.dead_letters(&stream, after, PAGE + 1).await?;
-        let has_more = letters.len() > PAGE;
-        letters.truncate(PAGE);
+        let has_more = letters.len() > room;
+        letters.truncate(room);
+        room -= letters.len();
         found.push((stream, letters, has_more));
     }
-    found.retain(|(_, letters, _)| !letters.is_empty());
     Ok(page(
         "Dead letters",
         &viewer,
         &html! {
-            @if found.is_empty() { (nothing("No dead letters: no consumer has given up an event.")) }
+            @if found.is_empty() && others.is_empty() { (nothing("No dead letters: no consumer has given up an event.")) }
             @for (stream, letters, has_more) in &found {
                 h2 { (stream) }
-                div.wide { table data-test="dead" {
+                @if !letters.is_empty() { div.wide { table data-test="dead" {
                     thead { tr { th { "Given up" } th { "Group" } th { "Type" } th { "Aggregate" } th.number { "Attempts" } th { "Reason" } th {} } }
                     tbody { @for letter in letters { (row(&viewer, letter)) } }
-                } }
-                @if *has_more && let Some(last) = letters.last() {
-                    p { a href=(link("/console/dead", &[("stream", stream), ("after", &last.dead_id)])) { "More of " (stream) } }
+                } } }
+                @if *has_more {
+                    @let after = letters.last().map_or("", |last| last.dead_id.as_str());
+                    p { a href=(link("/console/dead", &[("stream", stream), ("after", after)])) { "More of " (stream) } }
                 }
+            }
+            @if !others.is_empty() {
+                h2 { "More streams" }
+                ul { @for stream in others.iter().take(MOST_STREAMS) { li { a href=(link("/console/dead", &[("stream", stream)])) { (stream) } } } }
+                @if others.len() > MOST_STREAMS { p.quiet { "And " (others.len() - MOST_STREAMS) " more: `commitstream dead list` lists all." } }
             }
         },
     ))
+}
+
+/// The beginning of a payload.
+fn beginning(payload: &str) -> Markup {
+    let cut = payload.char_indices().nth(SHOWN).map(|(end, _)| &payload[..end]);
+    html! { pre { (cut.unwrap_or(payload)) } @if cut.is_some() { p.quiet { "The first 4,000 characters." } } }
 }
 
 fn row(viewer: &Viewer, letter: &DeadLetter) -> Markup {
@@ -60,7 +82,7 @@ fn row(viewer: &Viewer, letter: &DeadLetter) -> Markup {
             td.number { (letter.attempts) }
             td.error {
                 (letter.reason)
-                @if let Some(payload) = &letter.payload { details { summary { "Payload" } pre { (payload.get()) } } }
+                @if let Some(payload) = &letter.payload { details { summary { "Payload" } (beginning(payload.get())) } }
             }
             td {
                 @if viewer.may_act() {

@@ -1,7 +1,7 @@
 //! Search of events, and one event's life.
 
 use axum::extract::{Path, Query, State};
-use chrono::{DateTime, NaiveDateTime, Utc};
+use chrono::{DateTime, Datelike, NaiveDateTime, Utc};
 use commitstream::outbox::{EventDetail, EventPage, EventSearch, EventStatus};
 use commitstream::streams::{Delivery, GroupDelivery, StreamsError};
 use maud::{Markup, html};
@@ -67,7 +67,8 @@ impl Form {
 fn moment(text: &str) -> Result<DateTime<Utc>, Refusal> {
     let local = |form| NaiveDateTime::parse_from_str(text, form).map(|time| time.and_utc());
     let read = text.parse::<DateTime<Utc>>().or_else(|_| local("%Y-%m-%dT%H:%M")).or_else(|_| local("%Y-%m-%dT%H:%M:%S"));
-    read.map_err(|_| Refusal::wrong("a time is written as 2026-01-31T13:45, in UTC"))
+    let read = read.ok().filter(|time| (1970..=9999).contains(&time.year()));
+    read.ok_or_else(|| Refusal::wrong("a time is written as 2026-01-31T13:45, in UTC, of the years 1970 to 9999"))
 }
 
 pub async fn list(viewer: Viewer, State(console): State<Console>, Query(form): Query<Form>) -> Result<Markup, Refusal> {
@@ -258,7 +259,7 @@ fn delivery(delivery: &Delivery) -> String {
             let idle = millis(i64::try_from(*idle_ms).unwrap_or(i64::MAX));
             format!("in hand of {consumer} for {idle}, delivered {}", plural(*deliveries, "time"))
         }
-        Delivery::Acknowledged => "handled".to_owned(),
+        Delivery::Acknowledged => "acknowledged (handled, skipped or given up longer ago)".to_owned(),
         Delivery::Dead { dead_id } => format!("given up: dead letter {dead_id}"),
     }
 }

@@ -3,20 +3,25 @@
 use std::time::{Duration, Instant};
 
 use axum::extract::{Query, State};
-use commitstream::outbox::{Counted, Deed, FailureFilter, FailurePlace, Remedy};
+use commitstream::outbox::{Counted, Deed, FailureFilter, FailureGroups, FailurePlace, Remedy};
 use maud::{Markup, html};
 use uuid::Uuid;
 
 use super::Console;
 use super::page::{Refusal, counted, link, nothing, number, page, time, token};
 use super::session::{Act, Viewer};
+use crate::output::plural;
 
 /// How long one request goes on with a large deed; then the page asks whether to go on.
 const LONGEST: Duration = Duration::from_secs(5);
 
+/// Nobody has seen how many would be deleted.
+const NOT_COUNTED: &str = "so many have failed that they are not all counted: discard single events here, or use \
+    `commitstream failed discard --all --type TYPE`";
+
 pub async fn list(viewer: Viewer, State(console): State<Console>) -> Result<Markup, Refusal> {
     let mut session = console.servers.session().await?;
-    let (groups, all) = console.servers.outbox.failure_groups(&mut session.connection).await?;
+    let FailureGroups { groups, more, events } = console.servers.outbox.failure_groups(&mut session.connection).await?;
     session.done();
     Ok(page(
         "Failures",
@@ -25,8 +30,8 @@ pub async fn list(viewer: Viewer, State(console): State<Console>) -> Result<Mark
             @if groups.is_empty() {
                 (nothing("No event has failed. One that Redis refuses more often than maxRetries allows comes here."))
             } @else {
-                p { b { (counted(all)) } " failed."
-                    @if all.at_least { " Only the newest are grouped: each number is the least that it can be." } }
+                p { b { (counted(events)) } " failed."
+                    @if events.at_least { " Only the newest are grouped: each number is the least that it can be." } }
                 @if viewer.may_act() { (buttons(&FailureFilter::default(), "all")) }
                 div.wide { table #groups {
                     thead { tr { th { "Type" } th { "Cause" } th.number { "Events" } th { "Oldest" } th { "Newest" } th {} } }
@@ -44,6 +49,7 @@ pub async fn list(viewer: Viewer, State(console): State<Console>) -> Result<Mark
                         }
                     } } }
                 } }
+                @if more > 0 { p.quiet #more-groups { "And " (plural(more.unsigned_abs(), "more group")) ", none of them larger." } }
             }
         },
     ))
@@ -88,6 +94,7 @@ pub async fn confirm(viewer: Viewer, State(console): State<Console>, Query(asked
     };
     session.done();
     let events = if found.events == 1 && !found.at_least { "1 event".to_owned() } else { format!("{} events", counted(found)) };
+    let is_refused = remedy == Remedy::Discard && found.at_least;
     let question = match remedy {
         Remedy::Retry => format!("Retry {events}?"),
         Remedy::Discard => format!("Delete {events} for good?"),
@@ -103,10 +110,11 @@ pub async fn confirm(viewer: Viewer, State(console): State<Console>, Query(asked
                 @if let Some(cause) = &filter.cause { dt { "Cause" } dd { (cause) } }
             }
             div.acts {
-                @if viewer.may_act() {
+                @if is_refused { p.quiet { "This is not done here: " (NOT_COUNTED) "." } } @else if viewer.may_act() {
                     form method="post" action="/console/failures/act" {
                         (token(&viewer)) (fields(&filter))
                         @if let Some(id) = asked.id { input type="hidden" name="id" value=(id); }
+                        input type="hidden" name="shown" value=(found.events);
                         @match remedy {
                             Remedy::Retry => { button #confirm name="remedy" value="retry" { "Retry" } }
                             Remedy::Discard => { button.danger #confirm name="remedy" value="discard" { "Delete for good" } }
@@ -133,6 +141,7 @@ pub async fn act(State(console): State<Console>, act: Act) -> Result<Markup, Ref
     let place = act.field("place").map(serde_json::from_str).transpose();
     let mut place: FailurePlace = place.map_err(|_| Refusal::wrong("not a place: begin anew"))?.unwrap_or_default();
     let before: i64 = act.field("before").and_then(|number| number.parse().ok()).unwrap_or_default();
+    let shown: i64 = act.field("shown").and_then(|number| number.parse().ok()).unwrap_or_default();
     let about = about(&filter);
     let deed = Deed { who: &act.viewer.who, about: &about };
     let outbox = &console.servers.outbox;
@@ -144,6 +153,9 @@ pub async fn act(State(console): State<Console>, act: Act) -> Result<Markup, Ref
         let deed = Deed { about: "one event", ..deed };
         changed = outbox.remedy_events(&mut session.connection, deed, remedy, &[id]).await?.changed;
     } else {
+        if remedy == Remedy::Discard {
+            as_shown(outbox.count_failed(&mut session.connection, &filter).await?, shown)?;
+        }
         loop {
             let step = outbox.remedy_step(&mut session.connection, deed, remedy, &filter, &place).await?;
             changed += step.changed;
@@ -156,7 +168,23 @@ pub async fn act(State(console): State<Console>, act: Act) -> Result<Markup, Ref
         }
     }
     session.done();
-    Ok(page("Failures", &act.viewer, &outcome(&act, remedy, &filter, changed, next.as_deref())))
+    Ok(page(
+        "Failures",
+        &act.viewer,
+        &outcome(&act, remedy, &filter, changed, next.map(|place| (place, shown - (changed - before)))),
+    ))
+}
+
+/// What is deleted for good is not more than what was shown.
+fn as_shown(found: Counted, shown: i64) -> Result<(), Refusal> {
+    if found.at_least {
+        return Err(Refusal::wrong(NOT_COUNTED));
+    }
+    if found.events > shown {
+        let why = format!("there are more now, {}, and you were asked about {}: look again", number(found.events), number(shown));
+        return Err(Refusal::wrong(&why));
+    }
+    Ok(())
 }
 
 fn about(filter: &FailureFilter) -> String {
@@ -168,7 +196,7 @@ fn about(filter: &FailureFilter) -> String {
     }
 }
 
-fn outcome(act: &Act, remedy: Remedy, filter: &FailureFilter, changed: i64, next: Option<&str>) -> Markup {
+fn outcome(act: &Act, remedy: Remedy, filter: &FailureFilter, changed: i64, next: Option<(String, i64)>) -> Markup {
     let done = match remedy {
         Remedy::Retry => "made PENDING again: the relay publishes what can be published",
         Remedy::Discard => "deleted",
@@ -178,11 +206,12 @@ fn outcome(act: &Act, remedy: Remedy, filter: &FailureFilter, changed: i64, next
         p #outcome .{ "verdict " (if changed > 0 { "good" } else { "warn" }) } role="status" {
             @if changed == 0 { "Nothing to do: no failed event matches." } @else { (events) " " (done) "." }
         }
-        @if let Some(next) = next {
+        @if let Some((place, shown)) = next {
             p { "There are more. Each step is done and written down; it goes on from here." }
             form method="post" action="/console/failures/act" {
                 (token(&act.viewer)) (fields(filter))
-                input type="hidden" name="place" value=(next);
+                input type="hidden" name="place" value=(place);
+                input type="hidden" name="shown" value=(shown);
                 input type="hidden" name="before" value=(changed);
                 button #go-on name="remedy" value=(remedy.name()) { "Go on" }
             }

@@ -1,9 +1,11 @@
 //! Whether all is well, in one sentence, and the numbers behind it, live.
 
 use std::convert::Infallible;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use axum::extract::State;
+use axum::extract::{FromRequestParts, State};
+use axum::http::request::Parts;
 use axum::response::Sse;
 use axum::response::sse::{Event, KeepAlive};
 use commitstream::outbox::{Glance, RelayRow};
@@ -11,9 +13,12 @@ use commitstream::streams::StreamFigures;
 use futures_util::stream::{self, Stream, StreamExt};
 use maud::{Markup, html};
 use serde_json::{Value, json};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
 
 use super::Console;
 use super::page::{self, Refusal, counted, millis, number};
+use super::servers::Servers;
 use super::session::Viewer;
 use crate::output::{count, plural, size};
 
@@ -23,8 +28,23 @@ const USUAL_WAIT_MS: i64 = 30_000;
 /// Streams that are measured for the overview.
 const MOST_STREAMS: usize = 50;
 
-/// Between two pictures.
+/// Between two pictures, at least.
 const REFRESH: Duration = Duration::from_secs(1);
+
+/// A picture is taken so much less often than it could be.
+const SPARING: u32 = 20;
+
+/// How long each server may take for a picture.
+const LONGEST: Duration = Duration::from_secs(5);
+
+/// A page shows no older picture.
+const PAGE_AGE: Duration = Duration::from_secs(2);
+
+/// How long the names of streams are taken as known: to list them is to walk through all keys of Redis.
+const LISTED_FOR: Duration = Duration::from_secs(60);
+
+/// Viewers of the live numbers at a time.
+const MOST_VIEWERS: usize = 16;
 
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,20 +81,19 @@ struct Picture {
 }
 
 impl Picture {
-    async fn take(console: &Console) -> Result<Self, Refusal> {
-        let servers = &console.servers;
-        let mut session = servers.session().await?;
-        let glance = servers.outbox.glance(&mut session.connection).await?;
-        let relays = servers.outbox.relays(&mut session.connection).await?;
-        session.done();
-        let figures = async {
-            let mut figures = Vec::new();
-            for stream in servers.streams.list().await?.iter().take(MOST_STREAMS) {
-                figures.extend(servers.streams.figures(stream).await?);
-            }
-            Ok::<_, anyhow::Error>(figures)
+    /// What does not come in time is given up, and the session of PostgreSQL with it.
+    async fn take(servers: &Servers, names: &mut Names) -> Result<Self, Refusal> {
+        let late = |server| anyhow::anyhow!("{server} has not answered within {} seconds", LONGEST.as_secs());
+        let rows = async {
+            let mut session = servers.session().await?;
+            let glance = servers.outbox.glance(&mut session.connection).await?;
+            let relays = servers.outbox.relays(&mut session.connection).await?;
+            session.done();
+            Ok::<_, Refusal>((glance, relays))
         };
-        let streams = figures.await.map_err(|error| crate::failure::on_one_line(&error));
+        let (glance, relays) = timeout(LONGEST, rows).await.map_err(|_| late("PostgreSQL"))??;
+        let figures = timeout(LONGEST, figures(servers, names)).await.unwrap_or_else(|_| Err(late("Redis")));
+        let streams = figures.map_err(|error| crate::failure::on_one_line(&error));
         Ok(Self { glance, relays, streams })
     }
 
@@ -133,19 +152,95 @@ impl Picture {
         ]
     }
 
-    fn json(&self, t: f64) -> Value {
+    fn json(&self) -> Value {
         let (tone, sentence) = self.verdict();
         let mut texts: serde_json::Map<_, _> =
             self.cards().into_iter().map(|(id, _, text)| (id.to_owned(), Value::from(text))).collect();
         texts.insert("sentence".to_owned(), sentence.into());
         texts.insert("sign".to_owned(), tone.sign().into());
-        json!({ "t": t, "tone": tone.class(), "texts": texts, "rate": self.rate(), "entries": self.entries_added(),
+        json!({ "tone": tone.class(), "texts": texts, "rate": self.rate(), "entries": self.entries_added(),
                 "p50": self.glance.latency_p50_ms, "p99": self.glance.latency_p99_ms })
     }
 }
 
+async fn figures(servers: &Servers, names: &mut Names) -> anyhow::Result<Vec<StreamFigures>> {
+    // The first stream is not waited for.
+    if names.known.is_empty() || names.listed.is_none_or(|listed| listed.elapsed() > LISTED_FOR) {
+        names.known = servers.streams.list().await?;
+        names.known.truncate(MOST_STREAMS);
+        names.listed = Some(Instant::now());
+    }
+    let mut figures = Vec::new();
+    for stream in &names.known {
+        figures.extend(servers.streams.figures(stream).await?);
+    }
+    Ok(figures)
+}
+
+#[derive(Default)]
+struct Names {
+    known: Vec<String>,
+    listed: Option<Instant>,
+}
+
+/// A picture, or why there is none.
+struct Sample {
+    picture: Result<Picture, String>,
+    at: Instant,
+    /// Until the next one, for those who look on.
+    pause: Duration,
+    /// Seconds since 1970.
+    t: f64,
+}
+
+impl Sample {
+    fn json(&self) -> Value {
+        let mut json = match &self.picture {
+            Ok(picture) => picture.json(),
+            Err(why) => json!({ "tone": "bad", "texts": { "sentence": why, "sign": Tone::Bad.sign() },
+                                "rate": null, "entries": null, "p50": null, "p99": null }),
+        };
+        json["t"] = self.t.into();
+        json
+    }
+}
+
+/// Takes one picture for all who look, and none while nobody does: whoever finds the latest too old takes the next, and the others wait
+/// for that one.
+pub struct Sampler {
+    state: Mutex<(Option<Arc<Sample>>, Names)>,
+    viewers: Arc<Semaphore>,
+}
+
+impl Default for Sampler {
+    fn default() -> Self {
+        Self { state: Mutex::default(), viewers: Arc::new(Semaphore::new(MOST_VIEWERS)) }
+    }
+}
+
+impl Sampler {
+    /// The latest sample, if it is not older than this, or than its pause; otherwise a new one.
+    async fn sample(&self, servers: &Servers, oldest: Option<Duration>) -> Arc<Sample> {
+        let mut state = self.state.lock().await;
+        let (latest, names) = &mut *state;
+        if let Some(latest) = latest
+            && latest.at.elapsed() < oldest.unwrap_or(latest.pause)
+        {
+            return Arc::clone(latest);
+        }
+        let begun = Instant::now();
+        let picture = Picture::take(servers, names).await.map_err(|refusal| refusal.why().to_owned());
+        let pause = REFRESH.max(begun.elapsed() * SPARING);
+        let t = chrono::Utc::now().timestamp_millis() as f64 / 1_000.0;
+        let sample = Arc::new(Sample { picture, at: Instant::now(), pause, t });
+        *latest = Some(Arc::clone(&sample));
+        sample
+    }
+}
+
 pub async fn page(viewer: Viewer, State(console): State<Console>) -> Result<Markup, Refusal> {
-    let picture = Picture::take(&console).await?;
+    let sample = console.servers.sampler.sample(&console.servers, Some(PAGE_AGE)).await;
+    let picture = sample.picture.as_ref().map_err(|why| anyhow::anyhow!("{why}"))?;
     let (tone, sentence) = picture.verdict();
     Ok(page::page(
         "Overview",
@@ -168,19 +263,45 @@ pub async fn page(viewer: Viewer, State(console): State<Console>) -> Result<Mark
     ))
 }
 
-/// One picture a second, for as long as the page is open. A picture that cannot be taken is told as such.
-pub async fn live(_: Viewer, State(console): State<Console>) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
-    let pictures = stream::unfold((console, None), |(console, pause): (Console, Option<Duration>)| async move {
-        if let Some(pause) = pause {
-            tokio::time::sleep(pause).await;
+/// Somebody who looks on.
+struct Onlooker {
+    console: Console,
+    /// What the session is known by.
+    parts: Parts,
+    seen: Option<Arc<Sample>>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Onlooker {
+    /// The next sample, as long as the session is valid.
+    async fn next(mut self) -> Option<(Event, Self)> {
+        let servers = Arc::clone(&self.console.servers);
+        loop {
+            if self.seen.is_some() {
+                tokio::time::sleep(REFRESH).await;
+            }
+            Viewer::from_request_parts(&mut self.parts, &self.console).await.ok()?;
+            let sample = servers.sampler.sample(&servers, None).await;
+            if self.seen.as_ref().is_some_and(|seen| Arc::ptr_eq(seen, &sample)) {
+                continue;
+            }
+            let event = Event::default().event("figures").data(sample.json().to_string());
+            self.seen = Some(sample);
+            return Some((event, self));
         }
-        let t = chrono::Utc::now().timestamp_millis() as f64 / 1_000.0;
-        let data = match Picture::take(&console).await {
-            Ok(picture) => picture.json(t),
-            Err(refusal) => json!({ "t": t, "tone": "bad", "texts": { "sentence": refusal.why(), "sign": "✗" },
-                                    "rate": null, "entries": null, "p50": null, "p99": null }),
-        };
-        Some((Event::default().event("figures").data(data.to_string()), (console, Some(REFRESH))))
-    });
-    Sse::new(pictures.map(Ok)).keep_alive(KeepAlive::default())
+    }
+}
+
+/// A picture a second, or less often where taking one is not quick, for as long as the page is open and its viewer is logged in. A picture
+/// that cannot be taken is told as such.
+pub async fn live(
+    _: Viewer,
+    State(console): State<Console>,
+    parts: Parts,
+) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, Refusal> {
+    let permit = Arc::clone(&console.servers.sampler.viewers).try_acquire_owned();
+    let _permit = permit.map_err(|_| anyhow::anyhow!("{MOST_VIEWERS} overviews are open already: close one"))?;
+    let onlooker = Onlooker { console, parts, seen: None, _permit };
+    let events = stream::unfold(onlooker, Onlooker::next);
+    Ok(Sse::new(events.map(Ok)).keep_alive(KeepAlive::default()))
 }

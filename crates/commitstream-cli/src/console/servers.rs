@@ -7,6 +7,7 @@ use commitstream::streams::Streams;
 use sqlx::{Executor, PgConnection};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
+use super::overview::Sampler;
 use super::page::Refusal;
 use crate::context;
 
@@ -16,11 +17,15 @@ const SESSIONS: usize = 4;
 /// How long a page waits for its turn.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long a kept session may take to answer; then there is a new one.
+const PROBE: Duration = Duration::from_secs(3);
+
 /// Where pages get their data from.
 pub struct Servers {
     pub settings: Settings,
     pub outbox: OutboxRepository,
     pub streams: Streams,
+    pub sampler: Sampler,
     turns: Semaphore,
     idle: Mutex<Vec<PgConnection>>,
 }
@@ -39,6 +44,7 @@ impl Servers {
             settings: settings.clone(),
             outbox: context::repository(settings),
             streams: Streams::new(context::redis_url(settings)?, &settings.redis)?,
+            sampler: Sampler::default(),
             turns: Semaphore::new(SESSIONS),
             idle: Mutex::default(),
         })
@@ -54,7 +60,7 @@ impl Servers {
         let turn = self.turn().await?;
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         if let Some(mut connection) = idle
-            && connection.execute("SELECT").await.is_ok()
+            && tokio::time::timeout(PROBE, connection.execute("SELECT")).await.is_ok_and(|answer| answer.is_ok())
         {
             return Ok(Session { connection, servers: self, _turn: turn });
         }

@@ -36,6 +36,14 @@ impl Page {
 }
 
 impl Site {
+    /// The live numbers, as they come.
+    fn live(&self, cookie: &str) -> Result<TcpStream> {
+        let mut stream = TcpStream::connect(&self.address)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        write!(stream, "GET /console/live HTTP/1.1\r\nHost: {}\r\nConnection: close\r\nCookie: {cookie}\r\n\r\n", self.address)?;
+        Ok(stream)
+    }
+
     fn start(world: &World) -> Result<Self> {
         let mut command = world.command(&["console", "--listen", "127.0.0.1:0"]);
         command.env("CONSOLE_PASSWORD", PASSWORD).env("CONSOLE_READ_ONLY_PASSWORD", READ_ONLY);
@@ -83,6 +91,17 @@ impl Site {
         let origin = format!("http://{}", self.address);
         self.send("POST", path, &[("Cookie", cookie), ("Origin", &origin)], &form(fields))
     }
+}
+
+fn first_figures(live: &mut TcpStream) -> Result<String> {
+    let mut seen = String::new();
+    while !(seen.contains("event: figures") && seen.contains("\"rate\"")) {
+        let mut bytes = [0; 4096];
+        let read = live.read(&mut bytes)?;
+        ensure!(read > 0, "it ended: {seen}");
+        seen += &String::from_utf8_lossy(&bytes[..read]);
+    }
+    Ok(seen)
 }
 
 fn form(fields: &[(&str, &str)]) -> String {
@@ -191,6 +210,9 @@ fn each_page_is_there_with_data_and_without() -> Result<()> {
         assert_eq!(site.get("", &format!("/assets/{asset}"))?.code, 200, "{asset}");
     }
     assert_eq!(site.get(&cookie, "/events/no-id")?.code, 400);
+    for end in ["%2B262142-12-31T23:59:59Z", "-262143-01-01T00:00:00Z"] {
+        assert_eq!(site.get(&cookie, &format!("/events?until={end}"))?.code, 400, "{end}");
+    }
     assert_eq!(site.get(&cookie, "/events/00000000-0000-7000-8000-000000000000")?.code, 404);
     Ok(())
 }
@@ -255,6 +277,90 @@ fn only_an_operator_with_a_form_of_the_session_acts() -> Result<()> {
 }
 
 #[test]
+fn a_discard_is_of_no_more_than_was_shown() -> Result<()> {
+    let world = World::new()?;
+    let fail = |kind: &str, error: &str, events: u32| {
+        world.database.psql(&format!(
+            "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, status, last_error)
+             SELECT {kind}, 'user', n::text, '{{}}', 'FAILED', E'{error}' FROM generate_series(1, {events}) n;"
+        ))
+    };
+    fail("'Lines'", "one\\r\\n\\ttwo", 3)?;
+    let site = Site::start(&world)?;
+    let cookie = site.enter(PASSWORD)?;
+    let token = site.get(&cookie, "/failures")?.token()?;
+    let cause = "one   two";
+    let discard = |shown| {
+        let fields = [("remedy", "discard"), ("type", "Lines"), ("cause", cause), ("shown", shown), ("token", &token)];
+        site.post(&cookie, "/failures/act", &fields)
+    };
+    let asked = site.get(&cookie, "/failures/confirm?remedy=discard&type=Lines&cause=one+++two")?;
+    assert!(asked.body.contains("Delete 3 events") && asked.body.contains("name=\"shown\" value=\"3\""), "{}", asked.body);
+    fail("'Lines'", "one\\r\\n\\ttwo", 1)?;
+    let refused = discard("3")?;
+    assert!(refused.code == 400 && refused.body.contains("there are more now, 4"), "{}", refused.body);
+    assert_eq!(world.stats()?["failed"], 4);
+    let done = discard("4")?;
+    assert!(done.body.contains("4 events deleted"), "{}", done.body);
+
+    fail("'T' || n", "other", 205)?;
+    let failures = site.get(&cookie, "/failures")?.body;
+    assert!(failures.contains("205</b> failed") && failures.contains("And 5 more groups"), "{failures}");
+    fail("'Many'", "other", 20_000)?;
+    let asked = site.get(&cookie, "/failures/confirm?remedy=discard")?;
+    assert!(asked.body.contains("commitstream failed discard") && !asked.body.contains("id=\"confirm\""), "{}", asked.body);
+    let refused = site.post(&cookie, "/failures/act", &[("remedy", "discard"), ("shown", "99999"), ("token", &token)])?;
+    assert_eq!(refused.code, 400, "{}", refused.body);
+    Ok(())
+}
+
+#[test]
+fn a_page_of_dead_letters_is_bounded() -> Result<()> {
+    let world = World::new()?;
+    let mut redis = world.redis()?;
+    let user = world.user_stream();
+    let other = user.replace("user", "visitor");
+    let payload = format!("\"{}\"", "x".repeat(10_000));
+    for (stream, letters) in [(&user, 25), (&other, 3)] {
+        for n in 1..=letters {
+            let mut letter = redis::cmd("XADD");
+            letter
+                .arg(format!("{stream}:dead"))
+                .arg(format!("{n}-0"))
+                .arg(&["payload", &payload, "group", "mail", "entry", "1-0"]);
+            letter.exec(&mut redis)?;
+        }
+    }
+    let site = Site::start(&world)?;
+    let cookie = site.enter(READ_ONLY)?;
+    let page = site.get(&cookie, "/dead")?.body;
+    assert!(page.contains("The first 4,000 characters") && page.len() < 25 * 5_000, "{} bytes", page.len());
+    assert_eq!(page.matches("<td>mail</td>").count(), 25, "{page}");
+    assert!(page.contains(&format!("More of {other}")) && !page.contains(&format!("More of {user}")), "{page}");
+    Ok(())
+}
+
+#[test]
+fn live_numbers_end_with_the_session_and_are_for_few() -> Result<()> {
+    let world = World::new()?;
+    let site = Site::start(&world)?;
+    let cookie = site.enter(READ_ONLY)?;
+    let token = site.get(&cookie, "/audit")?.token()?;
+    let mut viewers = (0..16).map(|_| site.live(&cookie)).collect::<Result<Vec<_>>>()?;
+    for viewer in &mut viewers {
+        first_figures(viewer)?;
+    }
+    assert_eq!(site.get(&cookie, "/live")?.code, 503);
+    assert_eq!(site.post(&cookie, "/logout", &[("token", &token)])?.code, 303);
+    for mut viewer in viewers {
+        let mut rest = Vec::new();
+        viewer.read_to_end(&mut rest)?;
+    }
+    first_figures(&mut site.live(&site.enter(READ_ONLY)?)?)?;
+    Ok(())
+}
+
+#[test]
 fn a_retried_failure_is_published() -> Result<()> {
     let world = World::new()?;
     world.fail_users()?;
@@ -272,7 +378,7 @@ fn a_retried_failure_is_published() -> Result<()> {
     let token = site.get(&cookie, "/relays")?.token()?;
     assert_eq!(site.post(&cookie, "/relays/switch", &[("to", "pause"), ("token", &token)])?.code, 303);
     relay.says("relay is paused by an operator")?;
-    assert!(site.get(&cookie, "")?.body.contains("Publishing is paused"));
+    eventually("a newer picture", || Ok(site.get(&cookie, "")?.body.contains("Publishing is paused")))?;
     assert_eq!(site.post(&cookie, "/relays/switch", &[("to", "resume"), ("token", &token)])?.code, 303);
     relay.says("relay is active")?;
     let audit = site.get(&cookie, "/audit")?.body;
@@ -317,20 +423,10 @@ fn the_daemon_serves_it_and_is_not_open_to_others() -> Result<()> {
     assert_eq!(password.len(), 24);
     let site = Site { _server: relay, address };
     let cookie = site.enter(&password)?;
-    let relays = site.get(&cookie, "/relays")?;
-    assert!(relays.code == 200 && relays.body.contains("id=\"relays\""), "{}", relays.body);
+    eventually("the first heartbeat", || Ok(site.get(&cookie, "/relays")?.body.contains("id=\"relays\"")))?;
 
     // The live numbers come as an event of JSON.
-    let mut stream = TcpStream::connect(&site.address)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    write!(stream, "GET /console/live HTTP/1.1\r\nHost: {}\r\nCookie: {cookie}\r\n\r\n", site.address)?;
-    let mut seen = String::new();
-    while !(seen.contains("event: figures") && seen.contains("\"rate\"")) {
-        let mut bytes = [0; 4096];
-        let read = stream.read(&mut bytes)?;
-        ensure!(read > 0, "it ended: {seen}");
-        seen += &String::from_utf8_lossy(&bytes[..read]);
-    }
+    let seen = first_figures(&mut site.live(&cookie)?)?;
     assert!(seen.contains("text/event-stream") && seen.contains("\"sentence\""), "{seen}");
     Ok(())
 }

@@ -15,8 +15,11 @@ const LOOKED_AT: i64 = 20_000;
 /// Failed events that one step looks at, and so the most that it changes.
 const STEP: i64 = 1_000;
 
-/// What failed events have in common: the beginning of the error, with `#` for each digit.
-const CAUSE: &str = "translate(left(COALESCE(last_error, ''), 150), '0123456789', '##########')";
+/// Groups of failed events that are listed.
+const GROUPS: i64 = 200;
+
+/// What failed events have in common: the beginning of the error, with `#` for each digit. Forms of browsers change ends of lines.
+const CAUSE: &str = r"translate(left(COALESCE(last_error, ''), 150), E'0123456789\r\n\t', '##########   ')";
 
 /// Which failed events are meant; what is `None` is left open.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -36,6 +39,17 @@ pub struct FailureGroup {
     pub events: i64,
     pub oldest: DateTime<Utc>,
     pub newest: DateTime<Utc>,
+}
+
+/// Failed events by type and cause.
+#[derive(Debug, Clone, Serialize)]
+pub struct FailureGroups {
+    /// Largest first, at most 200.
+    pub groups: Vec<FailureGroup>,
+    /// Groups that are not among these.
+    pub more: i64,
+    /// In all groups.
+    pub events: Counted,
 }
 
 /// A number that is exact, or the least that it can be.
@@ -126,23 +140,25 @@ const NAMED: &str = "
     WHERE id = ANY ($3::uuid[]) AND COALESCE(status, '') = 'FAILED'";
 
 impl OutboxRepository {
-    /// The newest failed events by type and cause, largest group first, and how many were looked at. That is 20,000 at most; then each
-    /// number is the least that it can be.
+    /// The newest 20,000 failed events by type and cause; if there are more, each number is the least that it can be.
     ///
     /// # Errors
     /// PostgreSQL cannot be asked.
-    pub async fn failure_groups(&self, connection: &mut PgConnection) -> Result<(Vec<FailureGroup>, Counted), OutboxError> {
+    pub async fn failure_groups(&self, connection: &mut PgConnection) -> Result<FailureGroups, OutboxError> {
         let doing = "grouping failed events";
         let sql = format!(
-            "SELECT event_type, cause, (array_agg(example))[1] AS example, count(*) AS events, min(created_at) AS oldest, max(created_at) AS newest
+            "SELECT event_type, cause, (array_agg(example))[1] AS example, count(*) AS events, min(created_at) AS oldest, max(created_at) AS newest,
+                    count(*) OVER () AS all_groups, (sum(count(*)) OVER ())::bigint AS all_events
              FROM (SELECT event_type, {CAUSE} AS cause, left(COALESCE(last_error, ''), 1000) AS example, created_at
                    FROM {{s}}.event_outbox WHERE status = 'FAILED' ORDER BY created_at DESC LIMIT {LOOKED_AT}) AS looked
-             GROUP BY event_type, cause ORDER BY events DESC, event_type, cause"
+             GROUP BY event_type, cause ORDER BY events DESC, event_type, cause LIMIT {GROUPS}"
         );
         let rows = sqlx::query(self.sql(&sql)).fetch_all(connection).await.map_err(self.error(doing))?;
         let groups = rows.iter().map(group).collect::<Result<Vec<_>, _>>().map_err(self.error(doing))?;
-        let events = groups.iter().map(|group| group.events).sum();
-        Ok((groups, Counted { events, at_least: events >= LOOKED_AT }))
+        let of_all = |column: &str| rows.first().map_or(Ok(0), |row| row.try_get::<i64, _>(column)).map_err(self.error(doing));
+        let (all, events) = (of_all("all_groups")?, of_all("all_events")?);
+        let more = all - i64::try_from(groups.len()).unwrap_or(all);
+        Ok(FailureGroups { groups, more, events: Counted { events, at_least: events >= LOOKED_AT } })
     }
 
     /// How many failed events match, of the newest 20,000.

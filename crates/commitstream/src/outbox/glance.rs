@@ -6,7 +6,7 @@ use sqlx::{PgConnection, Row};
 use super::{Counted, OutboxError, OutboxRepository};
 
 /// Unsent and failed events are counted up to so many.
-const COUNTED: i64 = 50_000;
+const COUNTED: i64 = 10_000;
 
 /// How the outbox stands, at a cost that does not grow with the table.
 #[derive(Debug, Clone, Serialize)]
@@ -43,7 +43,7 @@ SELECT (SELECT count(*) FROM (SELECT FROM {s}.event_outbox WHERE status IN ('PEN
        EXISTS (SELECT FROM {s}.outbox_pause) AS is_paused";
 
 impl OutboxRepository {
-    /// The figures of an overview. Counts up to 50,000 events of a kind.
+    /// The figures of an overview. Counts up to 10,000 events of a kind.
     ///
     /// # Errors
     /// PostgreSQL cannot be asked.

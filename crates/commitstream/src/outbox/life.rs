@@ -77,7 +77,8 @@ impl OutboxRepository {
     pub async fn event(&self, connection: &mut PgConnection, id: Uuid) -> Result<Option<EventDetail>, OutboxError> {
         let doing = "reading an event";
         let sql = format!(
-            "SELECT *, left(payload::text, {SHOWN}) AS payload_text, left(headers::text, {SHOWN}) AS headers_text,
+            "SELECT id, seq, event_type, aggregate_type, aggregate_id, partition_no, status, retry_count, next_retry_at, last_error,
+                    created_at, published_at, occurred_at, payload_bytes, left(payload::text, {SHOWN}) AS payload_text, left(headers::text, {SHOWN}) AS headers_text,
                     headers->>'traceparent' AS traceparent
              FROM {{s}}.event_outbox WHERE id = $1"
         );

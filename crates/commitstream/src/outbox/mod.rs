@@ -37,7 +37,7 @@ pub use connection::connect;
 pub use days::{Fate, Overdue};
 pub use error::OutboxError;
 pub(crate) use error::is_outage;
-pub use failures::{Counted, Deed, FailureFilter, FailureGroup, FailurePlace, Remedy, RemedyStep};
+pub use failures::{Counted, Deed, FailureFilter, FailureGroup, FailureGroups, FailurePlace, Remedy, RemedyStep};
 pub use glance::Glance;
 pub use journal::{JournalBatch, OpenBatch, Requeued};
 pub use lease::{Lease, Partitions};

@@ -168,9 +168,9 @@ impl Walk {
 
     /// `$1` and `$2`.
     fn bounds(&self, search: &EventSearch, after: Option<&SearchPlace>) -> (String, Uuid) {
-        let until = search.until.map_or(Uuid::max(), |until| lowest_id(until + CLOCKS_DIFFER));
+        let until = search.until.map_or(Uuid::max(), |until| lowest_id(until.checked_add_signed(CLOCKS_DIFFER).unwrap_or(until)));
         if self.by == BY_ID.by {
-            let from = search.from.map_or(Uuid::nil(), |from| lowest_id(from - CLOCKS_DIFFER));
+            let from = search.from.map_or(Uuid::nil(), |from| lowest_id(from.checked_sub_signed(CLOCKS_DIFFER).unwrap_or(from)));
             return (from.to_string(), after.map_or(until, |after| after.id));
         }
         let end = |walk: &str| if walk == UNSENT.by { i64::MAX.to_string() } else { "infinity".to_owned() };
@@ -186,7 +186,7 @@ impl Walk {
 
 /// The lowest UUIDv7 of a time.
 fn lowest_id(time: DateTime<Utc>) -> Uuid {
-    let millis = u64::try_from(time.timestamp_millis()).unwrap_or_default();
+    let millis = u64::try_from(time.timestamp_millis()).unwrap_or_default().min((1 << 48) - 1);
     uuid::Builder::from_unix_timestamp_millis(millis, &[0; 10]).into_uuid()
 }
 

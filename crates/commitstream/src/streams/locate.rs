@@ -9,27 +9,32 @@ use uuid::Uuid;
 use super::node::Request;
 use super::{Streams, StreamsError, dead_stream};
 
-/// Looks for the entry of an event, from the entry id `ARGV[2]` downwards, among 2,000 entries at most.
+/// Looks for entries whose field `ARGV[1]` is `ARGV[2]`, from the entry id `ARGV[3]` downwards, until `ARGV[4]` are found: the id of
+/// each, and its field `group`. Redis does nothing else meanwhile, so it ends after 2,000 entries or 4 MiB of them.
 static FIND: LazyLock<Script> = LazyLock::new(|| {
     Script::new(
         r"
-        local upper = ARGV[2]
-        for _ = 1, 20 do
-            local entries = redis.pcall('XREVRANGE', KEYS[1], upper, '-', 'COUNT', 100)
+        local upper, copied, found = ARGV[3], 0, {}
+        for _ = 1, 200 do
+            local entries = redis.pcall('XREVRANGE', KEYS[1], upper, '-', 'COUNT', 10)
             if entries.err then return entries end
             for _, entry in ipairs(entries) do
-                if entry[2][1] == 'id' and entry[2][2] == ARGV[1] then return entry[1] end
+                local fields, matches, group = entry[2], false, ''
+                for i = 1, #fields, 2 do
+                    copied = copied + #fields[i] + #fields[i + 1]
+                    if fields[i] == ARGV[1] and fields[i + 1] == ARGV[2] then matches = true end
+                    if fields[i] == 'group' then group = fields[i + 1] end
+                end
+                if matches then found[#found + 1] = {entry[1], group} end
+                if #found >= tonumber(ARGV[4]) then return found end
             end
-            if #entries < 100 then return '' end
+            if #entries < 10 or copied >= 4194304 then return found end
             upper = '(' .. entries[#entries][1]
         end
-        return ''
+        return found
         ",
     )
 });
-
-/// The newest dead letters of a stream that are looked at.
-const DEAD_LOOKED_AT: usize = 200;
 
 const DOING: &str = "looking for an event";
 
@@ -40,16 +45,11 @@ pub enum Delivery {
     /// The group has not come to it.
     NotDelivered,
     /// A consumer has it in hand, or it waits for another attempt.
-    Pending {
-        consumer: String,
-        deliveries: u64,
-        idle_ms: u64,
-    },
+    Pending { consumer: String, deliveries: u64, idle_ms: u64 },
+    /// Not pending any more. It may have been given up, and its dead letter be gone or too far back.
     Acknowledged,
     /// The group gave it up: the id of the dead letter.
-    Dead {
-        dead_id: String,
-    },
+    Dead { dead_id: String },
 }
 
 /// A consumer group, and what it has done with an entry.
@@ -74,8 +74,8 @@ pub struct StreamFigures {
 }
 
 impl Streams {
-    /// The id of an event's entry: among the 2,000 entries up to `last`, the last one of its batch, if that is known; then among those
-    /// before the time `until_ms` of the server's clock.
+    /// The id of an event's entry, looked for among the entries up to `last`, the last one of its batch, or if that is not known, among
+    /// those before the time `until_ms` of the server's clock: 2,000 entries or 4 MiB of them.
     ///
     /// # Errors
     /// Redis is not reachable or refuses.
@@ -86,19 +86,26 @@ impl Streams {
         last: Option<&str>,
         until_ms: i64,
     ) -> Result<Option<String>, StreamsError> {
-        let event = event.hyphenated().to_string();
-        for upper in last.map(str::to_owned).into_iter().chain([until_ms.max(0).to_string()]) {
-            let mut call = FIND.prepare_invoke();
-            call.key(stream).arg(&event).arg(upper);
-            let found: String = self.invoke(DOING, stream, &call).await?;
-            if !found.is_empty() {
-                return Ok(Some(found));
-            }
-        }
-        Ok(None)
+        let upper = last.map_or_else(|| until_ms.max(0).to_string(), str::to_owned);
+        let found = self.entries_with(stream, ("id", &event.hyphenated().to_string()), &upper, 1).await?;
+        Ok(found.into_iter().next().map(|(id, _)| id))
     }
 
-    /// What each consumer group of the stream has done with an entry. Of dead letters the newest 200 are looked at.
+    /// The ids of the newest entries up to `upper` with this field, and the `group` that each names.
+    async fn entries_with(
+        &self,
+        stream: &str,
+        (name, value): (&str, &str),
+        upper: &str,
+        most: usize,
+    ) -> Result<Vec<(String, String)>, StreamsError> {
+        let mut call = FIND.prepare_invoke();
+        call.key(stream).arg(name).arg(value).arg(upper).arg(most);
+        self.invoke(DOING, stream, &call).await
+    }
+
+    /// What each consumer group of the stream has done with an entry. Of dead letters the newest 2,000 are looked at, or 4 MiB
+    /// of them.
     ///
     /// # Errors
     /// Redis is not reachable or refuses.
@@ -113,12 +120,12 @@ impl Streams {
         }
         type Pending = Vec<(String, String, u64, u64)>;
         let pending: Vec<Pending> = self.send(DOING, stream, Request::Pipeline(&look)).await?;
-        let dead = self.newest(&dead_stream(stream), DEAD_LOOKED_AT).await?;
+        let dead = self.entries_with(&dead_stream(stream), ("entry", entry), "+", groups.len()).await?;
         let delivery = |(group, last): (String, String), pending: Pending| {
-            let letter = dead.iter().find(|l| l.field("group") == Some(&group) && l.field("entry") == Some(entry));
+            let letter = dead.iter().find(|(_, of)| *of == group);
             let delivery = match (pending.into_iter().next(), letter) {
                 (Some((_, consumer, idle_ms, deliveries)), _) => Delivery::Pending { consumer, deliveries, idle_ms },
-                (None, Some(letter)) => Delivery::Dead { dead_id: letter.id.clone() },
+                (None, Some((dead_id, _))) => Delivery::Dead { dead_id: dead_id.clone() },
                 (None, None) if position(&last) < position(entry) => Delivery::NotDelivered,
                 (None, None) => Delivery::Acknowledged,
             };

@@ -99,11 +99,11 @@ async fn failures_are_grouped_and_retried_or_discarded_with_an_audit() -> Result
     for form in Form::BOTH {
         let world = world_of_states(form).await?;
         let mut connection = world.connect().await?;
-        let (groups, all) = world.outbox.failure_groups(&mut connection).await?;
-        let shown: Vec<_> = groups.iter().map(|g| (g.event_type.as_str(), g.cause.as_str(), g.events)).collect();
+        let found = world.outbox.failure_groups(&mut connection).await?;
+        let shown: Vec<_> = found.groups.iter().map(|g| (g.event_type.as_str(), g.cause.as_str(), g.events)).collect();
         let cause = "too large by ## bytes";
         assert_eq!(shown, [("Even", cause, 2_000), ("Odd", cause, 1_000)]);
-        assert_eq!((all.events, all.at_least), (3_000, false));
+        assert_eq!((found.events.events, found.events.at_least, found.more), (3_000, false, 0));
 
         let odd = FailureFilter { event_type: Some("Odd".into()), cause: Some(cause.into()) };
         assert_eq!(world.outbox.count_failed(&mut connection, &odd).await?.events, 1_000);
@@ -198,9 +198,20 @@ async fn the_life_of_an_event_is_known_to_each_group() -> Result<()> {
     redis::cmd("XACK").arg(&[&stream, "mail", &entries[0]]).query_async::<()>(&mut redis).await?;
     assert_eq!(deliveries(&entries[0]).await?, Delivery::Acknowledged);
     assert_eq!(deliveries(&entries[2]).await?, Delivery::NotDelivered);
+    let mut letter = redis::cmd("XADD");
+    letter.arg(&[&format!("{stream}:dead"), "9-0", "id", "x", "group", "mail", "entry", &entries[0]]);
+    letter.query_async::<()>(&mut redis).await?;
+    assert_eq!(deliveries(&entries[0]).await?, Delivery::Dead { dead_id: "9-0".into() });
     let figures = world.streams.figures(&stream).await?.context("the stream is there")?;
     assert_eq!(figures.entries, 250);
     assert!(figures.memory.is_some_and(|bytes| bytes > 1_000), "{figures:?}");
+
+    // Behind 5 MiB of others it is too far away, unless the journal says where.
+    for _ in 0..50 {
+        redis::cmd("XADD").arg(&[&stream, "*", "id", "x", "payload", &"x".repeat(100_000)]).query_async::<()>(&mut redis).await?;
+    }
+    assert_eq!(world.streams.entry_of(&stream, ids[0], None, i64::MAX).await?, None);
+    assert_eq!(world.streams.entry_of(&stream, ids[0], Some(&entries[2]), i64::MAX).await?.as_ref(), Some(&entries[0]));
     Ok(())
 }
 
