@@ -96,8 +96,8 @@ pub fn routes(settings: &Settings, address: SocketAddr) -> anyhow::Result<(Route
         .with_state(console);
     let home = || async { Redirect::to("/console") };
     let routes = Router::new().route("/", get(home)).route("/console/", get(home)).nest("/console", pages);
-    let routes = routes.layer(middleware::from_fn(guarded));
-    let routes = if address.ip().is_loopback() { routes.layer(middleware::from_fn(local_only)) } else { routes };
+    let routes = routes.route_layer(middleware::from_fn(guarded));
+    let routes = if address.ip().is_loopback() { routes.route_layer(middleware::from_fn(local_only)) } else { routes };
     Ok((routes, generated))
 }
 
