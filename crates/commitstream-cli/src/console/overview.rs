@@ -20,7 +20,7 @@ use super::Console;
 use super::page::{self, Refusal, counted, millis, number};
 use super::servers::Servers;
 use super::session::Viewer;
-use crate::output::{count, plural, size};
+use crate::output::{count, size};
 
 /// An unsent event that waits for longer is not usual.
 const USUAL_WAIT_MS: i64 = 30_000;
@@ -148,7 +148,7 @@ impl Picture {
             ("p50", "insert to published, median", ms(glance.latency_p50_ms)),
             ("p99", "99 % within", ms(glance.latency_p99_ms)),
             ("relays", "relays alive, partitions owned", format!("{}, {partitions} of 64", alive.count())),
-            ("memory", "in streams", format!("{} in {}", size(memory), plural(streams.len() as u64, "stream"))),
+            ("memory", "of memory in streams", size(memory)),
         ]
     }
 

@@ -72,11 +72,15 @@ pub struct Entry {
     pub default: Option<String>,
 }
 
+/// Variables that begin so are also for other libraries of the process, which may take values that are none of ours.
+const SHARED: &str = "OTEL_";
+
 impl Settings {
     /// Puts the settings together: defaults, then the file, then the environment, then the flags; the later one wins.
     ///
     /// - `file`: a HOCON file, which must exist. `None` means [`DEFAULT_FILE`] in the current directory if it is there.
-    /// - `env`: looks an environment variable up. It serves the variables of the settings (an empty one counts as not set)
+    /// - `env`: looks an environment variable up. It serves the variables of the settings (an empty one counts as not set, and so
+    ///   does one of OpenTelemetry, which is for every library of the process, when it does not fit here)
     ///   and the `${NAME}` in the file; the process environment is not read otherwise.
     /// - `flags`: keys as in the file, for example `app.redis.url`, and their values.
     ///
@@ -96,6 +100,7 @@ impl Settings {
         for key in KEYS {
             if let Some(name) = key.env
                 && let Some(value) = env(name).filter(|value| !value.is_empty())
+                && (!name.starts_with(SHARED) || fits(key, &value))
             {
                 loaded.set(key.path, &value, Source::Environment(name))?;
             }
@@ -199,6 +204,16 @@ impl Loaded {
             }
         }
     }
+}
+
+/// Whether the value alone is one of this setting.
+fn fits(key: &Key, value: &str) -> bool {
+    let mut alone = Settings::default();
+    let fits = key.kind.set(&mut alone, "", value).is_ok() && key.kind.check(&alone).is_ok();
+    if !fits {
+        tracing::warn!("{} is ignored: it has no value of {}", key.env.unwrap_or_default(), key.path);
+    }
+    fits
 }
 
 fn find(path: &str, source: &Source) -> Result<Setting, ConfigError> {

@@ -42,6 +42,15 @@ fn the_message_says_where_the_value_came_from() {
 }
 
 #[test]
+fn variables_of_opentelemetry_that_are_for_others_refuse_nothing() {
+    let env = [("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317"), ("OTEL_TRACES_SAMPLER_ARG", "endpoint=http://jaeger")];
+    let tracing = load("", &env, &[]).unwrap().settings.tracing;
+    assert_eq!((tracing.endpoint, tracing.sample_ratio), (None, 1.0));
+    let refused = refusal("app.tracing.endpoint = \"collector:4317\"", &[], &[]);
+    assert!(refused.contains("app.tracing.endpoint"), "{refused}");
+}
+
+#[test]
 fn durations_that_are_none() {
     let key = "app.outbox.processor.pollInterval";
     let cases = [
