@@ -76,7 +76,7 @@ impl Tone {
 struct Picture {
     glance: Glance,
     relays: Vec<RelayRow>,
-    /// `None` while Redis cannot be asked, and why.
+    /// While Redis cannot be asked, why.
     streams: Result<Vec<StreamFigures>, String>,
 }
 

@@ -41,6 +41,16 @@ impl Pair {
         Ok(())
     }
 
+    /// Publishes `kept` events that the replica gets, and `lost` ones while it is down, which a failover loses.
+    async fn publish(&self, kept: u32, lost: u32, aggregates: u32) -> Result<()> {
+        self.world.insert(kept, aggregates).await?;
+        self.world.drained().await?;
+        self.replica_has(kept.into()).await?;
+        self.replica.kill()?;
+        self.world.insert(lost, aggregates).await?;
+        self.world.drained().await
+    }
+
     async fn replica_has(&self, entries: u64) -> Result<()> {
         let mut client = redis::Client::open(self.replica.url())?.get_multiplexed_async_connection().await?;
         eventually("the replica to have it", async || {
@@ -50,18 +60,12 @@ impl Pair {
     }
 }
 
-/// The replica is down meanwhile, so that all that is published then is lost at the failover.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_redis_lost_in_a_failover_is_published_again_in_order() -> Result<()> {
     let pair = Pair::new().await?;
     let world = &pair.world;
     let relays = [world.relay()?, world.relay()?];
-    world.insert(3_000, 100).await?;
-    world.drained().await?;
-    pair.replica_has(3_000).await?;
-    pair.replica.kill()?;
-    world.insert(3_000, 100).await?;
-    world.drained().await?;
+    pair.publish(3_000, 3_000, 100).await?;
     pair.fail_over()?;
     world.insert(3_000, 100).await?;
     eventually("what was lost to be published again", async || {
@@ -82,12 +86,7 @@ async fn an_idle_relay_notices_that_redis_lost_something() -> Result<()> {
     let pair = Pair::new().await?;
     let world = &pair.world;
     let relay = world.relay()?;
-    world.insert(100, 10).await?;
-    world.drained().await?;
-    pair.replica_has(100).await?;
-    pair.replica.kill()?;
-    world.insert(50, 10).await?;
-    world.drained().await?;
+    pair.publish(100, 50, 10).await?;
     pair.fail_over()?;
     relay.watch().wait_for(|s| s.republished == 50).await?;
     world.drained().await?;
@@ -102,12 +101,7 @@ async fn a_paused_relay_notices_that_redis_lost_something() -> Result<()> {
     let pair = Pair::new().await?;
     let world = &pair.world;
     let relay = world.relay()?;
-    world.insert(100, 10).await?;
-    world.drained().await?;
-    pair.replica_has(100).await?;
-    pair.replica.kill()?;
-    world.insert(50, 10).await?;
-    world.drained().await?;
+    pair.publish(100, 50, 10).await?;
     world.outbox.pause(&mut world.connect().await?, "ada").await?;
     relay.watch().wait_for(|s| s.state == RelayState::Paused).await?;
     pair.fail_over()?;
@@ -126,12 +120,7 @@ async fn a_new_relay_looks_up_what_the_last_one_published() -> Result<()> {
     let pair = Pair::new().await?;
     let world = &pair.world;
     let relay = world.relay()?;
-    world.insert(500, 20).await?;
-    world.drained().await?;
-    pair.replica_has(500).await?;
-    pair.replica.kill()?;
-    world.insert(500, 20).await?;
-    world.drained().await?;
+    pair.publish(500, 500, 20).await?;
     relay.stop().await?;
     pair.fail_over()?;
     world.insert(500, 20).await?;
