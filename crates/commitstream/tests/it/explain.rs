@@ -5,7 +5,7 @@
 //! The statements are captured as they run: sqlx prepares each under a name on its session, and `EXPLAIN EXECUTE` on the same
 //! session shows both plans that PostgreSQL may choose, the generic one and the one for the values.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -13,8 +13,10 @@ use commitstream::outbox::{
     self, AfterPublishing, ClaimRequest, Deed, EventSearch, EventStatus, FailureFilter, FailurePlace, Heartbeat, JournalBatch,
     Lease, Partitions, Remedy, Selection, Settlement,
 };
+use commitstream_sandbox::{Sandbox, TestDatabase};
 use serde_json::Value;
 use sqlx::{AssertSqlSafe, PgConnection};
+use tokio::sync::Mutex;
 use uuid::Uuid;
 
 use crate::support::{FUNCTIONS, Form, World};
@@ -58,7 +60,7 @@ FROM generate_series(50001, 52000) n;";
 
 const ANALYZE: &str = "VACUUM ANALYZE event_outbox, outbox_batch, outbox_lease, outbox_relay, event_inbox;";
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Statistics {
     None,
     /// Of a table in which everything was sent, as it is most of the time.
@@ -76,20 +78,33 @@ pub const CASES: [(Form, Statistics); 6] = [
 ];
 
 /// A session of the relay's kind on a populated table.
-pub async fn populated((form, statistics): (Form, Statistics)) -> Result<(World, PgConnection)> {
-    println!("statistics: {statistics:?}");
-    let world = World::of(form).await?;
+pub async fn populated(case: (Form, Statistics)) -> Result<(World, PgConnection)> {
+    println!("{case:?}");
+    let sandbox = Sandbox::shared();
+    let world = World::on(filled(case).await?, &sandbox.redis_url(), sandbox.key_prefix()?)?;
+    let connection = outbox::connect(world.database.url(), "explain", Duration::from_secs(10)).await?;
+    Ok((world, connection))
+}
+
+/// A copy of the database of this case, which the first test that wants one fills for all.
+async fn filled(case: (Form, Statistics)) -> Result<TestDatabase> {
+    static FILLED: Mutex<BTreeMap<(Form, Statistics), TestDatabase>> = Mutex::const_new(BTreeMap::new());
+    let mut filled = FILLED.lock().await;
+    if let Some(database) = filled.get(&case) {
+        return Ok(database.copy()?);
+    }
+    let (form, statistics) = case;
+    let database = World::of(form).await?.database;
     if form == Form::Whole {
-        world.database.psql(FUNCTIONS)?;
+        database.psql(FUNCTIONS)?;
     }
     let statements = match statistics {
         Statistics::None => vec![SENT, UNSENT],
         Statistics::Idle => vec![SENT, ANALYZE, UNSENT],
         Statistics::Current => vec![SENT, UNSENT, ANALYZE],
     };
-    world.database.psql(&statements.join("\n"))?;
-    let connection = outbox::connect(world.database.url(), "explain", Duration::from_secs(10)).await?;
-    Ok((world, connection))
+    database.psql(&statements.join("\n"))?;
+    Ok(filled.entry(case).or_insert(database).copy()?)
 }
 
 /// One read of a table in a plan.

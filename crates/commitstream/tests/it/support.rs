@@ -17,7 +17,7 @@ use uuid::Uuid;
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The two forms that `event_outbox` may have.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Form {
     Whole,
     /// Partitioned by day ten days ago.
