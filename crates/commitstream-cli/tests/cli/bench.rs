@@ -51,7 +51,7 @@ fn one_benchmark_is_one_object_and_nothing_stays_behind() -> Result<()> {
 #[test]
 fn several_benchmarks_are_a_list_and_their_relays_end() -> Result<()> {
     let (world, _redis) = servers()?;
-    let names = ["drain", "held", "latency", "sustained", "publish", "publish_all", "idle"];
+    let names = ["drain", "held", "latency", "sustained", "publish", "publish_all", "observed", "idle"];
     let arguments = ["--retention", "0", "--events", "300", "--rounds", "1"];
     let report = world.json(&[&["bench"], &names[..], &arguments].concat())?;
     let reports = report.as_array().context("a list")?;

@@ -10,6 +10,7 @@ mod idle;
 mod latency;
 mod machine;
 mod markdown;
+mod observed;
 mod poller;
 mod process;
 mod publish;
@@ -18,6 +19,7 @@ mod scale;
 mod stage;
 mod streams;
 mod sustained;
+mod visitor;
 mod workload;
 
 use std::path::PathBuf;
@@ -108,6 +110,8 @@ enum Name {
     PublishAll,
     /// Straight to Redis, against redis-benchmark
     Streams,
+    /// The drain with metrics, tracing and an open console, against the drain without them
+    Observed,
     /// A relay with nothing to do
     Idle,
     /// Up to 5,000,000 waiting rows, up to 4 relays, and memory (long)
@@ -210,6 +214,7 @@ async fn run_one(name: Name, args: &Args, stage: &Stage) -> anyhow::Result<Measu
         Name::Publish => publish::measure(stage).await,
         Name::PublishAll => publish::measure_all(stage).await,
         Name::Streams => streams::measure(stage).await,
+        Name::Observed => observed::measure(stage).await,
         Name::Idle => idle::measure(stage).await,
         Name::Scale => scale::measure(stage).await,
         Name::Cleanup => cleanup::measure(stage).await,

@@ -36,14 +36,14 @@ pub struct RelayProcess {
 impl RelayProcess {
     /// Starts a relay with the settings of a drain, and returns at the moment when it begins to claim.
     pub async fn start(stage: &Stage) -> anyhow::Result<Self> {
-        let mut relay = Self::spawn(stage).await?;
-        relay.is_active().await?;
-        Ok(relay)
+        Self::start_with(stage, &[]).await
     }
 
-    /// Starts a relay, and does not wait for it.
-    pub async fn spawn(stage: &Stage) -> anyhow::Result<Self> {
-        let mut shell = command(&stage.settings)?.spawn().context("cannot start a relay")?;
+    /// The same with further settings, by the names of their environment variables.
+    pub async fn start_with(stage: &Stage, environment: &[(&str, String)]) -> anyhow::Result<Self> {
+        let mut command = command(&stage.settings)?;
+        command.envs(environment.iter().map(|(name, value)| (name, value)));
+        let mut shell = command.spawn().context("cannot start a relay")?;
         let stdin = shell.stdin.take().context("standard input is piped")?;
         let stdout = shell.stdout.take().context("standard output is piped")?;
         let stderr = shell.stderr.take().context("standard error is piped")?;
@@ -51,10 +51,13 @@ impl RelayProcess {
         tokio::spawn(read_log(stderr, active_to));
         let mut pid = String::new();
         timeout(PATIENCE, BufReader::new(stdout).read_line(&mut pid)).await??;
-        Ok(Self { pid: pid.trim().parse().context("the shell tells the process id of the relay")?, shell, stdin, active })
+        let pid = pid.trim().parse().context("the shell tells the process id of the relay")?;
+        let mut relay = Self { pid, shell, stdin, active };
+        relay.is_active().await?;
+        Ok(relay)
     }
 
-    pub async fn is_active(&mut self) -> anyhow::Result<()> {
+    async fn is_active(&mut self) -> anyhow::Result<()> {
         match timeout(PATIENCE, self.active.wait_for(|active| *active)).await {
             Ok(Ok(_)) => Ok(()),
             _ => bail!("a relay did not take up its work within {} s", PATIENCE.as_secs()),

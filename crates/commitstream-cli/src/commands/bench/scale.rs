@@ -141,7 +141,7 @@ async fn large_payloads(stage: &Stage, connection: &mut PgConnection) -> anyhow:
 }
 
 /// Waits until the stream has this many entries.
-async fn all_entries(stage: &Stage, events: u64, what: &str) -> anyhow::Result<()> {
+pub async fn all_entries(stage: &Stage, events: u64, what: &str) -> anyhow::Result<()> {
     let (mut last, mut deadline) = (0, Instant::now() + PATIENCE);
     while last < events {
         tokio::time::sleep(PAUSE).await;
@@ -157,7 +157,7 @@ async fn all_entries(stage: &Stage, events: u64, what: &str) -> anyhow::Result<(
 }
 
 /// A relay that was stopped has settled what it had in flight.
-async fn none_is_left(connection: &mut PgConnection) -> anyhow::Result<()> {
+pub async fn none_is_left(connection: &mut PgConnection) -> anyhow::Result<()> {
     let sql = "SELECT count(*) FROM event_outbox WHERE status <> 'PUBLISHED'";
     let left: i64 = sqlx::query_scalar(sql).fetch_one(connection).await?;
     ensure!(left == 0, "{left} events are unsent");

@@ -123,8 +123,13 @@ impl Stage {
 
     /// Adds waiting rows.
     pub async fn fill(&self, connection: &mut PgConnection, events: u64, what: &str) -> anyhow::Result<()> {
+        self.fill_with(connection, events, State::Waiting, what).await
+    }
+
+    /// Adds rows in this state.
+    pub async fn fill_with(&self, connection: &mut PgConnection, events: u64, state: State, what: &str) -> anyhow::Result<()> {
         let told = |filled| self.tell(|| format!("{what}: filling, {} of {}", count(filled), count(events)));
-        Ok(workload::fill(connection, events, State::Waiting, told).await?)
+        Ok(workload::fill(connection, events, state, told).await?)
     }
 
     /// Statistics are fresh, and no checkpoint is due.

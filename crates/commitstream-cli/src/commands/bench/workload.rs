@@ -53,7 +53,7 @@ impl OrderPlaced {
 
 /// Rows as [`OrderPlaced::new`] makes them, with status and time of publication as `state` says.
 const FILL: &str = r#"
-    INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, status, created_at, published_at)
+    INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, status, created_at, published_at, headers)
     SELECT 'OrderPlaced', 'order', 'order-' || c,
            format('{"order":"order-%s","number":%s,"customer":"customer-%s","email":"customer-%s@example.org","amount_cents":%s,'
                '"currency":"EUR","items":[{"sku":"SKU-%s","quantity":%s}],"note":"leave at the door"}',
@@ -68,15 +68,23 @@ pub enum State {
     Waiting,
     /// Published six days ago.
     Old,
+    /// Waiting, and each of a trace of its own; of so many, one is sampled.
+    Traced {
+        of: u32,
+    },
 }
 
 /// Inserts this many rows. `told` is given the number of rows after each chunk.
 pub async fn fill(connection: &mut PgConnection, events: u64, state: State, told: impl Fn(u64)) -> Result<(), sqlx::Error> {
     let state = match state {
-        State::Waiting => "'PENDING', clock_timestamp(), NULL",
-        State::Old => "'PUBLISHED', now() - interval '6 days', now() - interval '6 days'",
+        State::Waiting => "'PENDING', clock_timestamp(), NULL, '{}'".to_owned(),
+        State::Old => "'PUBLISHED', now() - interval '6 days', now() - interval '6 days', '{}'".to_owned(),
+        State::Traced { of } => format!(
+            "'PENDING', clock_timestamp(), NULL, jsonb_build_object('traceparent', '00-' || md5(n::text) || '-'
+                 || left(md5(c), 16) || CASE n % {of} WHEN 0 THEN '-01' ELSE '-00' END)"
+        ),
     };
-    let sql = FILL.replace("{state}", state);
+    let sql = FILL.replace("{state}", &state);
     let mut filled = 0;
     while filled < events {
         let until = events.min(filled + CHUNK);
