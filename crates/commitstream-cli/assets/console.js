@@ -1,24 +1,79 @@
 "use strict";
+const two = (number) => String(number).padStart(2, "0");
+const day = (at) => `${at.getFullYear()}-${two(at.getMonth() + 1)}-${two(at.getDate())}`;
+const clock = (at) => `${two(at.getHours())}:${two(at.getMinutes())}:${two(at.getSeconds())}`;
+
 // Times in the viewer's zone; the title keeps what the server said.
 for (const time of document.querySelectorAll("time[datetime]")) {
   const at = new Date(time.dateTime);
   if (isNaN(at)) continue;
   time.title = time.dateTime;
-  time.textContent = at.toLocaleString(undefined, { dateStyle: "short", timeStyle: "medium" });
+  const millis = time.className === "precise" ? `.${String(at.getMilliseconds()).padStart(3, "0")}` : "";
+  time.textContent = `${day(at)} ${clock(at)}${millis}`;
+}
+
+// Times that are searched for, too: the server is told UTC.
+for (const input of document.querySelectorAll("input[type=datetime-local]")) {
+  const label = input.labels[0];
+  label.textContent = label.textContent.replace(" (UTC)", "");
+  const at = new Date(input.value + "Z");
+  if (!isNaN(at)) input.value = `${day(at)}T${clock(at)}`;
+  input.form.addEventListener("formdata", (event) => {
+    const local = new Date(input.value);
+    if (!isNaN(local)) event.formData.set(input.name, local.toISOString().slice(0, 19));
+  });
+}
+
+// On a narrow screen each cell stands on a line of its own, behind the name of its column.
+for (const table of document.querySelectorAll(".wide table")) {
+  const names = [...table.tHead.rows[0].cells].map((cell) => cell.textContent);
+  for (const row of table.tBodies[0].rows) [...row.cells].forEach((cell, i) => (cell.dataset.name = names[i]));
+  table.classList.add("named");
+}
+
+// What doctor says: it takes some seconds, so it comes after the page.
+const doctor = document.getElementById("doctor");
+if (doctor) {
+  const ask = async () => {
+    if (document.hidden) return;
+    const answer = await fetch(doctor.dataset.source, { redirect: "error" }).catch(() => null);
+    if (!answer || !answer.ok) return;
+    const line = await answer.json();
+    doctor.className = line.tone;
+    doctor.querySelector(".sign").textContent = line.sign;
+    doctor.querySelector(".text").textContent = line.text;
+  };
+  ask();
+  setInterval(ask, 60000);
 }
 
 // The overview's live numbers: one object a second.
 const live = document.getElementById("live");
+const charts = [];
 if (live && window.EventSource) {
-  const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const chart = (id, labels) => {
+  // Asked for with each drawing: day and night may change.
+  const color = (name) => () => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const chart = (id, labels, digits) => {
     const box = document.getElementById(id);
-    const axis = { stroke: color("--quiet"), grid: { stroke: color("--line"), width: 1 } };
+    const axis = { stroke: color("--quiet"), grid: { stroke: color("--line"), width: 1 }, ticks: { stroke: color("--line"), width: 1 } };
     const strokes = [color("--stroke"), color("--stroke2")];
-    const series = labels.map((label, i) => ({ label, stroke: strokes[i], width: 2 }));
-    const size = () => ({ width: Math.max(200, box.clientWidth - 10), height: 165 });
+    // Of the time that is pointed at, or else the latest.
+    const at = (plot, i, place) => plot.data[i][place ?? plot.data[i].length - 1];
+    const form = { minimumFractionDigits: digits, maximumFractionDigits: digits };
+    const value = (plot, _, i, place) => at(plot, i, place)?.toLocaleString("en", form) ?? "–";
+    const series = labels.map((label, i) => ({ label, stroke: strokes[i], width: 2, value, points: { show: false } }));
+    const size = () => ({ width: Math.max(200, box.clientWidth - 20), height: 175 });
     const data = [[], ...labels.map(() => [])];
-    const plot = new uPlot({ ...size(), series: [{}, ...series], axes: [axis, axis], scales: { y: { range: (u, min, max) => [0, Math.max(max || 0, 1) * 1.1] } } }, data, box);
+    const times = (plot, ticks) => ticks.map((t) => clock(new Date(t * 1000)));
+    const scales = {
+      // A minute at least, so that the first points do not race across the chart.
+      x: { range: (plot, min, max) => [Math.min(min, max - 60), max] },
+      y: { range: (plot, min, max) => [0, Math.max(max || 0, 1) * 1.1] },
+    };
+    const time = (plot, _, i, place) => { const t = at(plot, 0, place); return t ? clock(new Date(t * 1000)) : "–"; };
+    const axes = [{ ...axis, values: times, space: 90 }, { ...axis, size: 56 }];
+    const plot = new uPlot({ ...size(), series: [{ label: "at", value: time }, ...series], axes, scales }, data, box);
+    charts.push(plot);
     addEventListener("resize", () => plot.setSize(size()));
     return (t, values) => {
       data[0].push(t);
@@ -27,8 +82,8 @@ if (live && window.EventSource) {
       plot.setData(data);
     };
   };
-  const rates = chart("chart-rates", ["outbox/s", "all entries/s"]);
-  const latency = chart("chart-latency", ["median ms", "99 % ms"]);
+  const rates = chart("chart-rates", ["through the outbox", "all entries"], 0);
+  const latency = chart("chart-latency", ["median", "99 % within"], 1);
   let source = null;
   let entries = null;
   const show = (event) => {

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use tokio::net::TcpListener;
 
-use crate::commands::relay::Signals;
+use crate::commands::interrupt::Interrupt;
 use crate::console;
 use crate::context::{self, Context};
 use crate::http::HttpServer;
@@ -38,8 +38,9 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
         context.output.line(&format!("password: {password}\n(generated for this run; CONSOLE_PASSWORD sets one)"))?;
     }
     context.output.line(&format!("console on http://{address}/console"))?;
+    let interrupt = Interrupt::listen()?;
     let server = HttpServer::serve(listener, routes);
-    Signals::new()?.next().await;
+    interrupt.first().await;
     server.stop().await;
     Ok(ExitCode::SUCCESS)
 }

@@ -54,20 +54,21 @@ struct Answer<'a> {
 fn describe(report: &Report, passed: bool, output: &Output) -> String {
     let mut text: String = report.findings.iter().map(|finding| entry(finding, output)).collect();
     let checks = plural(report.passed.len() as u64, "check");
-    let count = |severity| report.findings.iter().filter(|finding| finding.severity == severity).count() as u64;
-    let counts = [(Severity::Error, "error"), (Severity::Warning, "warning"), (Severity::Note, "note")];
-    let found: Vec<String> = counts
-        .iter()
-        .filter(|(severity, _)| count(*severity) > 0)
-        .map(|(severity, noun)| plural(count(*severity), noun))
-        .collect();
     let style = report.worst().map_or(Style::Good, |worst| look(worst).0);
-    let verdict = if found.is_empty() { "all is well".to_owned() } else { found.join(", ") };
-    text += &format!("{}; {checks} passed{}\n", output.paint(style, &verdict), if passed { ":" } else { "" });
+    text += &format!("{}; {checks} passed{}\n", output.paint(style, &verdict(report)), if passed { ":" } else { "" });
     if passed {
         text += &report.passed.iter().map(|check| format!("  {check}\n")).collect::<String>();
     }
     text
+}
+
+/// How many findings there are of each severity.
+pub fn verdict(report: &Report) -> String {
+    let count = |severity| report.findings.iter().filter(|finding| finding.severity == severity).count() as u64;
+    let counts = [(Severity::Error, "error"), (Severity::Warning, "warning"), (Severity::Note, "note")];
+    let found = counts.iter().filter(|(severity, _)| count(*severity) > 0);
+    let found: Vec<String> = found.map(|(severity, noun)| plural(count(*severity), noun)).collect();
+    if found.is_empty() { "all is well".to_owned() } else { found.join(", ") }
 }
 
 /// The finding in one line, then what to know and what to do.

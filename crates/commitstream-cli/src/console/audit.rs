@@ -30,12 +30,12 @@ pub async fn list(viewer: Viewer, State(console): State<Console>, Query(asked): 
                     thead { tr { th { "When" } th { "Who" } th { "What" } th { "To what" } th.number { "Events" } th { "Their ids" } } }
                     tbody { @for deed in &deeds { tr {
                         td { (time(deed.done_at)) }
-                        td { (deed.who) }
+                        td.text { (deed.who) }
                         td { (deed.action) }
                         td.error { (deed.about) }
-                        td.number { (number(deed.events)) }
+                        td.number { @if deed.events > 0 { (number(deed.events)) } }
                         td {
-                            @for id in deed.event_ids.iter().take(SHOWN) { code { (id) } " " }
+                            @for id in deed.event_ids.iter().take(SHOWN) { a href={ "/console/events/" (id) } { code { (id) } } " " }
                             @if deed.event_ids.len() > SHOWN { "and " (deed.event_ids.len() - SHOWN) " more" }
                         }
                     } } }

@@ -32,10 +32,10 @@ pub async fn list(viewer: Viewer, State(console): State<Console>, Query(after): 
                 div.wide { table #blocked {
                     thead { tr { th { "Aggregate" } th.number { "Waiting" } th { "First of them" } th { "Held back by" } th { "Next attempt" } th { "Error" } } }
                     tbody { @for aggregate in &blocked { tr {
-                        td { a href=(link("/console/events", &[("status", "PENDING"), ("aggregate_type", &aggregate.aggregate_type), ("aggregate_id", &aggregate.aggregate_id)])) {
+                        td.text { a href=(link("/console/events", &[("status", "PENDING"), ("aggregate_type", &aggregate.aggregate_type), ("aggregate_id", &aggregate.aggregate_id)])) {
                             (aggregate.aggregate_type) " " (aggregate.aggregate_id) } }
                         td.number { @if aggregate.at_least { "≥ " } (number(aggregate.waiting)) }
-                        td { a href={ "/console/events/" (aggregate.first) } { (aggregate.event_type) } " of " (time(aggregate.created_at)) }
+                        td.text { a href={ "/console/events/" (aggregate.first) } { (aggregate.event_type) } br; (time(aggregate.created_at)) }
                         td { @match aggregate.failed {
                             Some(failed) => { "a failed event before it: " a href={ "/console/events/" (failed) } { "decide" } }
                             None if aggregate.retry_count <= 0 => { "itself, until its next attempt" }

@@ -6,6 +6,7 @@ use maud::{Markup, html};
 use super::Console;
 use super::page::{Refusal, link, nothing, page, time, token};
 use super::session::{Act, Viewer};
+use crate::output::plural;
 
 /// Dead letters of all streams on one page.
 const PAGE: usize = 25;
@@ -48,7 +49,7 @@ pub async fn list(viewer: Viewer, State(console): State<Console>, Query(asked): 
             @for (stream, letters, has_more) in &found {
                 h2 { (stream) }
                 @if !letters.is_empty() { div.wide { table data-test="dead" {
-                    thead { tr { th { "Given up" } th { "Group" } th { "Type" } th { "Aggregate" } th.number { "Attempts" } th { "Reason" } th {} } }
+                    thead { tr { th { "Given up" } th { "Group" } th { "Type" } th { "Aggregate" } th { "Reason" } th {} } }
                     tbody { @for letter in letters { (row(&viewer, letter)) } }
                 } } }
                 @if *has_more {
@@ -76,15 +77,14 @@ fn row(viewer: &Viewer, letter: &DeadLetter) -> Markup {
     html! {
         tr {
             td { @if let Some(at) = letter.dead_at { (time(at)) } }
-            td { (letter.group) }
-            td { (text(&letter.event_type)) }
-            td { (text(&letter.aggregate_type)) " " (text(&letter.aggregate_id)) }
-            td.number { (letter.attempts) }
+            td.name { (letter.group) }
+            td.text { (text(&letter.event_type)) }
+            td.text { (text(&letter.aggregate_type)) " " (text(&letter.aggregate_id)) }
             td.error {
-                (letter.reason)
+                (letter.reason) " " span.quiet { "after " (plural(letter.attempts.into(), "attempt")) }
                 @if let Some(payload) = &letter.payload { details { summary { "Payload" } (beginning(payload.get())) } }
             }
-            td {
+            td.deeds {
                 @if viewer.may_act() {
                     form.acts method="post" action="/console/dead/act" {
                         (token(viewer))

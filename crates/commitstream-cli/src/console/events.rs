@@ -8,7 +8,7 @@ use maud::{Markup, html};
 use uuid::Uuid;
 
 use super::Console;
-use super::page::{Refusal, link, millis, nothing, page, time, token};
+use super::page::{Refusal, link, millis, moment, nothing, page, time, token};
 use super::session::Viewer;
 use crate::output::plural;
 
@@ -44,8 +44,8 @@ impl Form {
             aggregate_type: text(&self.aggregate_type),
             aggregate_id: text(&self.aggregate_id),
             status: status.transpose()?,
-            from: text(&self.from).map(|text| moment(&text)).transpose()?,
-            until: text(&self.until).map(|text| moment(&text)).transpose()?,
+            from: text(&self.from).map(|text| read_moment(&text)).transpose()?,
+            until: text(&self.until).map(|text| read_moment(&text)).transpose()?,
         })
     }
 
@@ -64,7 +64,7 @@ impl Form {
 }
 
 /// RFC 3339, or what `<input type="datetime-local">` sends, in UTC.
-fn moment(text: &str) -> Result<DateTime<Utc>, Refusal> {
+fn read_moment(text: &str) -> Result<DateTime<Utc>, Refusal> {
     let local = |form| NaiveDateTime::parse_from_str(text, form).map(|time| time.and_utc());
     let read = text.parse::<DateTime<Utc>>().or_else(|_| local("%Y-%m-%dT%H:%M")).or_else(|_| local("%Y-%m-%dT%H:%M:%S"));
     let read = read.ok().filter(|time| (1970..=9999).contains(&time.year()));
@@ -112,23 +112,24 @@ fn search_form(form: &Form) -> Markup {
             }
             (field("from", "From (UTC)", "datetime-local", &form.from))
             (field("until", "Until (UTC)", "datetime-local", &form.until))
-            button type="submit" { "Search" }
+            button.main type="submit" { "Search" }
         }
     }
 }
 
 fn results(form: &Form, found: &EventPage) -> Markup {
+    let is_marred = found.events.iter().any(|event| event.last_error.is_some());
     html! {
         @if !found.events.is_empty() {
             div.wide { table #events {
-                thead { tr { th { "Inserted" } th { "Status" } th { "Type" } th { "Aggregate" } th { "Id" } th { "Error" } } }
+                thead { tr { th { "Inserted" } th { "Status" } th { "Type" } th { "Aggregate" } th { "Id" } @if is_marred { th { "Error" } } } }
                 tbody { @for event in &found.events { tr {
                     td { (time(event.created_at)) }
                     td { span .{ "status " (event.status.name()) } { (event.status.name()) } }
-                    td { (event.event_type) }
-                    td { (event.aggregate_type) " " (event.aggregate_id) }
+                    td.text { (event.event_type) }
+                    td.text { (event.aggregate_type) " " (event.aggregate_id) }
                     td { a href={ "/console/events/" (event.id) } { code { (event.id) } } }
-                    td.error { (event.last_error.as_deref().unwrap_or_default()) }
+                    @if is_marred { td.error { (event.last_error.as_deref().unwrap_or_default()) } }
                 } } }
             } }
         }
@@ -213,7 +214,7 @@ fn acts(viewer: &Viewer, event: &EventDetail) -> Markup {
         div.acts {
             form method="post" action="/console/failures/act" {
                 (token(viewer)) input type="hidden" name="id" value=(event.id);
-                button #retry name="remedy" value="retry" { "Retry" }
+                button.main #retry name="remedy" value="retry" { "Retry" }
             }
             form method="get" action="/console/failures/confirm" {
                 input type="hidden" name="id" value=(event.id);
@@ -226,18 +227,18 @@ fn acts(viewer: &Viewer, event: &EventDetail) -> Markup {
 fn way(event: &EventDetail, whereabouts: &Result<Whereabouts, String>) -> Markup {
     html! {
         dl #way {
-            @if let Some(at) = event.occurred_at { dt { "Happened" } dd { (time(at)) } }
-            dt { "Inserted" } dd { (time(event.created_at)) }
-            @if let Some(at) = event.next_retry_at { dt { "Next attempt" } dd { (time(at)) } }
+            @if let Some(at) = event.occurred_at { dt { "Happened" } dd { (moment(at)) } }
+            dt { "Inserted" } dd { (moment(event.created_at)) }
+            @if let Some(at) = event.next_retry_at { dt { "Next attempt" } dd { (moment(at)) } }
             @match &event.batch {
                 Some(batch) => {
-                    dt { "Claimed" } dd { (time(batch.claimed_at)) " by the relay " code { (batch.relay_id) } ", as " (batch.place) " of " (batch.events) " in the batch " code { (batch.batch_id) } }
-                    dt { "Settled" } dd { @match batch.settled_at { Some(at) => (time(at)), None => { "not yet: the batch is on its way" } } }
+                    dt { "Claimed" } dd { (moment(batch.claimed_at)) " by the relay " code { (batch.relay_id) } ", as " (batch.place) " of " (batch.events) " in the batch " code { (batch.batch_id) } }
+                    dt { "Settled" } dd { @match batch.settled_at { Some(at) => (moment(at)), None => { "not yet: the batch is on its way" } } }
                 }
                 None if event.published_at.is_some() => { dt { "Batch" } dd { "no longer in the journal" } }
                 None => {}
             }
-            @if let Some(at) = event.published_at { dt { "Published" } dd { (time(at)) } }
+            @if let Some(at) = event.published_at { dt { "Published" } dd { (moment(at)) } }
             @match whereabouts {
                 Err(why) => { dt { "Entry" } dd { "unknown: " (why) } }
                 Ok(found) => {

@@ -36,12 +36,12 @@ pub async fn list(viewer: Viewer, State(console): State<Console>) -> Result<Mark
                 div.wide { table #groups {
                     thead { tr { th { "Type" } th { "Cause" } th.number { "Events" } th { "Oldest" } th { "Newest" } th {} } }
                     tbody { @for group in &groups { tr {
-                        td { (group.event_type) }
+                        td.text { (group.event_type) }
                         td.error title=(group.cause) { (group.example) }
                         td.number { (number(group.events)) }
                         td { (time(group.oldest)) }
                         td { (time(group.newest)) }
-                        td {
+                        td.deeds {
                             a href=(link("/console/events", &[("type", &group.event_type), ("status", "FAILED")])) { "Show" }
                             @if viewer.may_act() {
                                 (buttons(&FailureFilter { event_type: Some(group.event_type.clone()), cause: Some(group.cause.clone()) }, "group"))
@@ -67,8 +67,8 @@ fn buttons(filter: &FailureFilter, which: &str) -> Markup {
         div.acts {
             form method="get" action="/console/failures/confirm" {
                 (fields(filter))
-                button name="remedy" value="retry" data-test={ "retry-" (which) } { "Retry " (which) " …" } " "
-                button.danger name="remedy" value="discard" data-test={ "discard-" (which) } { "Discard " (which) " …" }
+                button name="remedy" value="retry" data-test={ "retry-" (which) } { @if which == "all" { "Retry all …" } @else { "Retry …" } }
+                button.danger name="remedy" value="discard" data-test={ "discard-" (which) } { @if which == "all" { "Discard all …" } @else { "Discard …" } }
             }
         }
     }
@@ -116,12 +116,12 @@ pub async fn confirm(viewer: Viewer, State(console): State<Console>, Query(asked
                         @if let Some(id) = asked.id { input type="hidden" name="id" value=(id); }
                         input type="hidden" name="shown" value=(found.events);
                         @match remedy {
-                            Remedy::Retry => { button #confirm name="remedy" value="retry" { "Retry" } }
+                            Remedy::Retry => { button.main #confirm name="remedy" value="retry" { "Retry" } }
                             Remedy::Discard => { button.danger #confirm name="remedy" value="discard" { "Delete for good" } }
                         }
                     }
                 }
-                a href="/console/failures" { "Back" }
+                a #back href="/console/failures" { "Back" }
             }
         },
     ))

@@ -80,6 +80,7 @@ pub fn routes(settings: &Settings, address: SocketAddr) -> anyhow::Result<(Route
         .route("/login", get(session::form).post(session::login))
         .route("/logout", post(session::logout))
         .route("/doctor", get(doctor::show))
+        .route("/doctor/line", get(doctor::line))
         .route("/events", get(events::list))
         .route("/events/{id}", get(events::one))
         .route("/failures", get(failures::list))

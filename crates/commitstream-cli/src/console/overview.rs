@@ -17,7 +17,7 @@ use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
 use super::Console;
-use super::page::{self, Refusal, counted, millis, number};
+use super::page::{self, Refusal, Tone, counted, millis};
 use super::servers::Servers;
 use super::session::Viewer;
 use crate::output::{count, size};
@@ -45,33 +45,6 @@ const LISTED_FOR: Duration = Duration::from_secs(60);
 
 /// Viewers of the live numbers at a time.
 const MOST_VIEWERS: usize = 16;
-
-/// How bad it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Tone {
-    Good,
-    Warn,
-    Bad,
-}
-
-impl Tone {
-    fn class(self) -> &'static str {
-        match self {
-            Self::Good => "good",
-            Self::Warn => "warn",
-            Self::Bad => "bad",
-        }
-    }
-
-    /// Colour is not for everybody.
-    fn sign(self) -> &'static str {
-        match self {
-            Self::Good => "✓",
-            Self::Warn => "!",
-            Self::Bad => "✗",
-        }
-    }
-}
 
 struct Picture {
     glance: Glance,
@@ -132,8 +105,8 @@ impl Picture {
         self.streams.as_ref().ok()?.iter().map(|stream| stream.entries_added).sum()
     }
 
-    /// The id of each place in the page, its label, and its text.
-    fn cards(&self) -> [(&'static str, &'static str, String); 8] {
+    /// The id of each place in the page, its label, the page that says more, and its text.
+    fn cards(&self) -> [(&'static str, &'static str, &'static str, String); 8] {
         let glance = &self.glance;
         let alive = self.relays.iter().filter(|relay| relay.alive);
         let partitions: i64 = alive.clone().map(|relay| relay.partitions).sum();
@@ -141,21 +114,21 @@ impl Picture {
         let streams = self.streams.as_deref().unwrap_or_default();
         let memory = streams.iter().filter_map(|stream| stream.memory).sum();
         [
-            ("unsent", "events wait", counted(glance.unsent)),
-            ("oldest", "the oldest waits for", glance.oldest_unsent_ms.map_or_else(|| "–".to_owned(), millis)),
-            ("failed", "events failed", counted(glance.failed)),
-            ("rate", "events/s through the outbox", count(self.rate().round() as u64)),
-            ("p50", "insert to published, median", ms(glance.latency_p50_ms)),
-            ("p99", "99 % within", ms(glance.latency_p99_ms)),
-            ("relays", "relays alive, partitions owned", format!("{}, {partitions} of 64", alive.count())),
-            ("memory", "of memory in streams", size(memory)),
+            ("unsent", "events wait", "/events?status=PENDING", counted(glance.unsent)),
+            ("oldest", "the oldest waits for", "", glance.oldest_unsent_ms.map_or_else(|| "–".to_owned(), millis)),
+            ("failed", "events failed", "/failures", counted(glance.failed)),
+            ("rate", "events/s through the outbox", "", count(self.rate().round() as u64)),
+            ("p50", "insert to published, median", "", ms(glance.latency_p50_ms)),
+            ("p99", "99 % within", "", ms(glance.latency_p99_ms)),
+            ("relays", "relays alive, partitions owned", "/relays", format!("{} · {partitions}/64", alive.count())),
+            ("memory", "of memory in streams", "/streams", size(memory)),
         ]
     }
 
     fn json(&self) -> Value {
         let (tone, sentence) = self.verdict();
         let mut texts: serde_json::Map<_, _> =
-            self.cards().into_iter().map(|(id, _, text)| (id.to_owned(), Value::from(text))).collect();
+            self.cards().into_iter().map(|(id, _, _, text)| (id.to_owned(), Value::from(text))).collect();
         texts.insert("sentence".to_owned(), sentence.into());
         texts.insert("sign".to_owned(), tone.sign().into());
         json!({ "tone": tone.class(), "texts": texts, "rate": self.rate(), "entries": self.entries_added(),
@@ -249,16 +222,18 @@ pub async fn page(viewer: Viewer, State(console): State<Console>) -> Result<Mark
             p #verdict .{ "verdict " (tone.class()) } role="status" {
                 span #sign .sign { (tone.sign()) } " " span #sentence { (sentence) }
             }
+            (console.servers.examiner.line())
             div .cards {
-                @for (id, label, text) in picture.cards() { div.card { b id=(id) { (text) } span { (label) } } }
+                @for (id, label, path, text) in picture.cards() {
+                    div.card { b id=(id) { (text) } @if path.is_empty() { span { (label) } } @else { a href={ "/console" (path) } { (label) } } }
+                }
             }
             div #live .charts data-source="/console/live" {
                 div.chart #chart-rates { h2 { "Events per second" } }
-                div.chart #chart-latency { h2 { "Insert to published" } }
+                div.chart #chart-latency { h2 { "Insert to published, in ms" } }
             }
             p.quiet { "All entries include the streams lane; Redis counts them from version 7 on. "
-                "Latency is of the events published last, at most 200 of the last minute. "
-                (number(picture.glance.open_batches)) " batches were open when this page was made." }
+                "Latency is of the events published last, at most 200 of the last minute." }
         },
     ))
 }

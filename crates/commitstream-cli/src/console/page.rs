@@ -25,6 +25,33 @@ const PAGES: [(&str, &str); 9] = [
     ("Audit", "/console/audit"),
 ];
 
+/// How bad it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tone {
+    Good,
+    Warn,
+    Bad,
+}
+
+impl Tone {
+    pub fn class(self) -> &'static str {
+        match self {
+            Self::Good => "good",
+            Self::Warn => "warn",
+            Self::Bad => "bad",
+        }
+    }
+
+    /// Colour is not for everybody.
+    pub fn sign(self) -> &'static str {
+        match self {
+            Self::Good => "✓",
+            Self::Warn => "!",
+            Self::Bad => "✗",
+        }
+    }
+}
+
 /// A page without a viewer.
 pub fn bare(title: &str, body: &Markup) -> Markup {
     html! {
@@ -49,17 +76,19 @@ pub fn page(title: &str, viewer: &Viewer, body: &Markup) -> Markup {
     bare(
         title,
         &html! {
+            a.skip href="#main" { "To the content" }
             header {
                 strong { "Commitstream" }
                 nav aria-label="Pages" {
+                    // One event's page is among `Events`.
                     @for (name, path) in PAGES {
-                        @if name == title { a href=(path) aria-current="page" { (name) } } @else { a href=(path) { (name) } }
+                        @if name.starts_with(title) { a href=(path) aria-current="page" { (name) } } @else { a href=(path) { (name) } }
                     }
                 }
                 span.quiet data-test="viewer" { (viewer.who) @if !viewer.may_act() { " (read-only)" } }
                 form method="post" action="/console/logout" { (token(viewer)) button #logout { "Log out" } }
             }
-            main { h1 { (title) } (body) }
+            main #main tabindex="-1" { h1 { (title) } (body) }
         },
     )
 }
@@ -72,6 +101,11 @@ pub fn token(viewer: &Viewer) -> Markup {
 /// A time, which a script writes in the viewer's zone.
 pub fn time(at: DateTime<Utc>) -> Markup {
     html! { time datetime=(at.to_rfc3339_opts(SecondsFormat::Millis, true)) { (at.format("%Y-%m-%d %H:%M:%S UTC")) } }
+}
+
+/// The same to the millisecond.
+pub fn moment(at: DateTime<Utc>) -> Markup {
+    html! { time.precise datetime=(at.to_rfc3339_opts(SecondsFormat::Millis, true)) { (at.format("%Y-%m-%d %H:%M:%S%.3f UTC")) } }
 }
 
 pub fn number(events: i64) -> String {
@@ -89,7 +123,7 @@ pub fn millis(millis: i64) -> String {
 
 /// What is said in place of an empty list.
 pub fn nothing(text: &str) -> Markup {
-    html! { p.quiet data-test="nothing" { (text) } }
+    html! { p.nothing data-test="nothing" { (text) } }
 }
 
 pub fn link(path: &str, query: &[(&str, &str)]) -> String {

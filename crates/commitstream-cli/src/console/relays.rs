@@ -11,6 +11,7 @@ pub async fn list(viewer: Viewer, State(console): State<Console>) -> Result<Mark
     let relays = console.servers.outbox.relays(&mut session.connection).await?;
     let pause = console.servers.outbox.paused(&mut session.connection).await?;
     session.done();
+    let has_reasons = relays.iter().any(|relay| relay.reason.is_some());
     Ok(page(
         "Relays",
         &viewer,
@@ -21,7 +22,7 @@ pub async fn list(viewer: Viewer, State(console): State<Console>) -> Result<Mark
             @if viewer.may_act() {
                 form.acts method="post" action="/console/relays/switch" {
                     (token(&viewer))
-                    @if pause.is_some() { button #resume name="to" value="resume" { "Resume" } }
+                    @if pause.is_some() { button.main #resume name="to" value="resume" { "Resume" } }
                     @else { details { summary { "Pause …" }
                         p { "All relays settle what is on its way, and claim nothing until somebody resumes them. Events wait in the outbox meanwhile." }
                         button.danger #pause name="to" value="pause" { "Pause all relays" } } }
@@ -29,18 +30,18 @@ pub async fn list(viewer: Viewer, State(console): State<Console>) -> Result<Mark
             }
             @if relays.is_empty() { (nothing("No relay is alive, and none was within the last hour: start `commitstream relay`.")) } @else {
                 div.wide { table #relays {
-                    thead { tr { th { "Host" } th.number { "Process" } th { "State" } th.number { "Partitions" } th.number { "Events/s" } th.number { "Published" } th.number { "Failed" } th.number { "Heartbeat" } th { "Started" } th { "Reason" } } }
+                    thead { tr { th { "Host" } th.number { "Process" } th { "State" } th.number { "Partitions" } th.number { "Events/s" } th.number { "Published" } th.number { "Failed" } th.number { "Heartbeat" } th { "Started" } @if has_reasons { th { "Reason" } } } }
                     tbody { @for relay in &relays { tr {
-                        td { (relay.host) }
+                        td.text { (relay.host) }
                         td.number { (relay.pid) }
-                        td { (relay.state) }
+                        td { span.status { (relay.state) } }
                         td.number { (relay.partitions) }
                         td.number { (number(relay.events_per_second.round() as i64)) }
                         td.number { (number(relay.published)) }
                         td.number { (number(relay.failed)) }
                         td.number { (millis(relay.heartbeat_age_ms)) " ago" }
                         td { (time(relay.started_at)) }
-                        td.error { (relay.reason.as_deref().unwrap_or_default()) }
+                        @if has_reasons { td.error { (relay.reason.as_deref().unwrap_or_default()) } }
                     } } }
                 } }
             }

@@ -7,6 +7,7 @@ use commitstream::streams::Streams;
 use sqlx::{Executor, PgConnection};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
+use super::doctor::Examiner;
 use super::overview::Sampler;
 use super::page::Refusal;
 use crate::context;
@@ -26,6 +27,7 @@ pub struct Servers {
     pub outbox: OutboxRepository,
     pub streams: Streams,
     pub sampler: Sampler,
+    pub examiner: Examiner,
     turns: Semaphore,
     idle: Mutex<Vec<PgConnection>>,
 }
@@ -45,6 +47,7 @@ impl Servers {
             outbox: context::repository(settings),
             streams: Streams::new(context::redis_url(settings)?, &settings.redis)?,
             sampler: Sampler::default(),
+            examiner: Examiner::default(),
             turns: Semaphore::new(SESSIONS),
             idle: Mutex::default(),
         })

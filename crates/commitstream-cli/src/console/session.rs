@@ -237,7 +237,7 @@ fn login_page(problem: Option<&str>) -> Markup {
                     input #name name="name" required maxlength=(LONGEST_NAME) autocomplete="username" autofocus;
                     label for="password" { "Password" }
                     input #password type="password" name="password" required autocomplete="current-password";
-                    button #login type="submit" { "Log in" }
+                    button.main #login type="submit" { "Log in" }
                 }
             }
         },

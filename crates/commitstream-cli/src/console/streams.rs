@@ -1,11 +1,12 @@
 use std::time::Duration;
 
 use axum::extract::State;
+use chrono::DateTime;
 use commitstream::streams::{GroupInfo, StreamFigures};
 use maud::{Markup, html};
 
 use super::Console;
-use super::page::{Refusal, nothing, page};
+use super::page::{Refusal, link, nothing, page, time};
 use super::session::Viewer;
 use crate::output::{age, count, size};
 
@@ -37,15 +38,26 @@ pub async fn list(viewer: Viewer, State(console): State<Console>) -> Result<Mark
 fn stream_table(figures: &[StreamFigures]) -> Markup {
     html! {
         div.wide { table #streams {
-            thead { tr { th { "Stream" } th.number { "Entries" } th.number { "Memory" } th { "Trimmed up to" } th { "Last entry" } } }
+            thead { tr { th { "Stream" } th.number { "Entries" } th.number { "Memory" } th { "Oldest entry kept" } th { "Newest entry" } } }
             tbody { @for stream in figures { tr {
-                td { (stream.stream) }
+                td.text { (stream.stream) }
                 td.number { (count(stream.entries)) }
                 td.number { (stream.memory.map_or_else(|| "?".to_owned(), size)) }
-                td { code { (stream.first_id.as_deref().unwrap_or("–")) } }
-                td { code { (stream.last_id) } }
+                td { (entry(stream.first_id.as_deref())) }
+                td { (entry(Some(&stream.last_id))) }
             } } }
         } }
+    }
+}
+
+/// When the entry was appended, which its id tells.
+fn entry(id: Option<&str>) -> Markup {
+    let at = |id: &str| DateTime::from_timestamp_millis(id.split('-').next()?.parse().ok()?);
+    html! {
+        @match id {
+            Some(id) => { @if let Some(at) = at(id) { (time(at)) br; } code.quiet { (id) } }
+            None => { "–" }
+        }
     }
 }
 
@@ -56,13 +68,14 @@ fn group_table(groups: &[GroupInfo]) -> Markup {
         div.wide { table #groups {
             thead { tr { th { "Stream" } th { "Group" } th.number { "Consumers alive" } th.number { "Lag" } th.number { "Pending" } th.number { "Oldest pending" } th.number { "Dead letters" } } }
             tbody { @for group in groups { tr {
-                td { (group.stream) }
-                td { (group.group) }
-                td.number { (group.consumers.iter().filter(|consumer| consumer.alive == Some(true)).count()) }
+                td.text { (group.stream) }
+                td.name { (group.group) }
+                @let alive = group.consumers.iter().filter(|consumer| consumer.alive == Some(true)).count();
+                td.number { span .late[alive == 0 && group.behind != Some(0)] { (alive) } }
                 td.number { (known(group.behind)) }
                 td.number { (count(group.pending)) }
                 td.number { (group.oldest_pending_age_ms.map_or_else(|| "–".to_owned(), |ms| age(Duration::from_millis(ms)))) }
-                td.number { (known(group.dead)) }
+                td.number { @if group.dead == Some(0) { "0" } @else { a href=(link("/console/dead", &[("stream", &group.stream)])) { (known(group.dead)) } } }
             } } }
         } }
     }

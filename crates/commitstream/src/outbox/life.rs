@@ -78,7 +78,7 @@ impl OutboxRepository {
         let doing = "reading an event";
         let sql = format!(
             "SELECT id, seq, event_type, aggregate_type, aggregate_id, partition_no, status, retry_count, next_retry_at, last_error,
-                    created_at, published_at, occurred_at, payload_bytes, left(payload::text, {SHOWN}) AS payload_text, left(headers::text, {SHOWN}) AS headers_text,
+                    created_at, published_at, occurred_at, payload_bytes, left(jsonb_pretty(payload), {SHOWN}) AS payload_text, left(jsonb_pretty(headers), {SHOWN}) AS headers_text,
                     headers->>'traceparent' AS traceparent
              FROM {{s}}.event_outbox WHERE id = $1"
         );
