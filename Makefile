@@ -14,12 +14,12 @@ BENCH_DOCS = $(if $(filter-out --all,$(BENCH_ARGS)),,--markdown docs/benchmarks.
 TEST_ARGS ?= --workspace
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test chaos lint clean
+.PHONY: help demo bench test screenshots chaos lint clean
 
 help: ## list the targets
 	@echo "Commitstream: transactional events from PostgreSQL to Redis Streams."
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: ## see it work: PostgreSQL, Redis, the example service, a relay (SECONDS=, RATE=, DEMO_ARGS=)
 	@scripts/install-servers.sh
@@ -39,6 +39,13 @@ test: ## run all tests against a throwaway PostgreSQL and Redis (TEST_ARGS=)
 	@$(CARGO) test --quiet --no-run $(TEST_ARGS)
 	@echo "Running the tests against a private PostgreSQL and Redis ..."
 	@$(CARGO) run --quiet -p commitstream-sandbox -- exec -- $(CARGO) test $(TEST_ARGS)
+
+screenshots: ## take the pictures in docs/console of the console under load
+	@scripts/install-servers.sh --tests
+	@echo "Building (the first time takes a few minutes) ..."
+	@$(CARGO) test --quiet --no-run -p commitstream-cli --test browser
+	@echo "Letting events flow for a minute, against a private PostgreSQL and Redis ..."
+	@$(CARGO) test --quiet -p commitstream-cli --test browser -- --ignored screenshots
 
 chaos: ## run the randomised fault test; it prints its seed (SECONDS=, SEED=)
 	@scripts/install-servers.sh

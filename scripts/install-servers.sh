@@ -5,8 +5,8 @@
 #
 #   scripts/install-servers.sh [--dry-run] [--tests]
 #       --dry-run: say what would be done
-#       --tests: also what only tests need: Python's Redis client, and on Debian PgBouncer
-#                and promtool, without which some of them are left out
+#       --tests: also what only tests need: Python's Redis client, and on Debian PgBouncer,
+#                promtool and Chromium, without which some of them are left out
 set -eu
 
 DRY_RUN=no
@@ -70,6 +70,8 @@ missing_python() {
 # PgBouncer is in /usr/sbin, which is not in everybody's PATH.
 missing_pgbouncer() { [ "$TESTS" = yes ] && has apt-get && ! has pgbouncer && [ ! -x /usr/sbin/pgbouncer ]; }
 missing_promtool() { [ "$TESTS" = yes ] && has apt-get && ! has promtool; }
+# Ubuntu has it as a snap only.
+missing_chromedriver() { [ "$TESTS" = yes ] && grep -qx 'ID=debian' /etc/os-release 2>/dev/null && ! has chromedriver; }
 
 missing=
 if missing_postgres; then missing="$missing PostgreSQL"; fi
@@ -79,6 +81,7 @@ if missing_linker; then missing="$missing C-linker"; fi
 if missing_python; then missing="$missing redis-py"; fi
 if missing_pgbouncer; then missing="$missing PgBouncer"; fi
 if missing_promtool; then missing="$missing promtool"; fi
+if missing_chromedriver; then missing="$missing chromedriver"; fi
 
 # apt-get with the package's usual habits held back: it would create a database cluster
 # and start services. Both measures are undone at the end, also after a failure.
@@ -114,6 +117,7 @@ install_debian() {
     if missing_python; then packages="$packages python3-redis"; fi
     if missing_pgbouncer; then packages="$packages pgbouncer"; fi
     if missing_promtool; then packages="$packages prometheus"; fi
+    if missing_chromedriver; then packages="$packages chromium chromium-driver"; fi
     packages=${packages# }
     say "Installing with apt-get: $packages"
     [ "$DRY_RUN" = no ] || exit 0
