@@ -67,7 +67,7 @@ pub struct GroupConsumer {
 
 impl GroupInfo {
     /// Entries that are counted one by one.
-    pub const COUNTED: usize = 10_000;
+    pub const COUNTED: usize = 5_000;
 
     /// Its consumers, but for [`RETURNED`], which is no process.
     pub fn processes(&self) -> impl Iterator<Item = &GroupConsumer> {

@@ -2,9 +2,10 @@
 //! many rows as it shows or says that it looks at, sorts no more, and reads no large table in full.
 
 use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use commitstream::outbox::{Deed, EventSearch, EventStatus, FailureFilter, FailurePlace, Remedy};
+use commitstream::outbox::{self, Deed, EventSearch, EventStatus, FailureFilter, FailurePlace, Remedy};
 use serde_json::Value;
 use sqlx::{AssertSqlSafe, PgConnection};
 use uuid::Uuid;
@@ -55,7 +56,8 @@ struct Work {
 }
 
 async fn crowded(case: (crate::support::Form, Statistics)) -> Result<(World, PgConnection)> {
-    let (world, connection) = populated(case).await?;
+    let (world, mut connection) = populated(case).await?;
+    outbox::for_people(&mut connection, Duration::from_secs(10)).await?;
     world.database.psql(CROWD)?;
     if case.1 == Statistics::Current {
         world.database.psql("VACUUM ANALYZE event_outbox, outbox_batch, outbox_audit;")?;
