@@ -135,12 +135,20 @@ fn results(form: &Form, found: &EventPage) -> Markup {
         }
         @match &found.next {
             Some(next) => {
-                @if found.events.is_empty() { (nothing("Nothing found in the newest 20,000 rows that were looked at. A time range leads there at once.")) }
+                @if found.events.is_empty() { (nothing(nothing_yet(&form.status))) }
                 p { a #older href=(form.link(&next.to_string())) { "Search older events" } }
             }
             None if found.events.is_empty() => { (nothing("No event matches. An INSERT INTO event_outbox, or `commitstream publish`, puts one in.")) }
             None => {}
         }
+    }
+}
+
+/// Unsent events go by `seq`, so a time leads nowhere at once.
+fn nothing_yet(status: &str) -> &'static str {
+    match status {
+        "PENDING" => "Nothing found in the newest 20,000 waiting events that were looked at.",
+        _ => "Nothing found in the newest 20,000 rows that were looked at. A time range leads there at once.",
     }
 }
 

@@ -16,7 +16,7 @@ use crate::output::plural;
 const LONGEST: Duration = Duration::from_secs(5);
 
 /// Nobody has seen how many would be deleted.
-const NOT_COUNTED: &str = "so many have failed that they are not all counted: discard single events here, or use \
+const NOT_COUNTED: &str = "so many have failed that they are not all counted yet: count them first, discard single events, or use \
     `commitstream failed discard --all --type TYPE`";
 
 pub async fn list(viewer: Viewer, State(console): State<Console>) -> Result<Markup, Refusal> {
@@ -81,6 +81,9 @@ pub struct Asked {
     #[serde(rename = "type")]
     event_type: Option<String>,
     cause: Option<String>,
+    /// Count all that match, however many have failed.
+    #[serde(default)]
+    count_all: bool,
 }
 
 /// What is meant, how many that are, and the button that does it.
@@ -90,6 +93,7 @@ pub async fn confirm(viewer: Viewer, State(console): State<Console>, Query(asked
     let mut session = console.servers.session().await?;
     let found = match asked.id {
         Some(_) => Counted { events: 1, at_least: false },
+        None if asked.count_all => console.servers.outbox.count_all_failed(&mut session.connection, &filter).await?,
         None => console.servers.outbox.count_failed(&mut session.connection, &filter).await?,
     };
     session.done();
@@ -110,11 +114,19 @@ pub async fn confirm(viewer: Viewer, State(console): State<Console>, Query(asked
                 @if let Some(cause) = &filter.cause { dt { "Cause" } dd { (cause) } }
             }
             div.acts {
-                @if is_refused { p.quiet { "This is not done here: " (NOT_COUNTED) "." } } @else if viewer.may_act() {
+                @if is_refused {
+                    form method="get" action="/console/failures/confirm" {
+                        (fields(&filter))
+                        input type="hidden" name="count_all" value="true";
+                        button #count-all name="remedy" value=(remedy.name()) { "Count them all" }
+                    }
+                    p.quiet { "Not yet: " (NOT_COUNTED) "." }
+                } @else if viewer.may_act() {
                     form method="post" action="/console/failures/act" {
                         (token(&viewer)) (fields(&filter))
                         @if let Some(id) = asked.id { input type="hidden" name="id" value=(id); }
                         input type="hidden" name="shown" value=(found.events);
+                        @if asked.count_all { input type="hidden" name="counted" value="all"; }
                         @match remedy {
                             Remedy::Retry => { button.main #confirm name="remedy" value="retry" { "Retry" } }
                             Remedy::Discard => { button.danger #confirm name="remedy" value="discard" { "Delete for good" } }
@@ -153,13 +165,14 @@ pub async fn act(State(console): State<Console>, act: Act) -> Result<Markup, Ref
         let deed = Deed { about: "one event", ..deed };
         changed = outbox.remedy_events(&mut session.connection, deed, remedy, &[id]).await?.changed;
     } else {
-        if remedy == Remedy::Discard {
+        if remedy == Remedy::Discard && act.field("counted").is_none() {
             as_shown(outbox.count_failed(&mut session.connection, &filter).await?, shown)?;
         }
         loop {
-            let step = outbox.remedy_step(&mut session.connection, deed, remedy, &filter, &place).await?;
+            let most = if remedy == Remedy::Discard { (shown - (changed - before)).max(0) } else { i64::MAX };
+            let step = outbox.remedy_step(&mut session.connection, deed, remedy, &filter, &place, most).await?;
             changed += step.changed;
-            let Some(to) = step.next else { break };
+            let Some(to) = step.next.filter(|_| step.changed < most) else { break };
             place = to;
             if begun.elapsed() > LONGEST {
                 next = Some(serde_json::to_string(&place).map_err(anyhow::Error::from)?);
@@ -213,6 +226,7 @@ fn outcome(act: &Act, remedy: Remedy, filter: &FailureFilter, changed: i64, next
                 input type="hidden" name="place" value=(place);
                 input type="hidden" name="shown" value=(shown);
                 input type="hidden" name="before" value=(changed);
+                @if act.field("counted").is_some() { input type="hidden" name="counted" value="all"; }
                 button #go-on name="remedy" value=(remedy.name()) { "Go on" }
             }
         }

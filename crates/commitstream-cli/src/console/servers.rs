@@ -2,7 +2,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use commitstream::config::Settings;
-use commitstream::outbox::OutboxRepository;
+use commitstream::outbox::{self, OutboxRepository};
 use commitstream::streams::Streams;
 use sqlx::{Executor, PgConnection};
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -17,6 +17,9 @@ const SESSIONS: usize = 4;
 
 /// How long a page waits for its turn.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a statement may take.
+const LONGEST: Duration = Duration::from_secs(10);
 
 /// How long a kept session may take to answer; then there is a new one.
 const PROBE: Duration = Duration::from_secs(3);
@@ -68,7 +71,7 @@ impl Servers {
             return Ok(Session { connection, servers: self, _turn: turn });
         }
         let mut connection = context::migrated(&self.settings, "console").await?;
-        connection.execute("SET statement_timeout = '10s'").await.map_err(anyhow::Error::from)?;
+        outbox::for_people(&mut connection, LONGEST).await?;
         Ok(Session { connection, servers: self, _turn: turn })
     }
 }

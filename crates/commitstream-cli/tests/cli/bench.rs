@@ -73,11 +73,12 @@ fn the_long_benchmarks_and_private_servers() -> Result<()> {
     let chart = page.with_extension("svg");
     fs::remove_file(&page).ok();
     let files = ["--markdown", &page.to_string_lossy(), "--svg", &chart.to_string_lossy()];
-    let Answer { code, stdout, stderr } =
-        finish(with_path(&[&["bench", "streams", "scale", "cleanup", "--events", "500", "--rounds", "1"], &files[..]].concat()))?;
+    let Answer { code, stdout, stderr } = finish(with_path(
+        &[&["bench", "streams", "scale", "cleanup", "console", "--events", "500", "--rounds", "1"], &files[..]].concat(),
+    ))?;
     ensure!(code == Some(0), "{stdout}{stderr}");
     ensure!(stderr.contains("a private PostgreSQL"), "{stderr}");
-    for name in ["streams, 64 tasks", "scale, 5,000,000 waiting", "scale, 4 relays", "cleanup, p99 during"] {
+    for name in ["streams, 64 tasks", "scale, 5,000,000 waiting", "scale, 4 relays", "cleanup, p99 during", "console, failures"] {
         ensure!(stdout.contains(name), "{name}: {stdout}");
         ensure!(fs::read_to_string(&page)?.contains(&format!("| {name} |")), "{name}");
     }

@@ -309,8 +309,16 @@ fn a_discard_is_of_no_more_than_was_shown() -> Result<()> {
     fail("'Many'", "other", 20_000)?;
     let asked = site.get(&cookie, "/failures/confirm?remedy=discard")?;
     assert!(asked.body.contains("commitstream failed discard") && !asked.body.contains("id=\"confirm\""), "{}", asked.body);
+    assert!(asked.body.contains("at least 10,000") && asked.body.contains("id=\"count-all\""), "{}", asked.body);
     let refused = site.post(&cookie, "/failures/act", &[("remedy", "discard"), ("shown", "99999"), ("token", &token)])?;
     assert_eq!(refused.code, 400, "{}", refused.body);
+    let asked = site.get(&cookie, "/failures/confirm?remedy=discard&count_all=true")?;
+    assert!(asked.body.contains("Delete 20,205 events for good?"), "{}", asked.body);
+    fail("'Many'", "other", 1)?;
+    let all = [("remedy", "discard"), ("shown", "20205"), ("counted", "all"), ("token", &token)];
+    let done = site.post(&cookie, "/failures/act", &all)?;
+    assert!(done.body.contains("20,205 events deleted"), "{}", done.body);
+    assert_eq!(world.stats()?["failed"], 1, "one more has failed since they were counted");
     Ok(())
 }
 

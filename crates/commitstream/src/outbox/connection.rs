@@ -35,6 +35,17 @@ pub async fn connect(url: &str, application_name: &str, timeout: Duration) -> Re
     Ok(connection)
 }
 
+/// Sets up a session of [`connect`] for what people look up: a statement may take as long as `limit`, and a page sorts the rows that it reads, not
+/// all that wait or have failed. Without that, statistics of an idle time make both look alike.
+///
+/// # Errors
+/// PostgreSQL cannot be asked.
+pub async fn for_people(connection: &mut PgConnection, limit: Duration) -> Result<(), OutboxError> {
+    let settings = format!("SET enable_sort = off; SET statement_timeout = {}", limit.as_millis());
+    connection.execute(sqlx::AssertSqlSafe(settings)).await.map_err(unreachable_or_refused)?;
+    Ok(())
+}
+
 /// The same session with nothing set, as those of other programs are.
 pub(super) async fn open(url: &str, application_name: &str, timeout: Duration) -> Result<PgConnection, OutboxError> {
     let options = PgConnectOptions::from_str(url).map_err(OutboxError::Url)?.application_name(application_name);

@@ -9,8 +9,11 @@ use uuid::Uuid;
 
 use super::{OutboxError, OutboxRepository};
 
-/// The newest failed events that are looked at to group or count them.
-const LOOKED_AT: i64 = 20_000;
+/// The newest failed events that are looked at to group or count them: to find the cause of each takes 5 µs.
+const LOOKED_AT: i64 = 10_000;
+
+/// Failed events that are looked at where somebody asked for a count of all: some seconds.
+const ALL: i64 = 2_000_000;
 
 /// Failed events that one step looks at, and so the most that it changes.
 const STEP: i64 = 1_000;
@@ -117,7 +120,7 @@ pub struct RemedyStep {
 /// from the indexes of failed events: what is changed is found by key.
 const REMEDY: &str = "
 WITH looked AS MATERIALIZED ({looked}), changed AS (
-    {change} WHERE id = ANY (ARRAY(SELECT id FROM looked WHERE matches)) AND COALESCE(status, '') = 'FAILED' RETURNING id
+    {change} WHERE id = ANY (ARRAY(SELECT id FROM looked WHERE matches LIMIT {most})) AND COALESCE(status, '') = 'FAILED' RETURNING id
 ), noted AS (
     INSERT INTO {s}.outbox_audit (who, action, about, events, event_ids)
     SELECT $1, '{action}', $2, count(*), array_agg(id) FROM changed HAVING count(*) > 0
@@ -140,7 +143,7 @@ const NAMED: &str = "
     WHERE id = ANY ($3::uuid[]) AND COALESCE(status, '') = 'FAILED'";
 
 impl OutboxRepository {
-    /// The newest 20,000 failed events by type and cause; if there are more, each number is the least that it can be.
+    /// The newest 10,000 failed events by type and cause; if there are more, each number is the least that it can be.
     ///
     /// # Errors
     /// PostgreSQL cannot be asked.
@@ -161,21 +164,39 @@ impl OutboxRepository {
         Ok(FailureGroups { groups, more, events: Counted { events, at_least: events >= LOOKED_AT } })
     }
 
-    /// How many failed events match, of the newest 20,000.
+    /// How many failed events match, of the newest 10,000.
     ///
     /// # Errors
     /// PostgreSQL cannot be asked.
     pub async fn count_failed(&self, connection: &mut PgConnection, filter: &FailureFilter) -> Result<Counted, OutboxError> {
+        self.count_newest_failed(connection, filter, LOOKED_AT).await
+    }
+
+    /// How many failed events match, of the newest 2,000,000: about a second for each million, and more where they are not in memory.
+    ///
+    /// # Errors
+    /// PostgreSQL cannot be asked.
+    pub async fn count_all_failed(&self, connection: &mut PgConnection, filter: &FailureFilter) -> Result<Counted, OutboxError> {
+        self.count_newest_failed(connection, filter, ALL).await
+    }
+
+    async fn count_newest_failed(
+        &self,
+        connection: &mut PgConnection,
+        filter: &FailureFilter,
+        most: i64,
+    ) -> Result<Counted, OutboxError> {
         let doing = "counting failed events";
         let sql = format!(
             "SELECT count(*) FILTER (WHERE ($1::text IS NULL OR event_type = $1) AND ($2::text IS NULL OR {CAUSE} = $2)) AS events,
-                    count(*) >= {LOOKED_AT} AS at_least
+                    count(*) >= $3 AS at_least
              FROM (SELECT event_type, last_error FROM {{s}}.event_outbox WHERE status = 'FAILED'
-                   ORDER BY created_at DESC LIMIT {LOOKED_AT}) AS looked"
+                   ORDER BY created_at DESC LIMIT $3) AS looked"
         );
         let row = sqlx::query(self.sql(&sql))
             .bind(&filter.event_type)
             .bind(&filter.cause)
+            .bind(most)
             .fetch_one(connection)
             .await
             .map_err(self.error(doing))?;
@@ -183,7 +204,8 @@ impl OutboxRepository {
         read().map_err(self.error(doing))
     }
 
-    /// One step through the failed events that match: looks at the next 1,000 after the place, in the order of their aggregates.
+    /// One step through the failed events that match: looks at the next 1,000 after the place, in the order of their aggregates, and
+    /// changes `most` of them at most.
     ///
     /// # Errors
     /// PostgreSQL cannot be asked; then this step did nothing.
@@ -194,14 +216,15 @@ impl OutboxRepository {
         remedy: Remedy,
         filter: &FailureFilter,
         after: &FailurePlace,
+        most: i64,
     ) -> Result<RemedyStep, OutboxError> {
-        let looked = STEPWISE.replace("{cause}", CAUSE).replace("{step}", &STEP.to_string());
-        let sql = statement(&looked, remedy);
+        let sql = statement(&STEPWISE.replace("{cause}", CAUSE).replace("{step}", &STEP.to_string()), remedy, "$8");
         let query = sqlx::query(self.sql(&sql)).bind(deed.who).bind(deed.about);
         let query = query.bind(&after.aggregate_type).bind(&after.aggregate_id).bind(after.seq);
         let row = query
             .bind(&filter.event_type)
             .bind(&filter.cause)
+            .bind(most)
             .fetch_one(&mut *connection)
             .await
             .map_err(self.error("changing failed events"))?;
@@ -219,7 +242,7 @@ impl OutboxRepository {
         remedy: Remedy,
         ids: &[Uuid],
     ) -> Result<RemedyStep, OutboxError> {
-        let row = sqlx::query(self.sql(&statement(NAMED, remedy)))
+        let row = sqlx::query(self.sql(&statement(NAMED, remedy, "ALL")))
             .bind(deed.who)
             .bind(deed.about)
             .bind(ids)
@@ -238,8 +261,9 @@ impl OutboxRepository {
     }
 }
 
-fn statement(looked: &str, remedy: Remedy) -> String {
-    REMEDY.replace("{looked}", looked).replace("{change}", remedy.change()).replace("{action}", remedy.name())
+fn statement(looked: &str, remedy: Remedy, most: &str) -> String {
+    let statement = REMEDY.replace("{looked}", looked).replace("{change}", remedy.change()).replace("{action}", remedy.name());
+    statement.replace("{most}", most)
 }
 
 fn step_of(row: &PgRow) -> Result<RemedyStep, sqlx::Error> {

@@ -33,7 +33,7 @@ pub use audit::{Finding, Findings};
 pub use backlog::Backlog;
 pub use blocked::BlockedAggregate;
 pub use claim::{Batch, Claim, ClaimRequest, OutboxEvent};
-pub use connection::connect;
+pub use connection::{connect, for_people};
 pub use days::{Fate, Overdue};
 pub use error::OutboxError;
 pub(crate) use error::is_outage;

@@ -120,7 +120,7 @@ impl FromStr for SearchPlace {
     }
 }
 
-/// Along which index a search goes. Each has an upper bound `$1`, `$2` that is not in it.
+/// Along which index a search goes. Each has an upper bound `$1`, `$2` that is not in it; `$3` and `$4` are the aggregate's type and id.
 struct Walk {
     condition: &'static str,
     order: &'static str,
@@ -146,9 +146,16 @@ const FAILED: Walk = Walk {
     by: "to_char(e.created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')",
 };
 
+/// In the words of the index.
+const FAILED_OF_AGGREGATE: Walk = Walk {
+    condition: "e.status || '' = 'FAILED' AND e.aggregate_type = $3 AND e.aggregate_id = $4 AND (e.seq, e.id) < ($1::text::bigint, $2)",
+    ..UNSENT
+};
+
 impl Walk {
-    fn of(status: Option<EventStatus>) -> Self {
-        match status {
+    fn of(search: &EventSearch) -> Self {
+        match search.status {
+            Some(EventStatus::Failed) if search.aggregate_type.is_some() && search.aggregate_id.is_some() => FAILED_OF_AGGREGATE,
             Some(EventStatus::Pending) => UNSENT,
             Some(EventStatus::Processing) => IN_FLIGHT,
             Some(EventStatus::Failed) => FAILED,
@@ -204,13 +211,13 @@ impl OutboxRepository {
         limit: i64,
     ) -> Result<EventPage, OutboxError> {
         let doing = "searching events";
-        let walk = Walk::of(search.status);
+        let walk = Walk::of(search);
         let (by, id) = walk.bounds(search, after);
         let sql = format!(
             "SELECT looked.*, looked.id = ANY (ARRAY(SELECT unnest(event_ids) FROM {{s}}.outbox_batch WHERE settled_at IS NULL)) AS is_open
              FROM {}
-             WHERE ($3::text IS NULL OR event_type = $3) AND ($4::text IS NULL OR aggregate_type = $4)
-               AND ($5::text IS NULL OR aggregate_id = $5) AND ($6::text IS NULL OR status = $6)
+             WHERE ($3::text IS NULL OR aggregate_type = $3) AND ($4::text IS NULL OR aggregate_id = $4)
+               AND ($5::text IS NULL OR event_type = $5) AND ($6::text IS NULL OR status = $6)
                AND ($7::timestamptz IS NULL OR created_at >= $7) AND ($8::timestamptz IS NULL OR created_at < $8)
              LIMIT $9",
             walk.rows()
@@ -220,9 +227,9 @@ impl OutboxRepository {
         let rows = sqlx::query(self.sql(&sql))
             .bind(&by)
             .bind(id)
-            .bind(&search.event_type)
             .bind(&search.aggregate_type)
             .bind(&search.aggregate_id)
+            .bind(&search.event_type)
             .bind(status)
             .bind(search.from)
             .bind(search.until)
@@ -237,7 +244,7 @@ impl OutboxRepository {
         }
         let next = match found.last() {
             Some((_, place)) if has_more => Some(place.clone()),
-            _ => self.last_looked_at(connection, &walk, &by, id).await?,
+            _ => self.last_looked_at(connection, &walk, search, (&by, id)).await?,
         };
         Ok(EventPage { events: found.into_iter().map(|(event, _)| event).collect(), next })
     }
@@ -247,12 +254,13 @@ impl OutboxRepository {
         &self,
         connection: &mut PgConnection,
         walk: &Walk,
-        by: &str,
-        id: Uuid,
+        search: &EventSearch,
+        (by, id): (&str, Uuid),
     ) -> Result<Option<SearchPlace>, OutboxError> {
         let doing = "searching events";
         let sql = format!("SELECT id, by FROM {} OFFSET {} LIMIT 1", walk.rows(), LOOKED_AT - 1);
-        let row = sqlx::query(self.sql(&sql)).bind(by).bind(id).fetch_optional(connection).await.map_err(self.error(doing))?;
+        let query = sqlx::query(self.sql(&sql)).bind(by).bind(id).bind(&search.aggregate_type).bind(&search.aggregate_id);
+        let row = query.fetch_optional(connection).await.map_err(self.error(doing))?;
         row.as_ref().map(place).transpose().map_err(self.error(doing))
     }
 }

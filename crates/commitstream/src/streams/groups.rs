@@ -7,24 +7,28 @@ use serde::Serialize;
 use super::node::Request;
 use super::{RETURNED, Streams, StreamsError, dead_stream, group_key};
 
-/// A page of a stream without its payloads: the id of its last entry, and what each entry has as the `group` of a dead letter.
+/// A page of a stream without its payloads: the id of its last entry, and what each entry has as the `group` of a dead letter. Redis does
+/// nothing else meanwhile, so it ends after 1,000 entries or 1 MiB of them.
 static PAGE: LazyLock<Script> = LazyLock::new(|| {
     Script::new(
         r"
-        local entries = redis.pcall('XRANGE', KEYS[1], '(' .. ARGV[1], '+', 'COUNT', ARGV[2])
-        if entries.err then return entries end
-        local last, groups = '', {}
-        for i, entry in ipairs(entries) do
-            local fields = entry[2]
-            last = entry[1]
-            groups[i] = fields[#fields - 11] == 'group' and fields[#fields - 10] or ''
-        end
+        local last, groups, copied = ARGV[1], {}, 0
+        repeat
+            local entries = redis.pcall('XRANGE', KEYS[1], '(' .. last, '+', 'COUNT', 20)
+            if entries.err then return entries end
+            for _, entry in ipairs(entries) do
+                local fields = entry[2]
+                last = entry[1]
+                for i = 2, #fields, 2 do copied = copied + #fields[i] end
+                groups[#groups + 1] = fields[#fields - 11] == 'group' and fields[#fields - 10] or ''
+            end
+        until #entries < 20 or #groups >= 1000 or copied >= 1048576
         return {last, groups}
         ",
     )
 });
 
-const PAGE_ENTRIES: usize = 100;
+const MOST_DEAD: u64 = GroupInfo::COUNTED as u64;
 
 /// Most consumers of a group that are looked at.
 const MOST_CONSUMERS: usize = 10_000;
@@ -63,7 +67,7 @@ pub struct GroupConsumer {
 
 impl GroupInfo {
     /// Entries that are counted one by one.
-    pub const COUNTED: usize = 10_000;
+    pub const COUNTED: usize = 5_000;
 
     /// Its consumers, but for [`RETURNED`], which is no process.
     pub fn processes(&self) -> impl Iterator<Item = &GroupConsumer> {
@@ -96,11 +100,7 @@ impl Streams {
         if groups.is_empty() {
             return Ok(Vec::new());
         }
-        let dead = self.walk(&dead_stream(stream), "0").await?.map(|groups| {
-            let mut counts = BTreeMap::<String, u64>::new();
-            groups.into_iter().for_each(|group| *counts.entry(group).or_default() += 1);
-            counts
-        });
+        let dead = self.dead_by_group(&dead_stream(stream)).await?;
         let mut infos = Vec::with_capacity(groups.len());
         for group in groups {
             let dead = dead.as_ref().map(|counts| counts.get(&group.name).copied().unwrap_or_default());
@@ -184,12 +184,25 @@ impl Streams {
         Ok(found.into_iter().flatten().map(|(id, consumer, ..)| (consumer, id)).collect())
     }
 
+    /// How many dead letters each group has; `None` if there are too many to look at.
+    async fn dead_by_group(&self, dead: &str) -> Result<Option<BTreeMap<String, u64>>, StreamsError> {
+        let mut counts = BTreeMap::new();
+        match self.len(dead).await? {
+            0 => return Ok(Some(counts)),
+            1..=MOST_DEAD => {}
+            _ => return Ok(None),
+        }
+        let Some(groups) = self.walk(dead, "0").await? else { return Ok(None) };
+        groups.into_iter().for_each(|group| *counts.entry(group).or_default() += 1);
+        Ok(Some(counts))
+    }
+
     /// What each entry after this one has as the `group` of a dead letter; `None` if there are too many to look at.
     async fn walk(&self, key: &str, after: &str) -> Result<Option<Vec<String>>, StreamsError> {
         let (mut found, mut after) = (Vec::new(), after.to_owned());
         while found.len() <= GroupInfo::COUNTED {
             let mut call = PAGE.prepare_invoke();
-            call.key(key).arg(&after).arg(PAGE_ENTRIES);
+            call.key(key).arg(&after);
             let (last, page): (String, Vec<String>) = self.invoke(DOING, key, &call).await?;
             if page.is_empty() {
                 return Ok(Some(found));

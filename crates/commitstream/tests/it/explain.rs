@@ -370,7 +370,7 @@ async fn what_operators_ask_goes_by_index() -> Result<()> {
         }
         outbox.failure_groups(&mut connection).await?;
         outbox.count_failed(&mut connection, &FailureFilter::default()).await?;
-        for (part, values) in [("(array_agg(example))[1]", ""), ("AS at_least\n", "'E', NULL")] {
+        for (part, values) in [("(array_agg(example))[1]", ""), ("AS at_least\n", "'E', NULL, 10000")] {
             assert_indexes(&plans(&mut connection, part, values).await?, TABLE, &[(FAILED, "")]);
         }
         outbox.blocked(&mut connection, ("", ""), 10).await?;
@@ -385,10 +385,10 @@ async fn what_operators_ask_goes_by_index() -> Result<()> {
 
         let deed = Deed { who: "ada", about: "all" };
         let step = outbox
-            .remedy_step(&mut connection, deed, Remedy::Discard, &FailureFilter::default(), &FailurePlace::default())
+            .remedy_step(&mut connection, deed, Remedy::Discard, &FailureFilter::default(), &FailurePlace::default(), 1_000)
             .await?;
         assert_eq!((step.changed, step.next), (28, None));
-        let remedy = plans(&mut connection, "'discard'", "'a', 'b', '', '', 0, NULL, NULL").await?;
+        let remedy = plans(&mut connection, "'discard'", "'a', 'b', '', '', 0, NULL, NULL, 1000").await?;
         assert_indexes(&remedy, TABLE, &[(FAILED_AGGREGATE, "aggregate_id"), (KEY, "id = ANY")]);
     }
     Ok(())

@@ -16,6 +16,7 @@ mod doctor_pooler;
 mod doctor_redis;
 mod events;
 mod explain;
+mod explain_console;
 mod failover;
 mod inbox;
 mod operating;

@@ -109,7 +109,7 @@ async fn failures_are_grouped_and_retried_or_discarded_with_an_audit() -> Result
         assert_eq!(world.outbox.count_failed(&mut connection, &odd).await?.events, 1_000);
         let (mut place, mut changed, mut steps) = (FailurePlace::default(), 0, 0);
         loop {
-            let step = world.outbox.remedy_step(&mut connection, DEED, Remedy::Retry, &odd, &place).await?;
+            let step = world.outbox.remedy_step(&mut connection, DEED, Remedy::Retry, &odd, &place, i64::MAX).await?;
             changed += step.changed;
             steps += 1;
             let Some(next) = step.next else { break };

@@ -10,6 +10,7 @@ use commitstream::publisher::HybridEventPublisher;
 use commitstream::relay::{OutboxProcessor, RelayHandle, days};
 use commitstream::streams::{Entry, Streams};
 use commitstream_sandbox::{Sandbox, TestDatabase};
+use redis::AsyncConnectionConfig;
 use sqlx::{Connection, PgConnection, PgPool, Row};
 use uuid::Uuid;
 
@@ -89,7 +90,9 @@ impl World {
     /// A plain connection to Redis, for what users do behind the relay's back.
     pub async fn redis(&self) -> Result<redis::aio::MultiplexedConnection> {
         let url = self.settings.redis.url.as_deref().context("the world has a Redis")?;
-        Ok(redis::Client::open(url)?.get_multiplexed_async_connection().await?)
+        // A whole stream is more than the usual half second has room for on a busy machine.
+        let config = AsyncConnectionConfig::new().set_response_timeout(Some(PATIENCE));
+        Ok(redis::Client::open(url)?.get_multiplexed_async_connection_with_config(&config).await?)
     }
 
     pub async fn stats(&self) -> Result<OutboxStats> {

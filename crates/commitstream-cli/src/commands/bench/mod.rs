@@ -2,6 +2,7 @@
 
 mod chart;
 mod cleanup;
+mod console;
 mod drain;
 mod figure;
 mod flow;
@@ -10,6 +11,7 @@ mod idle;
 mod latency;
 mod machine;
 mod markdown;
+mod mixture;
 mod observed;
 mod poller;
 mod process;
@@ -55,15 +57,15 @@ const PATIENCE: Duration = Duration::from_secs(15);
 ///
 /// Starts a private PostgreSQL and Redis, both durable, or uses those of DATABASE_URL and REDIS_URL when both are set, in a schema and
 /// under a key prefix of its own. All that it made is removed at the end. Settings other than the servers' are the default
-/// ones, but for batches of 1,000 events. Takes under ten minutes, unless asked for `scale` and `cleanup`, or for one benchmark only.
+/// ones, but for batches of 1,000 events. Takes under ten minutes, unless asked for `scale`, `cleanup` and `console`, or for one benchmark only.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
-  commitstream bench                        all but scale and cleanup
+  commitstream bench                        all but scale, cleanup and console
   commitstream bench drain --retention 0
   commitstream bench latency sustained --json")]
 pub struct Args {
-    /// Which to run [default: all but scale and cleanup]
+    /// Which to run [default: all but scale, cleanup and console]
     #[arg(value_name = "NAME")]
     names: Vec<Name>,
 
@@ -75,7 +77,7 @@ pub struct Args {
     #[arg(long, value_name = "ROUNDS", value_parser = clap::value_parser!(u32).range(1..=i64::from(MOST_ROUNDS)))]
     rounds: Option<u32>,
 
-    /// Run scale and cleanup, too: about ten minutes more
+    /// Run scale, cleanup and console, too: about half an hour more
     #[arg(long, conflicts_with = "names")]
     all: bool,
 
@@ -118,11 +120,13 @@ enum Name {
     Scale,
     /// Old rows removed while events flow (long)
     Cleanup,
+    /// Each page of the web console on 10,000,000 rows (long)
+    Console,
 }
 
 impl Args {
     fn names(&self) -> Vec<Name> {
-        let is_long = |name: &Name| matches!(name, Name::Scale | Name::Cleanup);
+        let is_long = |name: &Name| matches!(name, Name::Scale | Name::Cleanup | Name::Console);
         let is_wanted = |name: &Name| if self.names.is_empty() { self.all || !is_long(name) } else { self.names.contains(name) };
         Name::value_variants().iter().copied().filter(is_wanted).collect()
     }
@@ -218,6 +222,7 @@ async fn run_one(name: Name, args: &Args, stage: &Stage) -> anyhow::Result<Measu
         Name::Idle => idle::measure(stage).await,
         Name::Scale => scale::measure(stage).await,
         Name::Cleanup => cleanup::measure(stage).await,
+        Name::Console => console::measure(stage).await,
     }
 }
 
