@@ -147,7 +147,7 @@ async fn publish(stage: &Stage, connection: &mut PgConnection) -> anyhow::Result
         tokio::time::sleep(PAUSE).await;
     }
     relay.stop().await?;
-    Ok(clear(connection).await?)
+    clear(connection).await
 }
 
 /// Consumer groups: one that has not begun, one with entries in hand, and one of which Redis does not know how far behind it is; and
