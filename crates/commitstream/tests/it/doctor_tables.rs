@@ -43,24 +43,25 @@ async fn a_user_without_rights_is_told_which_to_give() -> Result<()> {
 /// A look that takes too long is a finding, and all others are there.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_table_that_is_locked_is_a_finding_of_its_own() -> Result<()> {
-    const EVENTS: [&str; 3] = ["backlog", "failed-events", "writers"];
-    let cases = [
-        ("event_outbox", &EVENTS[..], "relays"),
-        ("outbox_relay, outbox_lease, outbox_pause", &["schema", "relays", "pause"], "failed-events"),
-        ("outbox_migration", &["migration"], "autovacuum"),
-    ];
-    for (tables, unknown, known) in cases {
-        let world = World::new().await?;
-        let mut other = world.connect().await?;
-        let mut locked = other.begin().await?;
-        locked.execute(sqlx::AssertSqlSafe(format!("LOCK TABLE {tables} IN ACCESS EXCLUSIVE MODE"))).await?;
-        let report = examine(&world).await;
-        for check in unknown {
-            only(&report, check, Severity::Warning, "this could not be examined: PostgreSQL refused while ");
-        }
-        assert!(report.passed.contains(&known) || !found(&report, known).is_empty(), "{tables}: {known}");
-        passes(&report, "redis-reachable");
+    let events = locked("event_outbox", &["backlog", "failed-events", "writers"], "relays");
+    let relays = locked("outbox_relay, outbox_lease, outbox_pause", &["schema", "relays", "pause"], "failed-events");
+    let migration = locked("outbox_migration", &["migration"], "autovacuum");
+    // Mostly waiting.
+    tokio::try_join!(events, relays, migration)?;
+    Ok(())
+}
+
+async fn locked(tables: &str, unknown: &[&str], known: &str) -> Result<()> {
+    let world = World::new().await?;
+    let mut other = world.connect().await?;
+    let mut transaction = other.begin().await?;
+    transaction.execute(sqlx::AssertSqlSafe(format!("LOCK TABLE {tables} IN ACCESS EXCLUSIVE MODE"))).await?;
+    let report = examine(&world).await;
+    for check in unknown {
+        only(&report, check, Severity::Warning, "this could not be examined: PostgreSQL refused while ");
     }
+    assert!(report.passed.contains(&known) || !found(&report, known).is_empty(), "{tables}: {known}");
+    passes(&report, "redis-reachable");
     Ok(())
 }
 
