@@ -147,6 +147,8 @@ async fn groups_that_stand_still_and_dead_letters_are_found() -> Result<()> {
     assert!(told[1].starts_with("the group mail of events:user has 2 entries pending, the oldest written "), "{told:?}");
     assert_eq!(told[2], "the group mail of events:user gave 1 events up: they are dead letters");
     only(&report, "trimming", Severity::Warning, "the stream events:user goes back ");
+    mend(&world.settings, found(&report, "consumer-groups")[0])?;
+    assert_eq!(found(&examine(&world).await, "consumer-groups").len(), 2);
     Ok(())
 }
 
@@ -160,7 +162,11 @@ async fn streams_that_are_not_trimmed_are_found() -> Result<()> {
     let report = examine(&world).await;
     let finding = only(&report, "trimming", Severity::Warning, "the stream events:user goes back ");
     assert!(finding.why.starts_with("the group mail has not acknowledged its beginning"), "{finding:?}");
-    for command in ["XREADGROUP GROUP mail c1 STREAMS events:user >", "XACK events:user mail 1-0"] {
+    mend(&world.settings, finding)?;
+    only(&examine(&world).await, "trimming", Severity::Note, "the stream events:user goes back ");
+    for command in
+        ["XGROUP CREATE events:user mail 0", "XREADGROUP GROUP mail c1 STREAMS events:user >", "XACK events:user mail 1-0"]
+    {
         run(&world, command).await?;
     }
     let report = examine(&world).await;

@@ -45,9 +45,10 @@ async fn a_user_without_rights_is_told_which_to_give() -> Result<()> {
 async fn a_table_that_is_locked_is_a_finding_of_its_own() -> Result<()> {
     let events = locked("event_outbox", &["backlog", "failed-events", "writers"], "relays");
     let relays = locked("outbox_relay, outbox_lease, outbox_pause", &["schema", "relays", "pause"], "failed-events");
+    let batches = locked("outbox_batch", &["open-batches", "writers"], "relays");
     let migration = locked("outbox_migration", &["migration"], "autovacuum");
     // Mostly waiting.
-    tokio::try_join!(events, relays, migration)?;
+    tokio::try_join!(events, relays, batches, migration)?;
     Ok(())
 }
 
