@@ -7,7 +7,6 @@ mod console;
 mod daemon;
 mod dead;
 mod doctor;
-mod doctor_mends;
 mod flow;
 mod groups;
 mod help;
