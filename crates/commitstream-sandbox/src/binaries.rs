@@ -36,6 +36,10 @@ pub(crate) fn pg_basebackup() -> Result<PathBuf, SandboxError> {
     postgres_client("pg_basebackup")
 }
 
+pub(crate) fn pg_resetwal() -> Result<PathBuf, SandboxError> {
+    postgres_client("pg_resetwal")
+}
+
 /// A client program, if possible the one beside the server programs or where these are linked to: of the same version.
 fn postgres_client(program: &'static str) -> Result<PathBuf, SandboxError> {
     let directories = postgres_directories();

@@ -11,8 +11,9 @@
 # shellcheck disable=SC2034 # fields that are only skipped
 
 # Ctrl-C and a closing terminal are for the process that started us. We outlive
-# it by a moment on purpose, so a broken pipe must not end us either.
-trap '' INT HUP TERM QUIT PIPE
+# it by a moment on purpose, so a broken pipe must not end us either. To the
+# server, a file that may not grow (`prlimit --fsize`) is a full disk and not its end.
+trap '' INT HUP TERM QUIT PIPE XFSZ
 unset COMMITSTREAM_GUARD
 umask 077
 

@@ -22,6 +22,9 @@ const SETTINGS: [(&str, &str); 7] = [
     ("log_line_prefix", "%m [%p] %q%d "),
 ];
 
+/// Of a file in `pg_xact`: 32 pages, four transactions in a byte.
+const TRANSACTIONS_IN_FILE: u32 = 4 * 32 * 8_192;
+
 /// A PostgreSQL server of our own on 127.0.0.1, with its data in a temporary directory.
 ///
 /// It is stopped and its directory removed when this value is dropped, and also when the process ends in any other
@@ -157,6 +160,24 @@ impl Postgres {
     /// server is stopped before. Returns when it serves.
     pub fn restart(&self) -> Result<(), SandboxError> {
         self.server.restart()
+    }
+
+    /// Restarts the server as it would be after transactions up to this number, 1,000,000,000 for example: those that nobody froze
+    /// before are old.
+    pub fn advance_transactions(&self, to: u32) -> Result<(), SandboxError> {
+        let program = binaries::pg_resetwal()?;
+        let data = self.directory().join("data");
+        self.stop()?;
+        let advance = [program.into(), "-D".into(), data.clone().into(), format!("--next-transaction-id={to}").into()];
+        self.server.prepare(&advance)?;
+        // The server does not itself make the file that will say what becomes of the next ones.
+        let file = data.join(format!("pg_xact/{:04X}", to / TRANSACTIONS_IN_FILE));
+        if !file.exists() {
+            let mut output = OsString::from("of=");
+            output.push(file);
+            self.server.prepare(&["dd".into(), "if=/dev/zero".into(), output, "bs=8192".into(), "count=32".into()])?;
+        }
+        self.restart()
     }
 
     /// Freezes the server and its backends (SIGSTOP): connections stay open, and nobody answers.

@@ -50,6 +50,7 @@ impl FaultProxy {
             delay: Duration::ZERO,
             armed: None,
             fired: 0,
+            rewrites: Vec::new(),
             accepted: 0,
             connections: HashMap::new(),
         };
@@ -152,6 +153,18 @@ impl FaultProxy {
         self.shared.lock().fired
     }
 
+    /// From now on, replaces these bytes by others wherever the server sends them, so that it seems to be another one: of another
+    /// version, or with another clock. What a read returns in two parts is not noticed.
+    ///
+    /// # Panics
+    ///
+    /// When the others are longer or shorter: protocols say beforehand how much will come.
+    pub fn rewrite(&self, from: impl Into<Vec<u8>>, to: impl Into<Vec<u8>>) {
+        let (from, to) = (from.into(), to.into());
+        assert!(from.len() == to.len() && !from.is_empty(), "the proxy replaces bytes by as many others");
+        self.shared.lock().rewrites.push((from, to));
+    }
+
     /// Cuts all connections and leads new ones to another server, as a virtual address does at a failover.
     ///
     /// # Errors
@@ -225,6 +238,8 @@ struct State {
     delay: Duration,
     armed: Option<ReplyFault>,
     fired: u64,
+    /// What the server sends, and what the client gets in its place.
+    rewrites: Vec<(Vec<u8>, Vec<u8>)>,
     /// How many connections there have been: the number of the next one.
     accepted: u64,
     /// The open ones. Whoever takes a connection out of here closes it.
@@ -358,6 +373,7 @@ impl Shared {
         let mut buffer = [0; CHUNK_BYTES];
         loop {
             let length = server.read(&mut buffer)?;
+            self.rewrite(&mut buffer[..length]);
             let fault = self.fault(number).filter(|_| length > 0);
             let reply = fault.map(|_| rest_of_reply(server, &buffer[..length])).transpose()?;
             if !self.wait_to_pass(number) {
@@ -374,6 +390,16 @@ impl Shared {
                 }
                 _ if length == 0 => return client.shutdown(Shutdown::Write),
                 _ => client.write_all(&buffer[..length])?,
+            }
+        }
+    }
+
+    fn rewrite(&self, chunk: &mut [u8]) {
+        for (from, to) in &self.lock().rewrites {
+            let mut at = 0;
+            while let Some(found) = chunk[at..].windows(from.len()).position(|window| window == from) {
+                at += found + from.len();
+                chunk[at - from.len()..at].copy_from_slice(to);
             }
         }
     }

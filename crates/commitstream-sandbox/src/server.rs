@@ -72,6 +72,11 @@ impl<S: Service> Server<S> {
         Err(SandboxError::NoPort { server: S::NAME, port })
     }
 
+    /// Runs a program to its end, as the server's account.
+    pub(crate) fn prepare(&self, command: &[OsString]) -> Result<(), SandboxError> {
+        self.running().guard.prepare(command)
+    }
+
     pub(crate) fn port(&self) -> u16 {
         self.port
     }

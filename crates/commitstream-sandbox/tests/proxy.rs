@@ -271,3 +271,13 @@ fn the_end_of_a_proxy_is_prompt_and_closes_everything() {
     assert!(connections.iter_mut().all(|connection| remainder(connection).is_empty()));
     assert!(TcpStream::connect(address(&url)).is_err());
 }
+
+#[test]
+fn what_the_server_sends_is_replaced_wherever_it_stands() {
+    let (proxy, url, direct) = redis_proxy();
+    let key = key();
+    proxy.rewrite("old", "new");
+    assert!(redis_says(&url, &format!("SET {key} old,older,cold")).contains("OK"));
+    assert!(redis_says(&url, &format!("GET {key}")).contains("new,"));
+    assert!(redis_says(&direct, &format!("GET {key}")).contains("old,"), "the request went through as it was");
+}

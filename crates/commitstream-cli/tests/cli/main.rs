@@ -7,6 +7,7 @@ mod console;
 mod daemon;
 mod dead;
 mod doctor;
+mod doctor_mends;
 mod flow;
 mod groups;
 mod help;

@@ -178,6 +178,9 @@ pub struct Facts {
 /// Longest that PostgreSQL may take for all questions.
 const LIMIT: Duration = Duration::from_secs(60);
 
+/// What takes too long then.
+const EXAMINING: &str = "examining PostgreSQL";
+
 /// Longest that one attempt to connect may take.
 const CONNECT: Duration = Duration::from_secs(10);
 
@@ -191,7 +194,7 @@ async fn ask_postgres(settings: &Settings) -> Option<Result<PostgresFacts, Outbo
     let url = settings.database.url.as_deref()?;
     let outbox = OutboxRepository::new(&settings.database.schema);
     let asked = tokio::time::timeout(LIMIT, outbox.examine(url, settings.database.timeout.min(CONNECT))).await;
-    Some(asked.unwrap_or(Err(OutboxError::Timeout { doing: "examining PostgreSQL", limit: LIMIT })))
+    Some(asked.unwrap_or(Err(OutboxError::Timeout { doing: EXAMINING, limit: LIMIT })))
 }
 
 async fn ask_redis(settings: &Settings) -> Option<Result<RedisFacts, StreamsError>> {

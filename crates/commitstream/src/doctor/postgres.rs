@@ -1,7 +1,7 @@
 //! The server of the outbox.
 
 use super::advice::{age, alter_system, identifier, literal, psql};
-use super::{Finding, Report, error, note, outbox, schema, warning};
+use super::{EXAMINING, Finding, Report, error, note, outbox, schema, warning};
 use crate::chain::chain;
 use crate::config::{Settings, redact_url};
 use crate::outbox::OutboxError;
@@ -54,6 +54,14 @@ fn no_url() -> Finding {
 
 fn unreachable(settings: &Settings, why: &OutboxError) -> Finding {
     let url = redact_url(settings.database.url.as_deref().unwrap_or_default());
+    if let OutboxError::Timeout { doing: EXAMINING, .. } = why {
+        let busy = "SELECT pid, state, wait_event_type, wait_event, left(query, 80) AS query FROM pg_stat_activity WHERE state <> 'idle'";
+        return error(
+            format!("{url}: not all questions were answered within a minute"),
+            "producers and relays wait as long; nothing else of PostgreSQL was examined",
+            format!("see what it is busy with: {}", psql(&[busy])),
+        );
+    }
     let mend = match why {
         OutboxError::Url(_) => "export DATABASE_URL=postgres://user:password@host:5432/database".to_owned(),
         OutboxError::Database { source, .. }
@@ -122,19 +130,12 @@ fn writable(server: &ServerFacts) -> Option<Finding> {
         return Some(error(
             "this URL leads to a standby",
             why,
-            "give the URL of the primary, or make this one the primary: pg_ctl promote",
+            format!("give the URL of the primary, or make this one the primary: {}", psql(&["SELECT pg_promote()"])),
         ));
     }
     server.read_only.then(|| {
-        let mend = psql(&[
-            "SHOW default_transaction_read_only",
-            &format!("ALTER ROLE {} RESET default_transaction_read_only", identifier(&server.user)),
-        ]);
-        error(
-            "transactions are read-only (default_transaction_read_only)",
-            why,
-            mend + " (or of the database or the server, wherever it is set)",
-        )
+        let seen = format!("transactions are read-only (default_transaction_read_only, set by: {})", server.read_only_source);
+        error(seen, why, switched(server, "default_transaction_read_only", "off", &server.read_only_source))
     })
 }
 
@@ -152,10 +153,25 @@ fn durability(server: &ServerFacts) -> Vec<Finding> {
         found.push(note(
             "synchronous_commit is off for new sessions",
             "a crash may undo the last commits of producers, data and events alike; relays set it on for themselves",
-            alter_system("synchronous_commit = on"),
+            switched(server, "synchronous_commit", "on", &server.synchronous_commit_source),
         ));
     }
     found
+}
+
+/// Gives a setting of sessions another value where it has its present one from.
+fn switched(server: &ServerFacts, setting: &str, value: &str, source: &str) -> String {
+    let (user, database) = (identifier(&server.user), identifier(&server.database));
+    let whose = match source {
+        "user" => format!("ROLE {user}"),
+        "database user" => format!("ROLE {user} IN DATABASE {database}"),
+        "database" => format!("DATABASE {database}"),
+        "client" => return format!("take {setting} out of the options in DATABASE_URL or PGOPTIONS"),
+        _ => "SYSTEM".to_owned(),
+    };
+    // The first one lets the others write where that is what is off.
+    psql(&[&format!("SET {setting} = {value}"), &format!("ALTER {whose} SET {setting} = {value}"), "SELECT pg_reload_conf()"])
+        + " (as a superuser or the owner)"
 }
 
 fn wraparound(age: i32) -> Option<Finding> {
@@ -192,6 +208,8 @@ fn autovacuum(report: &mut Report, settings: &Settings, facts: &DirectFacts) {
     report.check("autovacuum", found);
 }
 
+const END_QUERIES: &str = "end the old queries: SELECT pid, xact_start, query FROM pg_stat_activity ORDER BY xact_start";
+
 fn held_back(holder: &Holder) -> Option<Finding> {
     let is_old = holder.age_ms.map_or(holder.transactions >= OLD_TRANSACTIONS, |age| age >= OLD_TRANSACTION_MS);
     if !is_old {
@@ -204,18 +222,28 @@ fn held_back(holder: &Holder) -> Option<Finding> {
     let user = holder.user.as_deref().unwrap_or("somebody");
     let name = &holder.name;
     let (seen, mend) = match holder.kind {
-        HolderKind::Session => (session(holder, user, &since), psql(&[&format!("SELECT pg_terminate_backend({name})")])),
+        HolderKind::Session => {
+            // Who may not see how old it is may not end it either.
+            let as_whom = if holder.age_ms.is_some() { "" } else { " (as a superuser)" };
+            (session(holder, user, &since), psql(&[&format!("SELECT pg_terminate_backend({name})")]) + as_whom)
+        }
         HolderKind::Prepared => (
             format!("the prepared transaction {name} of {user} holds vacuum back {since}"),
             psql(&[&format!("ROLLBACK PREPARED {}", literal(name))]) + " (or COMMIT PREPARED)",
         ),
-        HolderKind::Slot => (
-            format!("the {} replication slot {name} holds vacuum back {since}", holder.state.as_deref().unwrap_or("")),
-            format!("if nobody needs it: {}", psql(&[&format!("SELECT pg_drop_replication_slot({})", literal(name))])),
-        ),
+        HolderKind::Slot => {
+            let state = holder.state.as_deref().unwrap_or_default();
+            let drop = psql(&[&format!("SELECT pg_drop_replication_slot({})", literal(name))]);
+            let mend = if state == "active" {
+                format!("on the standby that uses it, {END_QUERIES}; if nobody needs that standby, stop it, then: {drop}")
+            } else {
+                format!("if nobody needs it: {drop}")
+            };
+            (format!("the {state} replication slot {name} holds vacuum back {since}"), mend)
+        }
         HolderKind::Standby => (
             format!("queries on the standby {name} hold vacuum back {since} (hot_standby_feedback)"),
-            "end the old queries there: SELECT pid, xact_start, query FROM pg_stat_activity ORDER BY xact_start".to_owned(),
+            format!("there, {END_QUERIES}"),
         ),
     };
     let why = "vacuum removes nothing that was deleted or changed since: tables and indexes grow, and looks for work get slower";

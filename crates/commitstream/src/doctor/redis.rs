@@ -25,7 +25,7 @@ pub(super) fn judge(report: &mut Report, settings: &Settings, facts: Option<&Res
     let servers = &facts.servers;
     report.check("redis-information", servers.iter().flat_map(silent));
     report.check("redis-writable", servers.iter().filter_map(unwritable));
-    report.check("redis-permissions", servers.iter().filter_map(denied));
+    report.check("redis-permissions", servers.iter().flat_map(lacking));
     if servers.iter().all(|server| server.info.is_ok()) {
         report.check("redis-version", servers.iter().filter_map(version));
         report.check("redis-eviction", servers.iter().filter_map(eviction));
@@ -46,6 +46,13 @@ fn no_url() -> Finding {
 
 fn unreachable(settings: &Settings, why: &StreamsError) -> Finding {
     let url = redact_url(settings.redis.url.as_deref().unwrap_or_default());
+    if matches!(why, StreamsError::Unavailable { source, .. } if source.is_timeout()) {
+        return error(
+            format!("{url}: not all questions were answered within a minute"),
+            "events wait as long; nothing else of Redis was examined",
+            "see what it is busy with: redis-cli -u \"$REDIS_URL\" SLOWLOG GET 10",
+        );
+    }
     let mend = match why {
         StreamsError::Url(_) => "export REDIS_URL=redis://user:password@host:6379/0",
         StreamsError::Unavailable { source, .. }
@@ -99,9 +106,7 @@ fn unwritable(server: &ServerFacts) -> Option<Finding> {
         return Some(error(
             format!("Redis at {} is a replica of {master}", server.name),
             "nothing can be written there",
-            format!(
-                "give the address of the master: REDIS_URL=redis://user:password@{master}; or ask Sentinels: redis-sentinel://…#name"
-            ),
+            of_the_master(&master),
         ));
     }
     let why = server.unable.as_deref()?;
@@ -113,13 +118,29 @@ fn unwritable(server: &ServerFacts) -> Option<Finding> {
         why if why.contains("NOREPLICAS") => {
             format!("start its replicas; who is there: {}", redis_cli(&server.name, &["INFO", "replication"]))
         }
-        _ => "mend what it says".to_owned(),
+        // READONLY of one that does not say whose replica it is.
+        _ => of_the_master("host:6379"),
     };
     Some(error(
         format!("Redis at {} refuses to write: {why}", server.name),
         "nothing is published; relays keep trying, and nothing is lost",
         mend,
     ))
+}
+
+fn of_the_master(master: &str) -> String {
+    format!("give the address of the master: REDIS_URL=redis://user:password@{master}; or ask Sentinels: redis-sentinel://…#name")
+}
+
+fn lacking(server: &ServerFacts) -> Vec<Finding> {
+    let unknown = (!server.unknown.is_empty()).then(|| {
+        error(
+            format!("Redis at {} does not know {}", server.name, server.unknown.join(", ")),
+            "events are FAILED, or streams are not trimmed",
+            "take its rename-command out of redis.conf and restart it, or use Redis 6.2 or newer; then: commitstream failed retry --all",
+        )
+    });
+    denied(server).into_iter().chain(unknown).collect()
 }
 
 fn denied(server: &ServerFacts) -> Option<Finding> {

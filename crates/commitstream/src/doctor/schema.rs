@@ -1,7 +1,7 @@
 //! What the migrations made.
 
 use super::advice::{age, identifier, psql, size};
-use super::{Finding, Report, error, note, warning};
+use super::{Finding, Report, Severity, error, finding, note, warning};
 use crate::config::Settings;
 use crate::outbox::examine::{Difference, OutboxFacts, Recorded, SchemaFacts, SizeFacts};
 use crate::outbox::{LATEST_VERSION, PARTITIONS};
@@ -154,19 +154,27 @@ fn leases(settings: &Settings, leases: i64) -> Option<Finding> {
     })
 }
 
-fn privileges(settings: &Settings, facts: &SchemaFacts) -> Option<Finding> {
-    let grant = |denied: &String| {
-        let (table, privileges) = denied.split_once(": ")?;
-        Some(format!("GRANT {privileges} ON {} TO {}", qualified(settings, table), identifier(&facts.user)))
+fn privileges(settings: &Settings, facts: &SchemaFacts) -> Vec<Finding> {
+    let lacks = |severity: Severity, denied: &[String], why: &str| {
+        let grant = |denied: &String| {
+            let (table, privileges) = denied.split_once(": ")?;
+            Some(format!("GRANT {privileges} ON {} TO {}", qualified(settings, table), identifier(&facts.user)))
+        };
+        let grants: Vec<String> = denied.iter().filter_map(grant).collect();
+        (!grants.is_empty()).then(|| {
+            finding(
+                severity,
+                format!("the user {} lacks rights on the outbox tables ({})", facts.user, denied.join("; ")),
+                why,
+                psql(&grants.iter().map(String::as_str).collect::<Vec<_>>()) + " (as their owner)",
+            )
+        })
     };
-    let grants: Vec<String> = facts.denied.iter().filter_map(grant).collect();
-    (!grants.is_empty()).then(|| {
-        error(
-            format!("the user {} lacks rights on the outbox tables ({})", facts.user, facts.denied.join("; ")),
-            "a relay that connects as this user cannot work",
-            psql(&grants.iter().map(String::as_str).collect::<Vec<_>>()) + " (as their owner)",
-        )
-    })
+    let relay = lacks(Severity::Error, &facts.denied, "a relay that connects as this user cannot work");
+    // A relay by itself has no need of them.
+    let severity = if settings.console.enabled { Severity::Warning } else { Severity::Note };
+    let why = "operators who use this user, in the console or with commands, can neither retry, discard, pause nor see who did";
+    relay.into_iter().chain(lacks(severity, &facts.denied_to_operators, why)).collect()
 }
 
 pub(super) fn bloat(settings: &Settings, sizes: &SizeFacts) -> Vec<Finding> {

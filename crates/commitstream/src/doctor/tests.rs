@@ -1,4 +1,4 @@
-//! What no server of a test can be made to show: the verdict on facts that are made up.
+//! The verdict on facts that are made up: limits, margins, and what no server of a test can be made to show.
 
 use std::collections::BTreeMap;
 
@@ -11,9 +11,11 @@ fn server() -> ServerFacts {
         version: 150_018,
         in_recovery: false,
         read_only: false,
+        read_only_source: "default".into(),
         fsync: true,
         full_page_writes: true,
         synchronous_commit: "on".into(),
+        synchronous_commit_source: "default".into(),
         autovacuum: true,
         track_counts: true,
         connections: 10,
@@ -21,6 +23,7 @@ fn server() -> ServerFacts {
         frozen_age: 1_000,
         sees_sessions: true,
         user: "app".into(),
+        database: "app".into(),
     }
 }
 
@@ -41,6 +44,7 @@ fn redis(info: &[(&str, &str)], clock: Clock) -> RedisFacts {
         info: Ok(info),
         config: Ok(BTreeMap::new()),
         denied: Vec::new(),
+        unknown: Vec::new(),
         unable: None,
     };
     RedisFacts { servers: vec![server], keys: Ok(KeyFacts::default()), streams: Ok(Vec::new()) }
@@ -156,6 +160,20 @@ fn a_disk_that_redis_cannot_write_is_an_error() {
 }
 
 #[test]
+fn an_examination_that_takes_too_long_is_not_a_server_that_is_away() {
+    let late = OutboxError::Timeout { doing: EXAMINING, limit: LIMIT };
+    let source = ::redis::RedisError::from(std::io::Error::from(std::io::ErrorKind::TimedOut));
+    let slow = StreamsError::Unavailable { server: "cache".into(), doing: "examining Redis", source };
+    let report = judge(&Settings::default(), &Facts { postgres: Some(Err(late)), redis: Some(Err(slow)) });
+    for check in ["postgres-reachable", "redis-reachable"] {
+        let told = found(&report, check);
+        assert!(
+            told.len() == 1 && told[0].1.contains(": not all questions were answered within a minute | see what it is busy with")
+        );
+    }
+}
+
+#[test]
 fn many_findings_of_one_check_are_told_in_part() {
     let mut report = Report::default();
     report.check("schema", (0..12).map(|n| warning(format!("finding {n}"), "", "")));
@@ -167,10 +185,12 @@ fn many_findings_of_one_check_are_told_in_part() {
 #[test]
 fn every_check_is_described() {
     let page = include_str!("../../../../docs/doctor.md");
-    for check in CHECKS {
-        assert!(page.contains(&format!("| `{check}` |")), "docs/doctor.md lacks {check}");
+    for part in page.split("## How it is known") {
+        for check in CHECKS {
+            assert!(part.contains(&format!("| `{check}` |")), "docs/doctor.md lacks {check}");
+        }
+        assert_eq!(part.lines().filter(|line| line.starts_with("| `")).count(), CHECKS.len(), "and describes no other");
     }
-    assert_eq!(page.lines().filter(|line| line.starts_with("| `")).count(), CHECKS.len(), "and describes no other");
 }
 
 #[test]

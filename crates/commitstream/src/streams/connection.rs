@@ -149,7 +149,7 @@ impl Streams {
         None
     }
 
-    async fn node_of(&self, doing: &'static str, key: &str) -> Result<Arc<Node>, StreamsError> {
+    pub(super) async fn node_of(&self, doing: &'static str, key: &str) -> Result<Arc<Node>, StreamsError> {
         match &self.servers {
             Servers::One(node) => Ok(Arc::clone(node)),
             Servers::Cluster(cluster) => cluster.node_of(doing, key).await,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
-use redis::{Cmd, ErrorKind, RedisError, Value};
+use redis::{Cmd, RedisError, Value};
 
 use super::node::{Node, Request};
 use super::read::escape_glob;
@@ -21,6 +21,9 @@ const MOST_STEPS: usize = 500;
 
 /// Keys under the prefix that are looked at.
 const MOST_KEYS: usize = 1_000;
+
+/// Names that are tried to find one whose slot a master of a cluster holds: enough for one that holds a thousandth of them.
+const MOST_NAMES: usize = 10_000;
 
 /// Streams whose groups are looked at.
 const MOST_STREAMS: usize = 100;
@@ -44,8 +47,10 @@ pub struct ServerFacts {
     pub info: Result<BTreeMap<String, String>, StreamsError>,
     /// `CONFIG GET` of what is asked below.
     pub config: Result<BTreeMap<String, String>, StreamsError>,
-    /// Commands that the relay needs and this user may not run, or the server does not know.
+    /// Commands that the relay needs and this user may not run.
     pub denied: Vec<String>,
+    /// Those that the server does not know.
+    pub unknown: Vec<String>,
     /// Why nothing can be written at the moment.
     pub unable: Option<String>,
 }
@@ -76,14 +81,18 @@ impl Streams {
     /// Redis is not reachable, or lets this user not in.
     pub async fn examine(&self) -> Result<RedisFacts, StreamsError> {
         let timed_out = || {
-            let source = RedisError::from((ErrorKind::Io, "it took longer than a minute"));
+            let source = RedisError::from(std::io::Error::from(std::io::ErrorKind::TimedOut));
             StreamsError::Unavailable { server: self.stream_of("*"), doing: DOING, source }
         };
         tokio::time::timeout(LIMIT, self.facts()).await.unwrap_or_else(|_| Err(timed_out()))
     }
 
     async fn facts(&self) -> Result<RedisFacts, StreamsError> {
-        self.ping().await?;
+        match self.ping().await {
+            // One that cannot write to its disk answers nothing else to a PING.
+            Err(StreamsError::Unavailable { source, .. }) if source.code() == Some("MISCONF") => {}
+            answer => answer?,
+        }
         let mut servers = Vec::new();
         for master in self.masters(DOING).await? {
             servers.push(self.server_facts(&master).await);
@@ -97,42 +106,52 @@ impl Streams {
     }
 
     async fn server_facts(&self, node: &Node) -> ServerFacts {
-        let (denied, unable) = self.try_commands(node).await;
         let info: Result<String, _> = node.query(DOING, &redis::cmd("INFO")).await;
-        ServerFacts {
+        let mut facts = ServerFacts {
             name: node.name.to_string(),
             clock: clock(node).await,
             info: info.map(|text| fields(&text)),
             config: config(node).await,
-            denied,
-            unable,
-        }
+            denied: Vec::new(),
+            unknown: Vec::new(),
+            unable: None,
+        };
+        self.try_commands(node, &mut facts).await;
+        facts
     }
 
     /// Runs each command of the relay where it changes nothing, on keys that do not exist: only that says for certain, with any version of Redis,
     /// what this user may do. Redis looks at the permission before anything else, so any other error than a missing one is an answer, too.
-    async fn try_commands(&self, node: &Node) -> (Vec<String>, Option<String>) {
-        let (mut denied, mut unable) = (Vec::new(), None);
-        for (name, command) in self.commands() {
+    async fn try_commands(&self, node: &Node, facts: &mut ServerFacts) {
+        for (name, command) in self.commands(&self.stream_on(node).await) {
             let Err(error) = node.query::<Value>(DOING, &command).await else { continue };
-            let (code, text) = match &error {
-                StreamsError::Refused { source, .. } | StreamsError::Unavailable { source, .. } => {
-                    (source.code().unwrap_or_default().to_owned(), source.to_string())
-                }
-                _ => continue,
-            };
-            if code == "NOPERM" || text.contains("unknown command") {
-                denied.push(name.to_owned());
-            } else if matches!(code.as_str(), "OOM" | "MISCONF" | "READONLY" | "NOREPLICAS") {
-                unable.get_or_insert(text);
+            let (StreamsError::Refused { source, .. } | StreamsError::Unavailable { source, .. }) = &error else { continue };
+            let (code, text) = (source.code().unwrap_or_default(), source.detail().unwrap_or_default());
+            if code == "NOPERM" {
+                facts.denied.push(name.to_owned());
+            } else if text.contains("unknown command") {
+                facts.unknown.push(name.to_owned());
+            } else if matches!(code, "OOM" | "MISCONF" | "READONLY" | "NOREPLICAS") {
+                facts.unable.get_or_insert_with(|| format!("{code} {text}"));
             }
         }
-        (denied, unable)
     }
 
-    fn commands(&self) -> Vec<(&'static str, Cmd)> {
-        let stream = self.stream_of(&format!("doctor-{}", uuid::Uuid::new_v4().simple()));
-        let marker = super::marker_key(&stream, uuid::Uuid::new_v4());
+    /// The name of a stream that does not exist and would be on this node: elsewhere Redis says so before it says that it cannot write.
+    async fn stream_on(&self, node: &Node) -> String {
+        let new = || self.stream_of(&format!("doctor-{}", uuid::Uuid::new_v4().simple()));
+        for _ in 0..MOST_NAMES {
+            let stream = new();
+            match self.node_of(DOING, &stream).await {
+                Ok(owner) if !std::ptr::eq(&*owner, node) => {}
+                _ => return stream,
+            }
+        }
+        new()
+    }
+
+    fn commands(&self, stream: &str) -> Vec<(&'static str, Cmd)> {
+        let marker = super::marker_key(stream, uuid::Uuid::new_v4());
         let words = |name: &'static str, words: &[&str]| {
             let mut command = Cmd::new();
             name.split(' ').chain(words.iter().copied()).for_each(|word| {
@@ -145,19 +164,19 @@ impl Streams {
             words("PING", &[]),
             words("SCRIPT LOAD", &[nothing]),
             // Of `return 1`.
-            words("EVALSHA", &["e0e1f9fabfc9d4800c877a703b823ac0578ff8db", "1", &stream]),
-            words("XADD", &[&stream, "NOMKSTREAM", "*", "id", "x"]),
-            words("XRANGE", &[&stream, "-", "+", "COUNT", "1"]),
+            words("EVALSHA", &["e0e1f9fabfc9d4800c877a703b823ac0578ff8db", "1", stream]),
+            words("XADD", &[stream, "NOMKSTREAM", "*", "id", "x"]),
+            words("XRANGE", &[stream, "-", "+", "COUNT", "1"]),
             words("GET", &[&marker]),
             words("SET", &[&marker, "x", "XX"]),
             words("PEXPIRE", &[&marker, "1000"]),
             words("TIME", &[]),
             words("SCAN", &["0", "COUNT", "1"]),
-            words("XLEN", &[&stream]),
-            words("XINFO STREAM", &[&stream]),
-            words("XINFO GROUPS", &[&stream]),
-            words("XPENDING", &[&stream, "doctor"]),
-            words("XTRIM", &[&stream, "MAXLEN", "1000000"]),
+            words("XLEN", &[stream]),
+            words("XINFO STREAM", &[stream]),
+            words("XINFO GROUPS", &[stream]),
+            words("XPENDING", &[stream, "doctor"]),
+            words("XTRIM", &[stream, "MAXLEN", "1000000"]),
         ];
         if self.replicas.is_some() {
             commands.push(words("WAIT", &["0", "1"]));

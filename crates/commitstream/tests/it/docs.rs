@@ -25,12 +25,31 @@ fn every_promise_names_a_test_that_exists() -> Result<()> {
     let mut sources = String::new();
     collect(&root().join("crates"), &mut sources)?;
     collect(&root().join("examples"), &mut sources)?;
-    for document in ["README.md", "ARCHITECTURE.md", "docs/comparison.md"] {
+    for document in ["README.md", "ARCHITECTURE.md", "docs/comparison.md", "docs/doctor.md"] {
         let text = read(&root().join(document))?;
         let tables = text.lines().filter(|line| line.starts_with('|')).flat_map(|line| line.split('`').skip(1).step_by(2));
         for name in tables.filter(|code| code.contains("::") && !code.contains(['(', ' '])) {
             let test = name.rsplit("::").next().unwrap_or(name);
             ensure!(sources.contains(&format!("fn {test}(")), "{document} names the test {name}, which does not exist");
+        }
+    }
+    Ok(())
+}
+
+/// The last table of docs/doctor.md; each test that it names looks for what the check finds.
+#[test]
+fn each_check_of_doctor_names_tests_that_provoke_it() -> Result<()> {
+    let page = read(&root().join("docs/doctor.md"))?;
+    let (_, table) = page.split_once("## How it is known").context("the section")?;
+    for check in commitstream::doctor::CHECKS {
+        let row = table.lines().find(|line| line.starts_with(&format!("| `{check}` |"))).with_context(|| check.to_owned())?;
+        let mut tests = row.split('`').skip(1).step_by(2).filter_map(|code| code.split_once("::")).peekable();
+        ensure!(tests.peek().is_some(), "no test provokes {check}");
+        for (file, test) in tests {
+            let source = read(&root().join(format!("crates/commitstream/tests/it/{file}.rs")))?;
+            let (_, after) = source.split_once(&format!("fn {test}(")).with_context(|| format!("{file}.rs has no {test}"))?;
+            let body = after.split("\n}\n").next().unwrap_or(after);
+            ensure!(body.contains(&format!("\"{check}\"")), "{file}::{test} does not look for {check}");
         }
     }
     Ok(())

@@ -1,58 +1,20 @@
 //! Each finding about PostgreSQL and the outbox, provoked on real servers; where a command mends it, the command is run.
 
-use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use commitstream::config::{AfterFailure, Settings};
-use commitstream::doctor::{self, CHECKS, Facts, Finding, Report, Severity};
+use anyhow::{Context, Result};
+use commitstream::config::AfterFailure;
+use commitstream::doctor::{self, CHECKS, Facts, Severity};
 use commitstream::outbox::examine::{HolderKind, PostgresFacts};
 use commitstream::outbox::{Heartbeat, OutboxError};
 use commitstream_sandbox::{Postgres, Redis, Sandbox};
-use sqlx::{Connection, Executor, PgConnection};
+use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 use uuid::Uuid;
 
+use crate::doctor_report::{eventually_found, eventually_passes, examine, found, mend, only, passes};
 use crate::support::{Form, World, eventually};
 
 const EXPECTED: &str = include_str!("../../src/outbox/examine/definition.tsv");
-
-pub fn found<'a>(report: &'a Report, check: &str) -> Vec<&'a Finding> {
-    report.findings.iter().filter(|finding| finding.check == check).collect()
-}
-
-/// The only finding of a check.
-#[track_caller]
-pub fn only<'a>(report: &'a Report, check: &str, severity: Severity, seen: &str) -> &'a Finding {
-    let told = found(report, check);
-    assert!(told.len() == 1 && told[0].severity == severity && told[0].seen.contains(seen), "{check}: {told:#?}");
-    told[0]
-}
-
-#[track_caller]
-pub fn passes(report: &Report, check: &str) {
-    assert!(report.passed.contains(&check), "{check}: {:#?}", found(report, check));
-}
-
-async fn examine(world: &World) -> Report {
-    doctor::examine(&world.settings).await
-}
-
-/// Runs the command of a finding as a person would, without the remark behind it.
-pub fn mend(settings: &Settings, finding: &Finding) -> Result<()> {
-    let command = finding.mend.split(" (").next().unwrap_or_default();
-    // A statement has parentheses of its own.
-    let command = if finding.mend.contains(" (as ") || finding.mend.contains(" (or ") { command } else { &finding.mend };
-    let url = settings.redis.url.as_deref().unwrap_or_default();
-    let password = url.rsplit_once('@').and_then(|(login, _)| login.rsplit_once(':')).map_or("", |(_, password)| password);
-    let ran = Command::new("sh")
-        .args(["-c", command])
-        .env("DATABASE_URL", settings.database.url.as_deref().unwrap_or_default())
-        .env("REDISCLI_AUTH", password)
-        .output()?;
-    let said = String::from_utf8_lossy(&ran.stderr);
-    ensure!(ran.status.success() && !String::from_utf8_lossy(&ran.stdout).contains("ERR"), "{command}: {said}");
-    Ok(())
-}
 
 /// A relay that is alive as long as the session is.
 async fn beat(world: &World, version: &'static str, state: &'static str, reason: Option<&str>) -> Result<PgConnection> {
@@ -178,12 +140,29 @@ async fn settings_of_postgresql_that_break_promises_are_found() -> Result<()> {
 async fn a_standby_and_a_database_for_reading_only_are_found() -> Result<()> {
     let primary = Postgres::start()?;
     let standby = Postgres::start_standby_of(&primary)?;
-    let mut world = World::new().await?;
-    let own = world.settings.database.url.replace(standby.url());
-    only(&examine(&world).await, "postgres-writable", Severity::Error, "leads to a standby");
-    world.settings.database.url = own;
-    world.database.psql(&format!("ALTER DATABASE {} SET default_transaction_read_only = on;", world.database.name()))?;
-    only(&examine(&world).await, "postgres-writable", Severity::Error, "transactions are read-only");
+    let mut world = World::unmigrated()?;
+    world.settings.database.url = Some(standby.url());
+    mend(&world.settings, only(&examine(&world).await, "postgres-writable", Severity::Error, "leads to a standby"))?;
+    passes(&examine(&world).await, "postgres-writable");
+    // Each overrides the one before.
+    for (whose, source) in [
+        ("SYSTEM", "configuration file"),
+        ("DATABASE postgres", "database"),
+        ("ROLE postgres", "user"),
+        ("ROLE postgres IN DATABASE postgres", "database user"),
+    ] {
+        let mut session = PgConnection::connect(&standby.url()).await?;
+        session.execute(AssertSqlSafe(format!("ALTER {whose} SET default_transaction_read_only = on"))).await?;
+        session.execute("SELECT pg_reload_conf()").await?;
+        let seen = format!("transactions are read-only (default_transaction_read_only, set by: {source})");
+        let report = eventually_found(&world, "postgres-writable").await?;
+        mend(&world.settings, only(&report, "postgres-writable", Severity::Error, &seen))?;
+        eventually_passes(&world, "postgres-writable").await?;
+    }
+    world.settings.database.url = Some(format!("{}?options=-cdefault_transaction_read_only=on", standby.url()));
+    let report = examine(&world).await;
+    let finding = only(&report, "postgres-writable", Severity::Error, "set by: client");
+    assert!(finding.mend.starts_with("take default_transaction_read_only out of the options"), "{finding:?}");
     Ok(())
 }
 
@@ -308,39 +287,15 @@ async fn an_index_whose_making_broke_off_is_found_and_mended() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_user_without_rights_is_told_which_to_give() -> Result<()> {
-    let world = World::new().await?;
-    let role = format!("r_{}", world.database.name());
-    world.database.psql(&format!(
-        "CREATE ROLE {role} LOGIN PASSWORD 'p'; GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role};
-         GRANT INSERT, UPDATE, DELETE ON event_outbox, outbox_batch, outbox_relay TO {role}; GRANT DELETE ON event_inbox TO {role};"
-    ))?;
-    let mut settings = world.settings.clone();
-    let (_, place) = world.database.url().rsplit_once('@').context("a login")?;
-    settings.database.url = Some(format!("postgres://{role}:p@{place}"));
-    let report = doctor::examine(&settings).await;
-    let finding = only(&report, "privileges", Severity::Error, "(outbox_lease: UPDATE)");
-    only(&report, "postgres-visibility", Severity::Note, "sees only its own sessions");
-    mend(&world.settings, finding)?;
-    let report = doctor::examine(&settings).await;
-    passes(&report, "privileges");
-    passes(&report, "writers");
-    mend(&world.settings, found(&report, "postgres-visibility")[0])?;
-    passes(&doctor::examine(&settings).await, "postgres-visibility");
-    world.database.psql(&format!("DROP OWNED BY {role}; DROP ROLE {role};"))?;
-    Ok(())
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn a_table_that_is_not_vacuumed_is_found() -> Result<()> {
     let world = World::new().await?;
     world.database.psql("ALTER TABLE event_outbox SET (autovacuum_enabled = off);")?;
     world.insert(110_000, 10).await?;
     world.database.psql("UPDATE event_outbox SET status = 'PUBLISHED', published_at = now();")?;
-    eventually("the statistics to arrive", async || Ok(!found(&examine(&world).await, "bloat").is_empty())).await?;
-    let report = examine(&world).await;
+    let report = eventually_found(&world, "bloat").await?;
     let finding = only(&report, "bloat", Severity::Warning, "the table event_outbox has 110000 dead rows");
-    assert!(finding.mend.ends_with(r#"psql "$DATABASE_URL" -c 'VACUUM (ANALYZE) "public"."event_outbox"'"#), "{finding:?}");
+    mend(&world.settings, finding)?;
+    eventually_passes(&world, "bloat").await?;
     mend(&world.settings, only(&report, "autovacuum", Severity::Warning, "off for the table event_outbox"))?;
     passes(&examine(&world).await, "autovacuum");
     Ok(())
@@ -413,7 +368,7 @@ async fn events_that_wait_long_were_refused_or_failed_are_found() -> Result<()> 
             .psql("UPDATE event_outbox SET next_retry_at = now() + interval '1 minute' WHERE aggregate_id IN ('1', '2');")?;
         let report = examine(&world).await;
         let finding = only(&report, "refused-events", Severity::Warning, "4 events of 2 aggregates");
-        mend(&world.settings, &Finding { mend: finding.mend.replace("mend what last_error names: ", ""), ..finding.clone() })?;
+        mend(&world.settings, finding)?;
         passes(&report, "failed-events");
         assert!(found(&report, "backlog").len() == 1, "those that do not wait for a retry are old still");
 
@@ -446,20 +401,6 @@ async fn a_silent_outbox_and_one_that_is_not_cleaned_up_are_found() -> Result<()
     let report = examine(&world).await;
     passes(&report, "writers");
     passes(&report, "cleanup");
-    Ok(())
-}
-
-/// A look that takes too long is a finding, and all others are there.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_table_that_is_locked_is_a_finding_of_its_own() -> Result<()> {
-    let world = World::new().await?;
-    let mut other = world.connect().await?;
-    let mut locked = other.begin().await?;
-    locked.execute("LOCK TABLE event_outbox IN ACCESS EXCLUSIVE MODE").await?;
-    let report = examine(&world).await;
-    only(&report, "backlog", Severity::Warning, "this could not be examined: PostgreSQL refused while looking at unsent events");
-    passes(&report, "relay-versions");
-    passes(&report, "redis-reachable");
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use anyhow::{Context, Result};
 use commitstream::doctor::{self, Severity};
 
-use crate::doctor::{found, only, passes};
+use crate::doctor_report::{found, only, passes};
 use crate::support::{World, eventually};
 
 struct PgBouncer {

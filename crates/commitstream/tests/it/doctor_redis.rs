@@ -1,26 +1,22 @@
 //! Each finding about Redis and the streams, provoked on real servers; where a command mends it, the command is run.
 
 use anyhow::{Context, Result};
-use commitstream::doctor::{self, Report, Severity};
+use commitstream::doctor::Severity;
 use commitstream_sandbox::{Redis, RedisCluster, RedisSentinel, Sandbox};
 
-use crate::doctor::{found, mend, only, passes};
+use crate::doctor_report::{examine, found, mend, only, passes};
 use crate::support::World;
 
-const HEALTHY: [(&str, &str); 1] = [("appendfsync", "everysec")];
+pub const HEALTHY: [(&str, &str); 1] = [("appendfsync", "everysec")];
 
 /// Without tables, since only Redis is looked at.
-fn world(redis: &Redis) -> Result<World> {
+pub fn world(redis: &Redis) -> Result<World> {
     World::on(Sandbox::shared().database()?, &redis.url(), "events:".into())
 }
 
-async fn run(world: &World, command: &str) -> Result<()> {
+pub async fn run(world: &World, command: &str) -> Result<()> {
     let words: Vec<&str> = command.split(' ').collect();
     Ok(redis::cmd(words[0]).arg(&words[1..]).exec_async(&mut world.redis().await?).await?)
-}
-
-async fn examine(world: &World) -> Report {
-    doctor::examine(&world.settings).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -124,11 +120,7 @@ async fn a_key_in_the_way_of_a_stream_is_found_and_mended() -> Result<()> {
         run(&world, command).await?;
     }
     let report = examine(&world).await;
-    let finding = only(&report, "stream-keys", Severity::Warning, "the key events:it's is a string, not a stream");
-    let rename =
-        finding.mend.split(" && ").next().unwrap_or_default().replace("redis-cli -u \"$REDIS_URL\"", "redis-cli -u REDIS");
-    let rename = rename.replace("REDIS", &redis.url());
-    mend(&world.settings, &doctor::Finding { mend: rename, ..finding.clone() })?;
+    mend(&world.settings, only(&report, "stream-keys", Severity::Warning, "the key events:it's is a string, not a stream"))?;
     passes(&examine(&world).await, "stream-keys");
     Ok(())
 }
@@ -155,6 +147,8 @@ async fn groups_that_stand_still_and_dead_letters_are_found() -> Result<()> {
     assert!(told[1].starts_with("the group mail of events:user has 2 entries pending, the oldest written "), "{told:?}");
     assert_eq!(told[2], "the group mail of events:user gave 1 events up: they are dead letters");
     only(&report, "trimming", Severity::Warning, "the stream events:user goes back ");
+    mend(&world.settings, found(&report, "consumer-groups")[0])?;
+    assert_eq!(found(&examine(&world).await, "consumer-groups").len(), 2);
     Ok(())
 }
 
@@ -168,7 +162,11 @@ async fn streams_that_are_not_trimmed_are_found() -> Result<()> {
     let report = examine(&world).await;
     let finding = only(&report, "trimming", Severity::Warning, "the stream events:user goes back ");
     assert!(finding.why.starts_with("the group mail has not acknowledged its beginning"), "{finding:?}");
-    for command in ["XREADGROUP GROUP mail c1 STREAMS events:user >", "XACK events:user mail 1-0"] {
+    mend(&world.settings, finding)?;
+    only(&examine(&world).await, "trimming", Severity::Note, "the stream events:user goes back ");
+    for command in
+        ["XGROUP CREATE events:user mail 0", "XREADGROUP GROUP mail c1 STREAMS events:user >", "XACK events:user mail 1-0"]
+    {
         run(&world, command).await?;
     }
     let report = examine(&world).await;

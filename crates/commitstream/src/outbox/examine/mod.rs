@@ -80,6 +80,7 @@ impl OutboxRepository {
                 return Ok(PostgresFacts::Pooled);
             }
         }
+        connection.execute("SET lock_timeout = '1s'; SET statement_timeout = '5s'").await.map_err(self.error("connecting"))?;
         let facts = self.examine_by(&mut connection).await;
         connection.close().await.ok();
         Ok(PostgresFacts::Direct(Box::new(facts)))

@@ -47,16 +47,19 @@ WHERE NOT (x.indisvalid AND x.indisready)
        OR x.indrelid IN (SELECT inhrelid FROM pg_inherits WHERE inhparent = to_regclass($1)))
 ORDER BY 1 LIMIT 20";
 
+/// What a relay needs, and what an operator needs besides.
 const PRIVILEGES: &str = "
-SELECT t.name || ': ' || string_agg(p.privilege, ', ')
-FROM (VALUES ('event_outbox', 'SELECT'), ('event_outbox', 'INSERT'), ('event_outbox', 'UPDATE'), ('event_outbox', 'DELETE'),
-             ('outbox_batch', 'SELECT'), ('outbox_batch', 'INSERT'), ('outbox_batch', 'UPDATE'), ('outbox_batch', 'DELETE'),
-             ('outbox_pause', 'SELECT'),
-             ('outbox_relay', 'SELECT'), ('outbox_relay', 'INSERT'), ('outbox_relay', 'UPDATE'), ('outbox_relay', 'DELETE'),
-             ('outbox_lease', 'SELECT'), ('outbox_lease', 'UPDATE'),
-             ('event_inbox', 'SELECT'), ('event_inbox', 'DELETE')) AS p (name, privilege)
+SELECT of_relay, t.name || ': ' || string_agg(privilege, ', ' ORDER BY place)
+FROM (VALUES (true, 'event_outbox', ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']),
+             (true, 'outbox_batch', ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']),
+             (true, 'outbox_relay', ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']),
+             (true, 'outbox_lease', ARRAY['SELECT', 'UPDATE']), (true, 'event_inbox', ARRAY['SELECT', 'DELETE']),
+             (true, 'outbox_pause', ARRAY['SELECT']),
+             (false, 'outbox_pause', ARRAY['INSERT', 'DELETE']), (false, 'outbox_audit', ARRAY['SELECT', 'INSERT'])
+     ) AS needed (of_relay, name, privileges)
+CROSS JOIN LATERAL unnest(privileges) WITH ORDINALITY AS p (privilege, place)
 JOIN (SELECT relname::text AS name, c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace WHERE nspname = $1) AS t USING (name)
-WHERE NOT has_table_privilege(t.oid, p.privilege) GROUP BY t.name ORDER BY t.name";
+WHERE NOT has_table_privilege(t.oid, privilege) GROUP BY of_relay, t.name ORDER BY t.name";
 
 /// Which migration is recorded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,8 +86,10 @@ pub struct SchemaFacts {
     pub invalid: Vec<String>,
     /// Rows of `outbox_lease`.
     pub leases: i64,
-    /// What this user may not do, each as `table: SELECT, UPDATE`.
+    /// What a relay needs and this user may not do, each as `table: SELECT, UPDATE`.
     pub denied: Vec<String>,
+    /// The same of what an operator needs, in the console or with commands.
+    pub denied_to_operators: Vec<String>,
     pub user: String,
     pub is_partitioned: bool,
 }
@@ -117,14 +122,18 @@ impl OutboxRepository {
         let tables = ["event_outbox", "outbox_batch", "event_inbox"].map(|name| format!("{}.{name}", self.quoted));
         let [outbox, batch, inbox] = &tables;
         let invalid = sqlx::query_scalar(INVALID).bind(outbox).bind(batch).bind(inbox).fetch_all(&mut *tx).await;
-        let denied = sqlx::query_scalar(PRIVILEGES).bind(&self.schema).fetch_all(&mut *tx).await.map_err(self.error(doing))?;
+        let denied: Vec<(bool, String)> =
+            sqlx::query_as(PRIVILEGES).bind(&self.schema).fetch_all(&mut *tx).await.map_err(self.error(doing))?;
+        let (relay, operators): (Vec<_>, Vec<_>) = denied.into_iter().partition(|(of_relay, _)| *of_relay);
+        let names = |denied: Vec<(bool, String)>| denied.into_iter().map(|(_, name)| name).collect();
         let user = sqlx::query_scalar("SELECT current_user::text").fetch_one(&mut *tx).await;
         let leases = sqlx::query_scalar(self.sql("SELECT count(*) FROM {s}.outbox_lease")).fetch_one(&mut *tx).await;
         Ok(SchemaFacts {
             differences: differences(found),
             invalid: invalid.map_err(self.error(doing))?,
             leases: leases.map_err(self.error(doing))?,
-            denied,
+            denied: names(relay),
+            denied_to_operators: names(operators),
             user: user.map_err(self.error(doing))?,
             is_partitioned: self.is_partitioned(&mut tx).await?,
         })

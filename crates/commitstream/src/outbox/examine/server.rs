@@ -8,12 +8,14 @@ pub struct ServerFacts {
     /// As `server_version_num`, such as 150018.
     pub version: i32,
     pub in_recovery: bool,
-    /// New transactions are read-only by default.
+    /// New transactions are read-only by default; where that is set, as `pg_settings` says it.
     pub read_only: bool,
+    pub read_only_source: String,
     pub fsync: bool,
     pub full_page_writes: bool,
     /// Of a new session of this user.
     pub synchronous_commit: String,
+    pub synchronous_commit_source: String,
     pub autovacuum: bool,
     pub track_counts: bool,
     /// Sessions that there are, and may be of ordinary users.
@@ -24,6 +26,7 @@ pub struct ServerFacts {
     /// This user sees what sessions of others do.
     pub sees_sessions: bool,
     pub user: String,
+    pub database: String,
 }
 
 impl OutboxRepository {
@@ -40,7 +43,10 @@ impl OutboxRepository {
                     current_setting('max_connections')::bigint
                         - current_setting('superuser_reserved_connections')::bigint AS max_connections,
                     (SELECT age(datfrozenxid) FROM pg_database WHERE datname = current_database()) AS frozen_age,
-                    pg_has_role('pg_read_all_stats', 'USAGE') AS sees_sessions, current_user::text AS user",
+                    pg_has_role('pg_read_all_stats', 'USAGE') AS sees_sessions, current_user::text AS user,
+                    current_database()::text AS database,
+                    (SELECT source FROM pg_settings WHERE name = 'default_transaction_read_only') AS read_only_source,
+                    (SELECT source FROM pg_settings WHERE name = 'synchronous_commit') AS synchronous_commit_source",
         )
         .fetch_one(&mut *tx)
         .await
@@ -50,9 +56,11 @@ impl OutboxRepository {
                 version: row.try_get("version")?,
                 in_recovery: row.try_get("in_recovery")?,
                 read_only: row.try_get("read_only")?,
+                read_only_source: row.try_get("read_only_source")?,
                 fsync: row.try_get("fsync")?,
                 full_page_writes: row.try_get("full_page_writes")?,
                 synchronous_commit: row.try_get("synchronous_commit")?,
+                synchronous_commit_source: row.try_get("synchronous_commit_source")?,
                 autovacuum: row.try_get("autovacuum")?,
                 track_counts: row.try_get("track_counts")?,
                 connections: row.try_get("connections")?,
@@ -60,6 +68,7 @@ impl OutboxRepository {
                 frozen_age: row.try_get("frozen_age")?,
                 sees_sessions: row.try_get("sees_sessions")?,
                 user: row.try_get("user")?,
+                database: row.try_get("database")?,
             })
         };
         read().map_err(self.error(doing))
