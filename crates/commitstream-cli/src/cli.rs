@@ -114,8 +114,8 @@ Examples:
 }
 
 impl Command {
-    /// True for a command whose log is its main output.
+    /// True for a command that serves until it is stopped, and tells what it does in the log.
     pub fn is_daemon(&self) -> bool {
-        matches!(self, Self::Relay(_))
+        matches!(self, Self::Relay(_) | Self::Console(_))
     }
 }

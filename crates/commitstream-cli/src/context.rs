@@ -72,3 +72,9 @@ pub async fn redis(settings: &Settings) -> anyhow::Result<Streams> {
     streams.ping().await.with_context(|| format!("cannot use {}", redact_url(url)))?;
     Ok(streams)
 }
+
+/// Who acts, as the audit has it: the user of the system and the host.
+pub fn operator() -> String {
+    let known = |name: whoami::Result<String>| name.unwrap_or_else(|_| "unknown".to_owned());
+    format!("cli:{}@{}", known(whoami::username()), known(whoami::hostname()))
+}

@@ -7,6 +7,7 @@ mod context;
 mod failure;
 mod http;
 mod logging;
+mod names;
 mod output;
 mod spans;
 

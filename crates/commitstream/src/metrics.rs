@@ -12,11 +12,14 @@ use ::metrics::{Counter, Gauge, Histogram, Unit, counter, gauge, histogram};
 
 use crate::outbox::{Backlog, OutboxError};
 use crate::relay::RelayState;
-use crate::streams::StreamsError;
+use crate::streams::{GroupLag, StreamsError};
 
 /// Event types that have a label of their own, for each lane of a process; the others are counted as [`OTHER`] together.
 pub const MAX_TYPES: usize = 100;
-/// The `type` of events beyond [`MAX_TYPES`], and of those of recovered batches, whose types are not read.
+/// Consumer groups whose lag has labels of its own; the largest of the others is that of [`OTHER`].
+pub const MAX_GROUPS: usize = 200;
+/// The `type` of events beyond [`MAX_TYPES`], and of those of recovered batches, whose types are not read; `stream` and `group` beyond
+/// [`MAX_GROUPS`].
 pub const OTHER: &str = "other";
 
 /// What a metric counts or measures.
@@ -131,6 +134,13 @@ pub const METRICS: &[Metric] = &[
         &["stream", "group"],
         "Events that a consumer of this process has read and not finished.",
     ),
+    metric(
+        LAG,
+        Kind::Gauge,
+        Unit::Count,
+        &["stream", "group"],
+        "Events of a stream that a consumer group has not acknowledged, delivered or not, as a relay reads it (at most 200 groups, then other with the largest). Counted up to 10,000 where Redis does not know it.",
+    ),
 ];
 
 const EVENTS: &str = "commitstream_events_total";
@@ -149,6 +159,7 @@ const FAILED_EVENTS: &str = "commitstream_failed_events";
 const OPEN_BATCHES: &str = "commitstream_open_batches";
 const CONSUMED: &str = "commitstream_consumer_events_total";
 const IN_HAND: &str = "commitstream_consumer_in_hand_events";
+const LAG: &str = "commitstream_consumer_lag_events";
 
 /// Gives the recorder the help texts and units. To be called once, after it was set.
 pub fn describe() {
@@ -295,6 +306,29 @@ pub fn set_backlog(backlog: &Backlog) {
     count(FAILED_EVENTS, backlog.failed);
     count(OPEN_BATCHES, backlog.open_batches);
     gauge!(OLDEST).set(backlog.oldest.unwrap_or(Duration::ZERO).as_secs_f64());
+}
+
+/// How far consumer groups are behind.
+#[derive(Debug, Default)]
+pub struct ConsumerLags(HashMap<(String, String), Gauge>);
+
+impl ConsumerLags {
+    /// As they were read: all that there are. A group that is gone is behind by nothing.
+    pub fn set(&mut self, lags: &[GroupLag]) {
+        let mut largest = HashMap::<_, u64>::new();
+        for GroupLag { stream, group, events } in lags {
+            let own = (stream.clone(), group.clone());
+            let has_room = self.0.len() < MAX_GROUPS || self.0.contains_key(&own);
+            let labels = if has_room { own } else { (OTHER.to_owned(), OTHER.to_owned()) };
+            let (stream, group) = labels.clone();
+            self.0.entry(labels.clone()).or_insert_with(|| gauge!(LAG, "stream" => stream, "group" => group));
+            let known = largest.entry(labels).or_default();
+            *known = (*events).max(*known);
+        }
+        for (labels, gauge) in &self.0 {
+            gauge.set(largest.get(labels).copied().unwrap_or_default() as f64);
+        }
+    }
 }
 
 /// The metrics of a consumer on one stream.

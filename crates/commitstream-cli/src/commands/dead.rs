@@ -1,5 +1,6 @@
 //! `commitstream dead list|retry|discard`
 
+mod deed;
 mod select;
 
 use std::io::{self, IsTerminal};
@@ -8,19 +9,23 @@ use std::time::Duration;
 
 use chrono::Utc;
 use clap::ArgGroup;
-use commitstream::streams::{DeadLetter, RetriedAs, Streams};
+use commitstream::config::Settings;
+use commitstream::outbox::OutboxRepository;
+use commitstream::streams::{DeadLetter, Streams};
 use serde_json::json;
+use sqlx::PgConnection;
 
 use super::failed::agrees;
 use crate::context::{self, Context};
-use crate::failure::{WrongUse, on_one_line};
+use crate::failure::WrongUse;
 use crate::output::{Table, age, plural};
+pub use deed::{Audit, Change, carry_out};
 use select::{Filter, Id, position, visit, visit_all};
 
 /// List, retry or discard what consumers gave up
 ///
 /// An event is a dead letter when a consumer group failed to handle it as often as maxDeliveries allows. Other groups are not
-/// concerned. It keeps the event and the history of its failures until somebody decides what becomes of it.
+/// concerned. It keeps the event and the history of its failures until somebody decides what becomes of it. Where DATABASE_URL is set, the audit says who that was.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -75,12 +80,6 @@ struct Which {
     /// With --all: do not ask
     #[arg(long, short)]
     yes: bool,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Change {
-    Retry,
-    Discard,
 }
 
 pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
@@ -157,27 +156,31 @@ async fn change(context: &Context, which: &Which, change: Change) -> anyhow::Res
         context.output.remark("nothing was changed")?;
         return Ok(ExitCode::FAILURE);
     }
-    let (mut changed, mut left) = (0, 0);
-    let mut act = async |letter: DeadLetter| {
-        match apply(&streams, change, &letter).await? {
-            None => changed += 1,
-            Some(why) => {
-                left += 1;
-                context.output.remark(&format!("{}: {why}", name_of(&letter, prefix)))?;
-            }
-        }
-        Ok(true)
-    };
+    let mut work = Work { change, context, streams: &streams, prefix, audit: audit(&settings).await?, changed: 0, left: 0 };
     if which.all {
-        visit_all(&streams, &which.filter, act).await?;
+        let mut letters = Vec::new();
+        let collect = async |letter| {
+            letters.push(letter);
+            if letters.len() == AT_ONCE {
+                work.act(&letters).await?;
+                letters.clear();
+            }
+            Ok(true)
+        };
+        visit_all(&streams, &which.filter, collect).await?;
+        work.act(&letters).await?;
     } else {
         let (letters, missing) = select::named(&streams, prefix, &which.ids, &which.filter).await?;
-        for letter in letters {
-            act(letter).await?;
+        for letters in letters.chunks(AT_ONCE) {
+            work.act(letters).await?;
         }
         for id in missing {
             context.output.remark(&format!("{id}: there is no dead letter with this id"))?;
         }
+    }
+    let Work { changed, left, audit, .. } = work;
+    if changed > 0 && audit.is_none() {
+        context.output.remark("this is not written down: the audit is in PostgreSQL, and no DATABASE_URL is set")?;
     }
     if context.output.json {
         context.output.json(&json!({ "changed": changed }))?;
@@ -187,18 +190,38 @@ async fn change(context: &Context, which: &Which, change: Change) -> anyhow::Res
     Ok(if left > 0 || (changed == 0 && !which.all) { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-/// Why a dead letter was left as it is, if it was. An outage ends the work.
-async fn apply(streams: &Streams, change: Change, letter: &DeadLetter) -> anyhow::Result<Option<String>> {
-    let applied = match change {
-        Change::Retry => streams.retry_dead(letter).await.map(|retried| match retried {
-            RetriedAs::Pending(consumer) => Some(format!("{consumer} has its entry in hand: try again in a moment")),
-            RetriedAs::Entry | RetriedAs::Copy(_) | RetriedAs::Before => None,
-        }),
-        Change::Discard => streams.discard_dead(&letter.stream, &letter.dead_id).await.map(|_| None),
-    };
-    match applied {
-        Err(error) if !error.is_outage() => Ok(Some(on_one_line(&error.into()))),
-        applied => Ok(applied?),
+/// The audit is in PostgreSQL, which consumers and this command can do without.
+async fn audit(settings: &Settings) -> anyhow::Result<Option<(OutboxRepository, PgConnection)>> {
+    if settings.database.url.is_none() {
+        return Ok(None);
+    }
+    Ok(Some((context::repository(settings), context::migrated(settings, "dead").await?)))
+}
+
+/// Dead letters that have one row of the audit together.
+const AT_ONCE: usize = 100;
+
+struct Work<'a> {
+    change: Change,
+    context: &'a Context,
+    streams: &'a Streams,
+    prefix: &'a str,
+    audit: Option<(OutboxRepository, PgConnection)>,
+    changed: u64,
+    left: u64,
+}
+
+impl Work<'_> {
+    async fn act(&mut self, letters: &[DeadLetter]) -> anyhow::Result<()> {
+        let who = context::operator();
+        let audit = self.audit.as_mut().map(|(outbox, connection)| Audit { outbox, connection, who: &who });
+        let left = carry_out(self.streams, audit, self.change, letters).await?;
+        self.changed += u64::try_from(letters.len() - left.len())?;
+        self.left += u64::try_from(left.len())?;
+        for (letter, why) in left {
+            self.context.output.remark(&format!("{}: {why}", name_of(letter, self.prefix)))?;
+        }
+        Ok(())
     }
 }
 

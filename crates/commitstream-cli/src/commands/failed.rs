@@ -5,9 +5,9 @@ use std::io::{self, BufRead, IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::ArgGroup;
-use commitstream::outbox::{OutboxRepository, Selection};
+use commitstream::outbox::{Deed, FailureFilter, FailurePlace, OutboxRepository, Remedy, Selection};
 use serde_json::json;
-use sqlx::{Connection, PgConnection};
+use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::stats::failures;
@@ -86,17 +86,11 @@ fn event_id(text: &str) -> Result<Uuid, String> {
     text.parse().map_err(|_| "an id is a UUID, as `commitstream failed list` shows it".to_owned())
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Change {
-    Retry,
-    Discard,
-}
-
 pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
     match args.action {
         Action::List { event_type, limit } => list(context, Selection::All { event_type }, limit).await,
-        Action::Retry(which) => change(context, &which, Change::Retry).await,
-        Action::Discard(which) => change(context, &which, Change::Discard).await,
+        Action::Retry(which) => change(context, &which, Remedy::Retry).await,
+        Action::Discard(which) => change(context, &which, Remedy::Discard).await,
     }
 }
 
@@ -121,8 +115,8 @@ async fn list(context: &Context, selection: Selection, limit: u32) -> anyhow::Re
     Ok(ExitCode::SUCCESS)
 }
 
-async fn change(context: &Context, which: &Which, change: Change) -> anyhow::Result<ExitCode> {
-    if change == Change::Discard && which.all && !which.yes && !io::stdin().is_terminal() {
+async fn change(context: &Context, which: &Which, remedy: Remedy) -> anyhow::Result<ExitCode> {
+    if remedy == Remedy::Discard && which.all && !which.yes && !io::stdin().is_terminal() {
         let message = "discard --all deletes events for good, and there is no terminal to ask on";
         return Err(WrongUse::with_hint(
             message,
@@ -133,34 +127,51 @@ async fn change(context: &Context, which: &Which, change: Change) -> anyhow::Res
     let settings = context.settings()?;
     let outbox = context::repository(&settings);
     let mut connection = context::migrated(&settings, "failed").await?;
-    if which.all && !which.yes && io::stdin().is_terminal() && !confirmed(&outbox, &mut connection, which, change).await? {
+    if which.all && !which.yes && io::stdin().is_terminal() && !confirmed(&outbox, &mut connection, which, remedy).await? {
         context.output.remark("nothing was changed")?;
         return Ok(ExitCode::FAILURE);
     }
-    let mut transaction = connection.begin().await?;
-    let missing = missing(&outbox, &mut transaction, &which.ids).await?;
-    let changed = match change {
-        Change::Retry => outbox.retry_failed(&mut transaction, &which.selection()).await?,
-        Change::Discard => outbox.discard_failed(&mut transaction, &which.selection()).await?,
-    };
-    transaction.commit().await?;
+    let missing = missing(&outbox, &mut connection, &which.ids).await?;
+    let changed = apply(&outbox, &mut connection, which, remedy).await?;
     for id in &missing {
         context.output.remark(&format!("{id}: there is no failed event with this id"))?;
     }
     if context.output.json {
         context.output.json(&json!({ "changed": changed }))?;
     } else {
-        context.output.line(&outcome(change, changed))?;
+        context.output.line(&outcome(remedy, changed))?;
     }
     Ok(if changed == 0 && !which.all { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-fn outcome(change: Change, changed: u64) -> String {
+/// What is named at once, all that match in steps; each step is one transaction with its row in the audit. Returns how many were changed.
+async fn apply(outbox: &OutboxRepository, connection: &mut PgConnection, which: &Which, remedy: Remedy) -> anyhow::Result<u64> {
+    let who = context::operator();
+    if !which.all {
+        let about = match which.ids.len() {
+            1 => "one event".to_owned(),
+            many => plural(u64::try_from(many)?, "event"),
+        };
+        let step = outbox.remedy_events(connection, Deed { who: &who, about: &about }, remedy, &which.ids).await?;
+        return Ok(u64::try_from(step.changed)?);
+    }
+    let filter = FailureFilter { event_type: which.event_type.clone(), cause: None };
+    let about = filter.to_string();
+    let (mut changed, mut place) = (0, Some(FailurePlace::default()));
+    while let Some(from) = place {
+        let step = outbox.remedy_step(connection, Deed { who: &who, about: &about }, remedy, &filter, &from).await?;
+        changed += u64::try_from(step.changed)?;
+        place = step.next;
+    }
+    Ok(changed)
+}
+
+fn outcome(remedy: Remedy, changed: u64) -> String {
     let events = plural(changed, "event");
-    match (change, changed) {
+    match (remedy, changed) {
         (_, 0) => "nothing to do: no failed event matches".to_owned(),
-        (Change::Retry, _) => format!("{events} made PENDING again: the relay publishes what can be published"),
-        (Change::Discard, _) => format!("{events} deleted"),
+        (Remedy::Retry, _) => format!("{events} made PENDING again: the relay publishes what can be published"),
+        (Remedy::Discard, _) => format!("{events} deleted"),
     }
 }
 
@@ -182,7 +193,7 @@ async fn confirmed(
     outbox: &OutboxRepository,
     connection: &mut PgConnection,
     which: &Which,
-    change: Change,
+    remedy: Remedy,
 ) -> anyhow::Result<bool> {
     let found = outbox.failed(connection, &which.selection(), i64::from(COUNTED) + 1).await?.len();
     if found == 0 {
@@ -192,9 +203,9 @@ async fn confirmed(
         more if more > u64::from(COUNTED) => format!("more than {}", plural(u64::from(COUNTED), "event")),
         found => plural(found, "event"),
     };
-    agrees(match change {
-        Change::Retry => format!("Retry {found}? [y/N] "),
-        Change::Discard => format!("Delete {found} for good? [y/N] "),
+    agrees(match remedy {
+        Remedy::Retry => format!("Retry {found}? [y/N] "),
+        Remedy::Discard => format!("Delete {found} for good? [y/N] "),
     })
     .await
 }

@@ -81,7 +81,7 @@ async fn relay(
     let metrics = listener.is_some().then(http::record_metrics).transpose()?;
     let mut relay = OutboxProcessor::new(settings.clone())?.start();
     let status = relay.watch();
-    let monitor = if until_empty { None } else { Monitor::start(settings, status.clone(), metrics.clone()) };
+    let monitor = if until_empty { None } else { Monitor::start(settings, status.clone(), metrics.clone())? };
     let server = match (listener, metrics, &monitor) {
         (Some(listener), Some(metrics), Some(monitor)) => {
             let settings = Arc::new(settings.clone());

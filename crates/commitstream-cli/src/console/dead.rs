@@ -1,11 +1,11 @@
 use axum::extract::{Query, State};
-use commitstream::outbox::Deed;
-use commitstream::streams::{DeadLetter, RetriedAs};
+use commitstream::streams::DeadLetter;
 use maud::{Markup, html};
 
 use super::Console;
 use super::page::{Refusal, link, nothing, page, time, token};
 use super::session::{Act, Viewer};
+use crate::commands::dead::{Audit, Change, carry_out};
 use crate::output::plural;
 
 /// Dead letters of all streams on one page.
@@ -99,40 +99,34 @@ fn row(viewer: &Viewer, letter: &DeadLetter) -> Markup {
     }
 }
 
-/// The audit is written first: Redis knows no common transaction with it.
 pub async fn act(State(console): State<Console>, act: Act) -> Result<Markup, Refusal> {
     let streams = &console.servers.streams;
     let (stream, dead_id) = (act.field("stream").unwrap_or_default(), act.field("dead_id").unwrap_or_default());
+    let change = match act.field("action") {
+        Some("retry") => Change::Retry,
+        Some("discard") => Change::Discard,
+        _ => return Err(Refusal::wrong("retry, or discard?")),
+    };
     let known = streams.dead_streams().await?.iter().any(|known| known == stream);
     let letter = if known { streams.dead_letter(stream, dead_id).await? } else { None };
     let letter = letter.ok_or_else(|| Refusal::not_found("there is no such dead letter any more"))?;
-    let action = match act.field("action") {
-        Some("retry") => "retry dead letter",
-        Some("discard") => "discard dead letter",
-        _ => return Err(Refusal::wrong("retry, or discard?")),
-    };
-    let about = format!("{} of the group {}", letter.dead_id, letter.group);
-    let deed = Deed { who: &act.viewer.who, about: &about };
-    let event: Vec<_> = letter.event_id.iter().filter_map(|id| id.parse().ok()).collect();
     let mut session = console.servers.session().await?;
-    console.servers.outbox.note(&mut session.connection, deed, action, &event, 1).await?;
+    let audit = Audit { outbox: &console.servers.outbox, connection: &mut session.connection, who: &act.viewer.who };
+    let letters = [letter];
+    let left = carry_out(streams, Some(audit), change, &letters).await?;
     session.done();
-    let outcome = if action.starts_with("retry") {
-        match streams.retry_dead(&letter).await? {
-            RetriedAs::Pending(consumer) => format!("{consumer} has its entry in hand: try again in a moment."),
-            RetriedAs::Entry | RetriedAs::Copy(_) | RetriedAs::Before => {
-                "Delivered again, to the same group only: a running consumer takes over within about a second.".to_owned()
-            }
+    let (tone, outcome) = match (left.first(), change) {
+        (Some((_, why)), _) => ("warn", format!("Left as it was: {why}.")),
+        (None, Change::Retry) => {
+            ("good", "Delivered again, to the same group only: a running consumer takes over within about a second.".to_owned())
         }
-    } else {
-        streams.discard_dead(stream, dead_id).await?;
-        "Deleted.".to_owned()
+        (None, Change::Discard) => ("good", "Deleted.".to_owned()),
     };
     Ok(page(
         "Dead letters",
         &act.viewer,
         &html! {
-            p.verdict.good #outcome role="status" { (outcome) }
+            p #outcome .{ "verdict " (tone) } role="status" { (outcome) }
             p { a href="/console/dead" { "To the dead letters" } }
         },
     ))

@@ -154,7 +154,7 @@ pub async fn act(State(console): State<Console>, act: Act) -> Result<Markup, Ref
     let mut place: FailurePlace = place.map_err(|_| Refusal::wrong("not a place: begin anew"))?.unwrap_or_default();
     let before: i64 = act.field("before").and_then(|number| number.parse().ok()).unwrap_or_default();
     let shown: i64 = act.field("shown").and_then(|number| number.parse().ok()).unwrap_or_default();
-    let about = about(&filter);
+    let about = filter.to_string();
     let deed = Deed { who: &act.viewer.who, about: &about };
     let outbox = &console.servers.outbox;
     let mut session = console.servers.session().await?;
@@ -198,15 +198,6 @@ fn as_shown(found: Counted, shown: i64) -> Result<(), Refusal> {
         return Err(Refusal::wrong(&why));
     }
     Ok(())
-}
-
-fn about(filter: &FailureFilter) -> String {
-    match (&filter.event_type, &filter.cause) {
-        (None, None) => "all failed events".to_owned(),
-        (Some(event_type), None) => format!("all failed {event_type}"),
-        (None, Some(cause)) => format!("all that failed with: {cause}"),
-        (Some(event_type), Some(cause)) => format!("all {event_type} that failed with: {cause}"),
-    }
 }
 
 fn outcome(act: &Act, remedy: Remedy, filter: &FailureFilter, changed: i64, next: Option<(String, i64)>) -> Markup {

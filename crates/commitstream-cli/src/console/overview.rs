@@ -20,6 +20,7 @@ use super::Console;
 use super::page::{self, Refusal, Tone, counted, millis};
 use super::servers::Servers;
 use super::session::Viewer;
+use crate::names::StreamNames;
 use crate::output::{count, size};
 
 /// An unsent event that waits for longer is not usual.
@@ -40,9 +41,6 @@ const LONGEST: Duration = Duration::from_secs(5);
 /// A page shows no older picture.
 const PAGE_AGE: Duration = Duration::from_secs(2);
 
-/// How long the names of streams are taken as known: to list them is to walk through all keys of Redis.
-const LISTED_FOR: Duration = Duration::from_secs(60);
-
 /// Viewers of the live numbers at a time.
 const MOST_VIEWERS: usize = 16;
 
@@ -55,7 +53,7 @@ struct Picture {
 
 impl Picture {
     /// What does not come in time is given up, and the session of PostgreSQL with it.
-    async fn take(servers: &Servers, names: &mut Names) -> Result<Self, Refusal> {
+    async fn take(servers: &Servers, names: &mut StreamNames) -> Result<Self, Refusal> {
         let late = |server| anyhow::anyhow!("{server} has not answered within {} seconds", LONGEST.as_secs());
         let rows = async {
             let mut session = servers.session().await?;
@@ -136,24 +134,12 @@ impl Picture {
     }
 }
 
-async fn figures(servers: &Servers, names: &mut Names) -> anyhow::Result<Vec<StreamFigures>> {
-    // The first stream is not waited for.
-    if names.known.is_empty() || names.listed.is_none_or(|listed| listed.elapsed() > LISTED_FOR) {
-        names.known = servers.streams.list().await?;
-        names.known.truncate(MOST_STREAMS);
-        names.listed = Some(Instant::now());
-    }
+async fn figures(servers: &Servers, names: &mut StreamNames) -> anyhow::Result<Vec<StreamFigures>> {
     let mut figures = Vec::new();
-    for stream in &names.known {
+    for stream in names.list(&servers.streams, MOST_STREAMS).await? {
         figures.extend(servers.streams.figures(stream).await?);
     }
     Ok(figures)
-}
-
-#[derive(Default)]
-struct Names {
-    known: Vec<String>,
-    listed: Option<Instant>,
 }
 
 /// A picture, or why there is none.
@@ -181,7 +167,7 @@ impl Sample {
 /// Takes one picture for all who look, and none while nobody does: whoever finds the latest too old takes the next, and the others wait
 /// for that one.
 pub struct Sampler {
-    state: Mutex<(Option<Arc<Sample>>, Names)>,
+    state: Mutex<(Option<Arc<Sample>>, StreamNames)>,
     viewers: Arc<Semaphore>,
 }
 
@@ -267,16 +253,19 @@ impl Onlooker {
     }
 }
 
+/// nginx, as a proxy in front of this, passes each event on at once then.
+const UNBUFFERED: (&str, &str) = ("x-accel-buffering", "no");
+
 /// A picture a second, or less often where taking one is not quick, for as long as the page is open and its viewer is logged in. A picture
 /// that cannot be taken is told as such.
 pub async fn live(
     _: Viewer,
     State(console): State<Console>,
     parts: Parts,
-) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, Refusal> {
+) -> Result<([(&'static str, &'static str); 1], Sse<impl Stream<Item = Result<Event, Infallible>>>), Refusal> {
     let permit = Arc::clone(&console.servers.sampler.viewers).try_acquire_owned();
     let _permit = permit.map_err(|_| anyhow::anyhow!("{MOST_VIEWERS} overviews are open already: close one"))?;
     let onlooker = Onlooker { console, parts, seen: None, _permit };
     let events = stream::unfold(onlooker, Onlooker::next);
-    Ok(Sse::new(events.map(Ok)).keep_alive(KeepAlive::default()))
+    Ok(([UNBUFFERED], Sse::new(events.map(Ok)).keep_alive(KeepAlive::default())))
 }

@@ -1,12 +1,12 @@
 //! Who may look and who may act.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Form;
-use axum::extract::{FromRequest, FromRequestParts, Request, State};
+use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, Request, State};
 use axum::http::header::{COOKIE, HOST, ORIGIN, RETRY_AFTER, SET_COOKIE};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode};
@@ -18,6 +18,7 @@ use subtle::ConstantTimeEq;
 
 use super::Console;
 use super::page::{self, Refusal};
+use crate::output::printable;
 
 /// With the port behind it: browsers send cookies to all ports of a host.
 const COOKIE_NAME: &str = "commitstream_console_";
@@ -26,8 +27,10 @@ const COOKIE_NAME: &str = "commitstream_console_";
 const LIFE: Duration = Duration::from_secs(12 * 60 * 60);
 /// Sessions at a time; with one more, the oldest ends.
 const MAX_SESSIONS: usize = 100;
-/// Wrong passwords within a window, of all clients together; then nobody can log in until it is over. Sessions go on.
+/// Wrong passwords of one address within a window; then nobody can log in from there until it is over. Sessions go on.
 const MAX_WRONG: u32 = 10;
+/// The same of all addresses together.
+const MAX_WRONG_OF_ALL: u32 = 100;
 const WINDOW: Duration = Duration::from_secs(60);
 /// Characters of a name.
 const LONGEST_NAME: usize = 100;
@@ -43,6 +46,15 @@ pub struct Passwords {
 pub enum Role {
     Operator,
     ReadOnly,
+}
+
+impl Role {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Operator => "operator",
+            Self::ReadOnly => "read-only",
+        }
+    }
 }
 
 /// Somebody who is logged in.
@@ -72,7 +84,8 @@ pub struct Doorman {
 #[derive(Default)]
 struct DoorState {
     sessions: HashMap<String, Viewer>,
-    wrong: u32,
+    /// By address; as many addresses as wrong passwords at most.
+    wrong: HashMap<IpAddr, u32>,
     window: Option<Instant>,
 }
 
@@ -91,17 +104,19 @@ impl Doorman {
         self.state().sessions.get(id).filter(|viewer| viewer.since.elapsed() < LIFE).cloned()
     }
 
-    /// The seconds until somebody may try again, if too many were wrong.
-    fn locked(&self) -> Option<u64> {
+    /// The seconds until this address may try again, if too many were wrong.
+    fn locked(&self, client: IpAddr) -> Option<u64> {
         let mut state = self.state();
         let left = state.window.map_or(Duration::ZERO, |since| WINDOW.saturating_sub(since.elapsed()));
         if left.is_zero() {
-            (state.wrong, state.window) = (0, None);
+            (state.wrong, state.window) = (HashMap::new(), None);
         }
-        (state.wrong >= MAX_WRONG).then(|| left.as_secs() + 1)
+        let of_client = state.wrong.get(&client).copied().unwrap_or_default();
+        let is_locked = of_client >= MAX_WRONG || state.wrong.values().sum::<u32>() >= MAX_WRONG_OF_ALL;
+        is_locked.then(|| left.as_secs() + 1)
     }
 
-    fn role_of(&self, password: &str) -> Option<Role> {
+    fn role_of(&self, password: &str, client: IpAddr) -> Option<Role> {
         let is = |known: &str| bool::from(known.as_bytes().ct_eq(password.as_bytes()));
         let reads = self.passwords.read_only.as_deref().is_some_and(is);
         match (is(&self.passwords.operator), reads) {
@@ -109,7 +124,7 @@ impl Doorman {
             (false, true) => Some(Role::ReadOnly),
             (false, false) => {
                 let mut state = self.state();
-                state.wrong += 1;
+                *state.wrong.entry(client).or_default() += 1;
                 state.window.get_or_insert_with(Instant::now);
                 None
             }
@@ -250,11 +265,18 @@ pub struct Login {
     password: String,
 }
 
-pub async fn login(State(console): State<Console>, headers: HeaderMap, Form(login): Form<Login>) -> Result<Response, Refusal> {
+pub async fn login(
+    State(console): State<Console>,
+    ConnectInfo(client): ConnectInfo<SocketAddr>,
+    headers: HeaderMap,
+    Form(login): Form<Login>,
+) -> Result<Response, Refusal> {
+    // IPv4 on a socket of both kinds is the same client.
+    let client = client.ip().to_canonical();
     if !is_from_here(&headers) {
         return Err(Refusal::forbidden("this form is of another site"));
     }
-    if let Some(seconds) = console.doorman.locked() {
+    if let Some(seconds) = console.doorman.locked(client) {
         let problem = format!("Too many wrong passwords. Try again in {seconds} seconds.");
         let answer = (StatusCode::TOO_MANY_REQUESTS, [(RETRY_AFTER, seconds.to_string())], login_page(Some(&problem)));
         return Ok(answer.into_response());
@@ -263,11 +285,12 @@ pub async fn login(State(console): State<Console>, headers: HeaderMap, Form(logi
     if name.is_empty() {
         return Ok((StatusCode::UNAUTHORIZED, login_page(Some("Give a name: the audit says who did what."))).into_response());
     }
-    let Some(role) = console.doorman.role_of(&login.password) else {
-        tracing::warn!("somebody gave a wrong password to the console");
+    let Some(role) = console.doorman.role_of(&login.password, client) else {
+        tracing::warn!("a wrong password for the console from {client}");
         return Ok((StatusCode::UNAUTHORIZED, login_page(Some("That is not the password."))).into_response());
     };
     let cookie = console.doorman.enter(&name, role)?;
+    tracing::info!("{} has logged in to the console from {client}, role {}", printable(&name), role.name());
     Ok(([(SET_COOKIE, cookie)], Redirect::to("/console")).into_response())
 }
 
@@ -293,5 +316,18 @@ mod tests {
         for host in ["", "evil.example", "evil.example:9464", "localhost.evil.example", "127.0.0.1.evil.example:80"] {
             assert!(!is_local(host), "{host}");
         }
+    }
+
+    #[test]
+    fn wrong_passwords_are_counted_by_address_and_in_total() {
+        let passwords = Passwords { operator: "right".to_owned(), read_only: None };
+        let doorman = Doorman::new(passwords, SocketAddr::from(([127, 0, 0, 1], 9464)));
+        let client = |n: u8| IpAddr::from([10, 0, 0, n]);
+        for n in 1..=10 {
+            assert_eq!(doorman.locked(client(n)), None, "others do not lock {n} out");
+            (0..MAX_WRONG).for_each(|_| assert_eq!(doorman.role_of("wrong", client(n)), None));
+            assert!(doorman.locked(client(n)).is_some());
+        }
+        assert!(doorman.locked(client(11)).is_some(), "all together");
     }
 }

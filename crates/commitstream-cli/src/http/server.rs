@@ -7,12 +7,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, Request};
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Request};
 use axum::http::StatusCode;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use commitstream::config::{Loaded, Source};
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
@@ -123,8 +124,13 @@ async fn serve(listener: TcpListener, routes: Router, mut stopped: watch::Receiv
     loop {
         tokio::select! {
             accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
-                Ok((stream, _)) => {
-                    let connection = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes.clone()));
+                Ok((stream, client)) => {
+                    let routes = TowerToHyperService::new(routes.clone());
+                    let service = service_fn(move |mut request| {
+                        request.extensions_mut().insert(ConnectInfo(client));
+                        routes.call(request)
+                    });
+                    let connection = http.serve_connection(TokioIo::new(stream), service);
                     connections.spawn(graceful.watch(connection));
                 }
                 Err(error) => {

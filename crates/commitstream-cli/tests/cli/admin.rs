@@ -110,6 +110,37 @@ fn failed_events_are_discarded() -> Result<()> {
 }
 
 #[test]
+fn what_is_done_to_failed_events_is_written_down() -> Result<()> {
+    let world = World::new()?;
+    let ids = world.fail_users()?;
+    world.ok(&["failed", "discard", &ids[1]])?;
+    world.run(&["failed", "retry", &ids[1]])?;
+    world.ok(&["failed", "retry", "--all", "--type", "UserCreated"])?;
+    world.ok(&["failed", "retry", "--all"])?;
+    let deeds = world.deeds()?;
+    let [first, second] = deeds.as_slice() else { anyhow::bail!("nothing that changed nothing: {deeds:?}") };
+    let (who, what) = first.split_once('|').context("columns")?;
+    assert_eq!(what, "discard|one event|1|1");
+    let (user, host) = who.strip_prefix("cli:").and_then(|who| who.split_once('@')).context("user and host")?;
+    assert!(!user.is_empty() && !host.is_empty() && user != "unknown", "{who}");
+    assert_eq!(*second, format!("{who}|retry|all failed UserCreated|2|2"));
+    Ok(())
+}
+
+#[test]
+fn many_failed_events_are_changed_in_steps() -> Result<()> {
+    let world = World::new()?;
+    world.database.psql(
+        "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, status, last_error)
+         SELECT 'T', 'user', n::text, '{}', 'FAILED', 'no' FROM generate_series(1, 2500) n;",
+    )?;
+    assert_eq!(world.json(&["failed", "discard", "--all", "--yes"])?, json!({ "changed": 2500 }));
+    let events: Vec<_> = world.deeds()?.iter().filter_map(|deed| Some(deed.rsplit_once('|')?.1.to_owned())).collect();
+    assert_eq!(events, ["1000", "1000", "500"]);
+    Ok(())
+}
+
+#[test]
 fn what_is_not_failed_is_left_alone() -> Result<()> {
     let world = World::new()?;
     let pending = world.publish_user("1")?;

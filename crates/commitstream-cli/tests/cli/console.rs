@@ -10,10 +10,12 @@ use crate::support::{PATIENCE, Running, World, eventually, finish};
 const PASSWORD: &str = "correct horse";
 const READ_ONLY: &str = "battery staple";
 
+const EVENT: &str = "01a206d6-f98b-7780-b3c6-d07e75fbc58f";
+
 const PAGES: [&str; 9] = ["", "/doctor", "/events", "/failures", "/blocked", "/dead", "/streams", "/relays", "/audit"];
 
 struct Site {
-    _server: Running,
+    server: Running,
     address: String,
 }
 
@@ -50,7 +52,7 @@ impl Site {
         let mut server = Running::new(command)?;
         let line = server.prints("console on http://")?;
         let address = line.trim_start_matches("console on http://").trim_end_matches("/console").to_owned();
-        Ok(Self { _server: server, address })
+        Ok(Self { server, address })
     }
 
     fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Result<Page> {
@@ -115,7 +117,7 @@ fn form(fields: &[(&str, &str)]) -> String {
 #[test]
 fn nobody_looks_without_a_password_and_wrong_ones_are_limited() -> Result<()> {
     let world = World::new()?;
-    let site = Site::start(&world)?;
+    let mut site = Site::start(&world)?;
     for path in PAGES.into_iter().chain(["/live"]) {
         let page = site.get("", path)?;
         assert_eq!((page.code, page.header("location")), (303, Some("/console/login")), "{path}");
@@ -142,6 +144,8 @@ fn nobody_looks_without_a_password_and_wrong_ones_are_limited() -> Result<()> {
     assert_eq!(page.code, 429, "{}", page.body);
     assert!(page.header("retry-after").is_some_and(|seconds| seconds.parse().is_ok_and(|s: u64| (1..=61).contains(&s))));
     assert_eq!(site.get(cookie.split(';').next().unwrap_or_default(), "")?.code, 200, "sessions go on");
+    site.server.says("Ada has logged in to the console from 127.0.0.1, role operator")?;
+    site.server.says("a wrong password for the console from 127.0.0.1")?;
     Ok(())
 }
 
@@ -349,6 +353,37 @@ fn a_page_of_dead_letters_is_bounded() -> Result<()> {
 }
 
 #[test]
+fn what_became_of_a_dead_letter_is_said_and_written_down() -> Result<()> {
+    let world = World::new()?;
+    let (stream, redis) = (world.user_stream(), &mut world.redis()?);
+    for (n, group) in [("1-0", "mail"), ("2-0", "gone")] {
+        let event = ["id", EVENT, "type", "T", "aggregate_type", "user", "aggregate_id", "1", "payload", "{}"];
+        let event = [&event[..], &["occurred_at", "2026-01-31T12:00:00Z"]].concat();
+        redis::cmd("XADD").arg(&[&stream, n]).arg(&event).exec(redis)?;
+        let own =
+            ["group", group, "entry", n, "reason", "no", "attempts", "5", "history", "[]", "dead_at", "2026-01-31T12:00:05Z"];
+        redis::cmd("XADD").arg(&[&format!("{stream}:dead"), n]).arg(&event).arg(&own).exec(redis)?;
+    }
+    redis::cmd("XGROUP").arg(&["CREATE", &stream, "mail", "$"]).exec(redis)?;
+    let site = Site::start(&world)?;
+    let cookie = site.enter(PASSWORD)?;
+    let token = site.get(&cookie, "/dead")?.token()?;
+    let retry = |dead_id| {
+        let fields = [("stream", stream.as_str()), ("dead_id", dead_id), ("action", "retry"), ("token", &token)];
+        site.post(&cookie, "/dead/act", &fields)
+    };
+    let done = retry("1-0")?;
+    assert!(done.code == 200 && done.body.contains("Delivered again"), "{}", done.body);
+    let left = retry("2-0")?;
+    assert!(left.code == 200 && left.body.contains("Left as it was: "), "{}", left.body);
+    let deeds = world.deeds()?.join("\n");
+    let expected = format!("Ada|retry dead letter|{stream}/1-0 of the group mail|1|1\n");
+    assert!(deeds.starts_with(&expected), "{deeds}");
+    assert!(deeds.contains("2-0 of the group gone: left as it was: ") && deeds.ends_with("|0|0"), "{deeds}");
+    Ok(())
+}
+
+#[test]
 fn live_numbers_end_with_the_session_and_are_for_few() -> Result<()> {
     let world = World::new()?;
     let site = Site::start(&world)?;
@@ -429,12 +464,13 @@ fn the_daemon_serves_it_and_is_not_open_to_others() -> Result<()> {
     let line = relay.says("password of the console for this run: ")?;
     let password = line.split("this run: ").nth(1).and_then(|rest| rest.split(';').next()).context("a password")?.to_owned();
     assert_eq!(password.len(), 24);
-    let site = Site { _server: relay, address };
+    let site = Site { server: relay, address };
     let cookie = site.enter(&password)?;
     eventually("the first heartbeat", || Ok(site.get(&cookie, "/relays")?.body.contains("id=\"relays\"")))?;
 
     // The live numbers come as an event of JSON.
     let seen = first_figures(&mut site.live(&cookie)?)?;
+    assert!(seen.contains("x-accel-buffering: no"), "{seen}");
     assert!(seen.contains("text/event-stream") && seen.contains("\"sentence\""), "{seen}");
     Ok(())
 }

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use crate::support::World;
+use crate::support::{World, finish};
 
 const EVENT: &str = "01a206d6-f98b-7780-b3c6-d07e75fbc58f";
 const HISTORY: &str = r#"[{"at":"2026-01-31T12:00:00Z","consumer":"c1","reason":"no"}]"#;
@@ -34,7 +34,7 @@ fn pending(world: &World, group: &str) -> Result<Vec<(String, String)>> {
 
 #[test]
 fn dead_letters_are_listed() -> Result<()> {
-    let world = World::unmigrated()?;
+    let world = World::new()?;
     assert_eq!(world.ok(&["dead", "list"])?, "no dead letters: no consumer has given up an event\n");
     assert_eq!(world.json(&["dead", "list"])?, json!([]));
     bury(&world, "mail", "UserCreated", 1)?;
@@ -64,7 +64,7 @@ fn dead_letters_are_listed() -> Result<()> {
 
 #[test]
 fn dead_letters_are_retried_in_their_group_only() -> Result<()> {
-    let world = World::unmigrated()?;
+    let world = World::new()?;
     bury(&world, "mail", "UserCreated", 1)?;
     bury(&world, "mail", "UserRenamed", 2)?;
     bury(&world, "audit", "UserCreated", 3)?;
@@ -87,7 +87,7 @@ fn dead_letters_are_retried_in_their_group_only() -> Result<()> {
 
 #[test]
 fn a_retry_that_cannot_be_done_says_why() -> Result<()> {
-    let world = World::unmigrated()?;
+    let world = World::new()?;
     bury(&world, "mail", "UserCreated", 1)?;
     bury(&world, "audit", "UserCreated", 2)?;
     redis::cmd("XGROUP").arg(&["DESTROY", &world.user_stream(), "mail"]).exec(&mut world.redis()?)?;
@@ -106,7 +106,7 @@ fn a_retry_that_cannot_be_done_says_why() -> Result<()> {
 
 #[test]
 fn dead_letters_are_discarded() -> Result<()> {
-    let world = World::unmigrated()?;
+    let world = World::new()?;
     for n in 1..=3 {
         bury(&world, "mail", "UserCreated", n)?;
     }
@@ -118,5 +118,43 @@ fn dead_letters_are_discarded() -> Result<()> {
     assert_eq!(world.json(&["dead", "discard", "--all", "--yes"])?, json!({ "changed": 2 }));
     assert_eq!(world.run(&["dead", "discard", &full])?.code, Some(1));
     assert!(pending(&world, "mail")?.is_empty());
+    Ok(())
+}
+
+#[test]
+fn what_is_done_to_dead_letters_is_written_down() -> Result<()> {
+    let world = World::new()?;
+    for n in 1..=4 {
+        bury(&world, if n == 4 { "audit" } else { "mail" }, "UserCreated", n)?;
+    }
+    redis::cmd("XGROUP").arg(&["DESTROY", &world.user_stream(), "audit"]).exec(&mut world.redis()?)?;
+    world.ok(&["dead", "discard", "user/1-0"])?;
+    assert_eq!(world.run(&["dead", "retry", "user/4-0"])?.code, Some(1));
+    assert_eq!(world.run(&["dead", "retry", "--all"])?.code, Some(1));
+    world.run(&["dead", "retry", "--all", "--group", "mail"])?;
+    let text = world.deeds()?.join("\n").replace(&world.prefix, "events:");
+    let who = text.split('|').next().unwrap_or_default().to_owned();
+    assert!(who.starts_with("cli:") && who.contains('@'), "{who}");
+    insta::assert_snapshot!(text.replace(&who, "WHO"), @"
+    WHO|discard dead letter|events:user/1-0 of the group mail|1|1
+    WHO|retry dead letter|events:user/4-0 of the group audit: left as it was: the stream events:user has no consumer group audit: start its consumer, which makes the group, and retry then|0|0
+    WHO|retry dead letter|3 dead letters of the groups audit, mail: 1 left alone|2|2
+    ");
+    Ok(())
+}
+
+#[test]
+fn without_a_database_dead_letters_are_retried_and_it_says_that_nothing_is_written_down() -> Result<()> {
+    let world = World::unmigrated()?;
+    bury(&world, "mail", "UserCreated", 1)?;
+    let mut retry = world.command(&["dead", "retry", "user/1-0"]);
+    retry.env_remove("DATABASE_URL");
+    let answer = finish(retry)?;
+    assert!(answer.code == Some(0) && answer.stderr.contains("no DATABASE_URL is set"), "{answer:?}");
+
+    bury(&world, "mail", "UserCreated", 2)?;
+    let refused = world.run(&["dead", "retry", "user/2-0"])?;
+    assert!(refused.code == Some(1) && refused.stderr.contains("commitstream migrate"), "{refused:?}");
+    assert_eq!(pending(&world, "mail")?.len(), 1, "what cannot be written down is not done");
     Ok(())
 }

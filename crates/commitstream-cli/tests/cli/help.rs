@@ -4,12 +4,14 @@ use anyhow::Result;
 
 use crate::support::{bare_command, finish};
 
-const COMMANDS: [&[&str]; 23] = [
+const COMMANDS: [&[&str]; 25] = [
     &[],
     &["demo"],
     &["migrate"],
     &["relay"],
     &["relays"],
+    &["relays", "pause"],
+    &["relays", "resume"],
     &["publish"],
     &["stats"],
     &["failed"],

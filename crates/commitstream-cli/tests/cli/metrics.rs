@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use commitstream::metrics::METRICS;
+use redis::streams::StreamRangeReply;
 
 use crate::http::Daemon;
 use crate::support::{World, eventually};
@@ -66,11 +67,10 @@ fn a_daemon_exports_what_is_documented_with_right_values() -> Result<()> {
     for (sample, expected) in expected {
         eventually(&format!("{sample} to be {}", expected.map_or("counted".to_owned(), |value| value.to_string())), || {
             text = daemon.get("/metrics")?.1;
-            let found = value(&text, sample).with_context(|| format!("{sample} is missing in\n{text}"))?;
-            Ok(expected.map_or(found > 0.0, |expected| expected == found))
+            Ok(value(&text, sample).is_some_and(|found| expected.map_or(found > 0.0, |expected| expected == found)))
         })?;
     }
-    // A consumer runs in the process of an application.
+    // A consumer runs in the process of an application, and no stream has a group.
     let of_consumers = |name: &String| name.starts_with("commitstream_consumer_");
     let expected: BTreeSet<_> = known().into_iter().filter(|name| !of_consumers(name)).collect();
     assert_eq!(names_of_samples(&text), expected);
@@ -97,6 +97,36 @@ fn events_that_are_given_up_are_counted_and_stand_in_the_backlog_until_somebody_
     world.ok(&["failed", "discard", &ids[0]])?;
     eventually("one to be left", || shows(1.0))?;
     assert_eq!(daemon.health("/livez")?.0, 200, "events that are refused are no reason for a restart");
+    daemon.end()
+}
+
+#[test]
+fn the_lag_of_a_group_is_exported_whether_a_consumer_is_alive_or_not() -> Result<()> {
+    let world = World::new()?;
+    let (stream, redis) = (world.user_stream(), &mut world.redis()?);
+    redis::cmd("XGROUP").arg(&["CREATE", &stream, "mail", "0", "MKSTREAM"]).exec(redis)?;
+    // A look each quarter of this.
+    let daemon = Daemon::with(&world, &[("HTTP_STALLED_AFTER", "1s")])?;
+    let sample = format!("commitstream_consumer_lag_events{{stream=\"{stream}\",group=\"mail\"}}");
+    let becomes = |events: f64| {
+        eventually(&format!("a lag of {events}"), || Ok(value(&daemon.get("/metrics")?.1, &sample) == Some(events)))
+    };
+    becomes(0.0)?;
+    for user in ["1", "2", "3", "4"] {
+        world.publish_user(user)?;
+    }
+    becomes(4.0)?;
+    let entries: StreamRangeReply = redis::cmd("XRANGE").arg(&[&stream, "-", "+"]).query(redis)?;
+    let id = |n: usize| entries.ids[n].id.clone();
+    redis::cmd("XREADGROUP").arg(&["GROUP", "mail", "c", "COUNT", "1", "STREAMS", &stream, ">"]).exec(redis)?;
+    // Where an entry was deleted, Redis does not know the lag.
+    redis::cmd("XDEL").arg(&[&stream, &id(2)]).exec(redis)?;
+    becomes(3.0)?;
+    redis::cmd("XACK").arg(&[&stream, "mail", &id(0)]).exec(redis)?;
+    becomes(2.0)?;
+    check_metrics(&daemon.get("/metrics")?.1)?;
+    redis::cmd("XGROUP").arg(&["DESTROY", &stream, "mail"]).exec(redis)?;
+    becomes(0.0)?;
     daemon.end()
 }
 

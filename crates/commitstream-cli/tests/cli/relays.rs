@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use commitstream_sandbox::Redis;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::support::{Running, World, eventually};
 
@@ -46,6 +46,32 @@ fn it_lists_each_relay_with_its_share() -> Result<()> {
     let text = world.ok(&["relays"])?;
     assert!(text.contains("gone") && text.contains("64 of 64 partitions have no living relay"), "{text}");
     drop(first);
+    Ok(())
+}
+
+#[test]
+fn they_are_paused_and_resumed_with_an_audit() -> Result<()> {
+    let world = World::new()?;
+    let mut relay = Running::new(world.command(&["relay"]))?;
+    relay.says("relay is active")?;
+    assert_eq!(world.ok(&["relays", "resume"])?, "nothing to do: relays are not paused\n");
+    let paused = world.ok(&["relays", "pause"])?;
+    assert!(paused.starts_with("paused: ") && paused.contains("commitstream relays resume"), "{paused}");
+    relay.says("relay is paused")?;
+    let again = world.ok(&["relays", "pause"])?;
+    assert!(again.starts_with("nothing to do: already paused by cli:") && again.contains(" UTC"), "{again}");
+    world.publish_user("1")?;
+    let listed = world.ok(&["relays"])?;
+    assert!(listed.contains("paused by cli:") && listed.contains("until `commitstream relays resume`"), "{listed}");
+    let pause = &relays(&world)?[0]["pause"];
+    let who = pause["who"].as_str().context("who")?.to_owned();
+    assert!(who.starts_with("cli:") && pause["since"].is_string(), "{pause}");
+    assert_eq!(world.stats()?["pending"], 1);
+
+    assert_eq!(world.json(&["relays", "resume"])?, json!({ "changed": true, "pause": null }));
+    eventually("what waited to be published", || Ok(world.stats()?["published"] == 1))?;
+    assert_eq!(relays(&world)?[0]["pause"], Value::Null);
+    assert_eq!(world.deeds()?, ["pause", "resume"].map(|action| format!("{who}|{action}|all relays|0|0")));
     Ok(())
 }
 

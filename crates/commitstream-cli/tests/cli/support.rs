@@ -121,6 +121,12 @@ impl World {
         Ok(redis::Client::open(self.redis_url.as_str())?.get_connection()?)
     }
 
+    /// What the audit says, oldest first: who, action, about, events, number of ids; separated by `|`.
+    pub fn deeds(&self) -> Result<Vec<String>> {
+        let sql = "SELECT who, action, about, events, cardinality(event_ids) FROM outbox_audit ORDER BY audit_id;";
+        Ok(self.database.psql(sql)?.lines().map(str::to_owned).collect())
+    }
+
     pub fn stats(&self) -> Result<Value> {
         self.json(&["stats"])
     }

@@ -91,7 +91,7 @@ fn paused(pause: &Pause) -> Finding {
     warning(
         format!("publishing is paused by {} since {}", pause.who, pause.since.format("%Y-%m-%d %H:%M:%S UTC")),
         "relays claim nothing, and every event waits; nothing is lost",
-        "commitstream console, then Resume on the page Relays",
+        "commitstream relays resume",
     )
 }
 

@@ -63,46 +63,6 @@ impl OutboxRepository {
             .map_err(self.error(doing))?;
         rows.iter().map(failed_event).collect::<Result<_, _>>().map_err(self.error(doing))
     }
-
-    /// Makes failed events `PENDING` again, with all their attempts, and wakes the relay. Returns how many. They become waiting
-    /// events (`next_retry_at` set), which keeps their order among themselves and before what comes later.
-    ///
-    /// # Errors
-    /// PostgreSQL cannot be asked.
-    pub async fn retry_failed(&self, connection: &mut PgConnection, selection: &Selection) -> Result<u64, OutboxError> {
-        let set = "UPDATE {s}.event_outbox SET status = 'PENDING', retry_count = 0, last_error = NULL,
-                   next_retry_at = statement_timestamp()";
-        let changed = self.change_failed(connection, selection, set, "retrying failed events").await?;
-        if changed > 0 {
-            self.notify(connection).await?;
-        }
-        Ok(changed)
-    }
-
-    /// Deletes failed events for good. Returns how many.
-    ///
-    /// # Errors
-    /// PostgreSQL cannot be asked.
-    pub async fn discard_failed(&self, connection: &mut PgConnection, selection: &Selection) -> Result<u64, OutboxError> {
-        self.change_failed(connection, selection, "DELETE FROM {s}.event_outbox", "discarding failed events").await
-    }
-
-    async fn change_failed(
-        &self,
-        connection: &mut PgConnection,
-        selection: &Selection,
-        change: &str,
-        doing: &'static str,
-    ) -> Result<u64, OutboxError> {
-        let (ids, event_type) = selection.parts();
-        let done = sqlx::query(self.sql(&format!("{change} WHERE {SELECTED}")))
-            .bind(ids)
-            .bind(event_type)
-            .execute(connection)
-            .await
-            .map_err(self.error(doing))?;
-        Ok(done.rows_affected())
-    }
 }
 
 fn failed_event(row: &PgRow) -> Result<FailedEvent, sqlx::Error> {

@@ -1,6 +1,8 @@
 //! Failed events by their causes, and what operators do about them: in bounded steps, each of which is one transaction that says in
 //! `outbox_audit` who did it.
 
+use std::fmt;
+
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use sqlx::postgres::PgRow;
@@ -30,6 +32,18 @@ pub struct FailureFilter {
     pub event_type: Option<String>,
     /// As [`FailureGroup::cause`].
     pub cause: Option<String>,
+}
+
+/// In the words of the audit.
+impl fmt::Display for FailureFilter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.event_type, &self.cause) {
+            (None, None) => write!(f, "all failed events"),
+            (Some(event_type), None) => write!(f, "all failed {event_type}"),
+            (None, Some(cause)) => write!(f, "all that failed with: {cause}"),
+            (Some(event_type), Some(cause)) => write!(f, "all {event_type} that failed with: {cause}"),
+        }
+    }
 }
 
 /// Failed events of one type with one cause.

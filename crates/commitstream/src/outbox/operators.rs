@@ -45,28 +45,53 @@ impl OutboxRepository {
         rows.iter().map(audit_row).collect::<Result<_, _>>().map_err(self.error(doing))
     }
 
-    /// Writes down what is about to be done outside this database.
+    /// Writes down what is about to be done to these events outside this database, and returns the number of the row. Its outcome is unknown
+    /// until [`note_outcome`](Self::note_outcome).
     ///
     /// # Errors
-    /// PostgreSQL cannot be asked.
+    /// PostgreSQL cannot be asked; then it should not be done.
     pub async fn note(
         &self,
         connection: &mut PgConnection,
         deed: Deed<'_>,
         action: &str,
         event_ids: &[Uuid],
-        events: i64,
-    ) -> Result<(), OutboxError> {
-        let sql = self.sql("INSERT INTO {s}.outbox_audit (who, action, about, event_ids, events) VALUES ($1, $2, $3, $4, $5)");
-        sqlx::query(sql)
+    ) -> Result<i64, OutboxError> {
+        let sql = self.sql(
+            "INSERT INTO {s}.outbox_audit (who, action, about, event_ids) VALUES ($1, $2, $3 || ': outcome unknown', $4)
+             RETURNING audit_id",
+        );
+        sqlx::query_scalar(sql)
             .bind(deed.who)
             .bind(action)
             .bind(deed.about)
             .bind(event_ids)
+            .fetch_one(connection)
+            .await
+            .map_err(self.error("writing down what is about to be done"))
+    }
+
+    /// Writes down what became of it: in words, and to which and how many events it was done.
+    ///
+    /// # Errors
+    /// PostgreSQL cannot be asked; then the row says that the outcome is unknown.
+    pub async fn note_outcome(
+        &self,
+        connection: &mut PgConnection,
+        audit_id: i64,
+        about: &str,
+        event_ids: &[Uuid],
+        events: i64,
+    ) -> Result<(), OutboxError> {
+        let sql = self.sql("UPDATE {s}.outbox_audit SET about = $2, event_ids = $3, events = $4 WHERE audit_id = $1");
+        sqlx::query(sql)
+            .bind(audit_id)
+            .bind(about)
+            .bind(event_ids)
             .bind(events)
             .execute(connection)
             .await
-            .map_err(self.error("writing down what is done"))?;
+            .map_err(self.error("writing down what was done"))?;
         Ok(())
     }
 

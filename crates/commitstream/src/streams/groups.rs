@@ -53,6 +53,16 @@ pub struct GroupInfo {
     pub dead: Option<u64>,
 }
 
+/// How much a consumer group has still to handle.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GroupLag {
+    pub stream: String,
+    pub group: String,
+    /// Entries that it has not acknowledged, whether they were delivered or not. Those that were not are counted up to
+    /// [`GroupInfo::COUNTED`] where Redis does not know their number.
+    pub events: u64,
+}
+
 /// A consumer of a group.
 #[derive(Debug, Clone, Serialize)]
 pub struct GroupConsumer {
@@ -114,6 +124,27 @@ impl Streams {
         Ok(infos)
     }
 
+    /// How far the consumer groups of a stream are behind; none if there is no such stream.
+    ///
+    /// # Errors
+    /// Redis is not reachable or refuses.
+    pub async fn lags(&self, stream: &str) -> Result<Vec<GroupLag>, StreamsError> {
+        let mut lags = Vec::new();
+        for group in self.group_list(stream).await? {
+            let behind = self.behind(stream, &group).await?.unwrap_or(GroupInfo::COUNTED as u64);
+            lags.push(GroupLag { stream: stream.to_owned(), group: group.name, events: behind + group.pending });
+        }
+        Ok(lags)
+    }
+
+    /// Entries that were not delivered yet; `None` if they are too many to count.
+    async fn behind(&self, stream: &str, group: &Group) -> Result<Option<u64>, StreamsError> {
+        match group.lag {
+            Some(entries) => Ok(Some(entries)),
+            None => Ok(self.walk(stream, &group.last_delivered).await?.map(|entries| entries.len() as u64)),
+        }
+    }
+
     /// The groups of a stream, each with the id of the last entry that was delivered to it.
     pub(super) async fn group_positions(&self, stream: &str) -> Result<Vec<(String, String)>, StreamsError> {
         let groups = self.group_list(stream).await?;
@@ -128,7 +159,8 @@ impl Streams {
     }
 
     async fn group(&self, stream: &str, group: Group, dead: Option<u64>) -> Result<GroupInfo, StreamsError> {
-        let Group { name, last_delivered, lag } = group;
+        let behind = self.behind(stream, &group).await?;
+        let Group { name, last_delivered, .. } = group;
         let mut look = redis::pipe();
         look.cmd("TIME");
         look.cmd("XPENDING").arg(stream).arg(&name);
@@ -141,10 +173,6 @@ impl Streams {
         let members: HashMap<String, f64> = members.into_iter().collect();
         let oldest = self.oldest_pending(stream, &name, &consumers).await?;
         let age = |id: &String| id.split('-').next()?.parse().ok().map(|written: u64| now.saturating_sub(written));
-        let behind = match lag {
-            Some(entries) => Some(entries),
-            None => self.walk(stream, &last_delivered).await?.map(|entries| entries.len() as u64),
-        };
         let consumers = consumers.into_iter().map(|consumer| GroupConsumer {
             oldest_pending_age_ms: oldest.get(&consumer.name).and_then(age),
             alive: members.get(&consumer.name).map(|deadline| *deadline > now as f64),
@@ -218,6 +246,7 @@ impl Streams {
 struct Group {
     name: String,
     last_delivered: String,
+    pending: u64,
     lag: Option<u64>,
 }
 
@@ -235,6 +264,7 @@ impl redis::FromRedisValue for Group {
         Ok(Self {
             name: from_redis_value(field("name"))?,
             last_delivered: from_redis_value(field("last-delivered-id"))?,
+            pending: from_redis_value(field("pending"))?,
             lag: from_redis_value(field("lag"))?,
         })
     }

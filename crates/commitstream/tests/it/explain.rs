@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use commitstream::outbox::{
     self, AfterPublishing, ClaimRequest, Deed, EventSearch, EventStatus, FailureFilter, FailurePlace, Heartbeat, JournalBatch,
-    Lease, Partitions, Remedy, Selection, Settlement,
+    Lease, Partitions, Remedy, Settlement,
 };
 use commitstream_sandbox::{Sandbox, TestDatabase};
 use serde_json::Value;
@@ -317,14 +317,6 @@ async fn the_statistics_and_the_list_of_failed_events_go_by_index() -> Result<()
         assert_indexes(&listed, TABLE, &[(FAILED, "")]);
         let listed = plans(&mut connection, "ORDER BY created_at DESC LIMIT", "NULL, 'E', 10").await?;
         assert_indexes(&listed, TABLE, &[(FAILED, "")]);
-
-        let one = Selection::Ids(vec![Uuid::nil()]);
-        world.outbox.retry_failed(&mut connection, &one).await?;
-        let retry = plans(&mut connection, "UPDATE \"public\".event_outbox SET status = 'PENDING'", "NULL, 'E'").await?;
-        assert_only_indexes(&retry, TABLE, &[(FAILED, ""), (FAILED_AGGREGATE, "")]);
-        world.outbox.discard_failed(&mut connection, &one).await?;
-        let discard = plans(&mut connection, "DELETE FROM \"public\".event_outbox WHERE status = 'FAILED'", "NULL, 'E'").await?;
-        assert_only_indexes(&discard, TABLE, &[(FAILED, ""), (FAILED_AGGREGATE, "")]);
     }
     Ok(())
 }

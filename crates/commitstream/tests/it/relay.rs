@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use commitstream::outbox::Partitions;
+use commitstream::outbox::{Deed, FailureFilter, FailurePlace, Partitions, Remedy};
 use commitstream::relay::{RelayState, cleanup};
 use sqlx::Connection;
 
@@ -199,8 +199,9 @@ async fn a_stream_key_of_another_type_stops_no_other_stream_and_is_mended_by_ret
     assert_eq!((stats.published, stats.pending), (500, 0));
     assert!(stats.recent_failures[0].last_error.as_ref().is_some_and(|e| e.starts_with("WRONGTYPE")), "{stats:?}");
     redis::cmd("DEL").arg(world.user_stream()).query_async::<()>(&mut redis).await?;
-    let all = commitstream::outbox::Selection::All { event_type: None };
-    assert_eq!(world.outbox.retry_failed(&mut connection, &all).await?, 500);
+    let (all, from) = (FailureFilter::default(), FailurePlace::default());
+    let deed = Deed { who: "ada", about: "all" };
+    assert_eq!(world.outbox.remedy_step(&mut connection, deed, Remedy::Retry, &all, &from).await?.changed, 500);
     world.drained().await?;
     relay.stop().await?;
     assert_eq!(world.audit().await?, 1_000);

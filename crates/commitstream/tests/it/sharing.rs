@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use commitstream::config::AfterFailure;
-use commitstream::outbox::{RelayRow, Selection};
+use commitstream::outbox::{Deed, RelayRow, Remedy, Selection};
 use commitstream::relay::{RelayHandle, RelayState};
 use commitstream_sandbox::Redis;
 use uuid::Uuid;
@@ -312,12 +312,13 @@ async fn a_failed_event_holds_its_aggregate_until_an_operator_acts() -> Result<(
     let mut connection = world.connect().await?;
     let failed = world.outbox.failed(&mut connection, &Selection::All { event_type: None }, 10).await?;
     let of = |name: &str| -> Vec<Uuid> { failed.iter().filter(|e| e.aggregate_id == name).map(|e| e.id).collect() };
-    assert_eq!(world.outbox.discard_failed(&mut connection, &Selection::Ids(of("A"))).await?, 1);
+    let deed = Deed { who: "ada", about: "one" };
+    assert_eq!(world.outbox.remedy_events(&mut connection, deed, Remedy::Discard, &of("A")).await?.changed, 1);
     relay.watch().wait_for(|s| s.published == 204).await?;
     relay.stop().await?;
     world.settings.publishing.max_payload_bytes = 1 << 20;
     let relay = world.relay()?;
-    assert_eq!(world.outbox.retry_failed(&mut connection, &Selection::Ids(of("B"))).await?, 1);
+    assert_eq!(world.outbox.remedy_events(&mut connection, deed, Remedy::Retry, &of("B")).await?.changed, 1);
     world.drained().await?;
     relay.stop().await?;
     assert_eq!(world.audit().await?, 207);

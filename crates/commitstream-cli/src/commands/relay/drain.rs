@@ -38,7 +38,7 @@ pub async fn wait(settings: &Settings, relay: watch::Receiver<RelayStatus>) -> a
                 Ok(Some(failed)) => return Ok(Drained { took: started.elapsed(), failed }),
                 Ok(None) if state == RelayState::Paused => {
                     anyhow::bail!(
-                        "events wait, and relays are paused: resume them in the console (`commitstream console`), then run this again"
+                        "events wait, and relays are paused: `commitstream relays resume` lets them go on; then run this again"
                     )
                 }
                 Ok(None) => {}

@@ -1,12 +1,14 @@
-//! Looks after the relay from outside: reads the backlog on a connection of its own, notices when nothing gets on, tells systemd.
+//! Looks after the relay from outside: reads the backlog and the lag of consumer groups on connections of its own, notices when nothing gets
+//! on, tells systemd.
 
 use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
 use commitstream::config::Settings;
-use commitstream::metrics::set_backlog;
+use commitstream::metrics::{ConsumerLags, set_backlog};
 use commitstream::outbox::Backlog;
 use commitstream::relay::{RelayState, RelayStatus};
+use commitstream::streams::{GroupLag, Streams, StreamsError};
 use metrics_exporter_prometheus::PrometheusHandle;
 use sd_notify::NotifyState;
 use sqlx::PgConnection;
@@ -16,6 +18,7 @@ use tokio::time::{sleep, timeout};
 
 use super::Progress;
 use crate::context;
+use crate::names::StreamNames;
 
 /// Between two looks.
 const PAUSE: Duration = Duration::from_secs(5);
@@ -25,26 +28,36 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 const SHARE: u32 = 50;
 /// Longest look; one that takes longer says nothing.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Streams whose consumer groups are looked at, the first by name.
+const MOST_STREAMS: usize = 100;
 
 /// Ends when it is dropped.
 pub struct Monitor {
     progress: watch::Receiver<Progress>,
-    _task: JoinSet<Infallible>,
+    _tasks: JoinSet<Infallible>,
 }
 
 impl Monitor {
     /// Starts it where somebody wants to know: with metrics, or under systemd.
-    pub fn start(settings: &Settings, relay: watch::Receiver<RelayStatus>, metrics: Option<PrometheusHandle>) -> Option<Self> {
+    pub fn start(
+        settings: &Settings,
+        relay: watch::Receiver<RelayStatus>,
+        metrics: Option<PrometheusHandle>,
+    ) -> anyhow::Result<Option<Self>> {
         let has_supervisor = std::env::var_os("NOTIFY_SOCKET").is_some();
         if metrics.is_none() && !has_supervisor {
-            return None;
+            return Ok(None);
         }
         // A relay that waits for a server is up: a restart would bring that server no sooner.
         tell(&[NotifyState::Ready]);
         let (sender, progress) = watch::channel(Progress::new(Instant::now()));
-        let mut task = JoinSet::new();
-        task.spawn(look_after(settings.clone(), relay, metrics, sender));
-        Some(Self { progress, _task: task })
+        let mut tasks = JoinSet::new();
+        if metrics.is_some() {
+            let streams = Streams::new(context::redis_url(settings)?, &settings.redis)?;
+            tasks.spawn(watch_groups(streams, PAUSE.min(settings.http.stalled_after / 4)));
+        }
+        tasks.spawn(look_after(settings.clone(), relay, metrics, sender));
+        Ok(Some(Self { progress, _tasks: tasks }))
     }
 
     pub fn progress(&self) -> watch::Receiver<Progress> {
@@ -116,6 +129,28 @@ async fn look(
             None
         }
     }
+}
+
+/// The daemon sees how far groups are behind also when no consumer is alive. While Redis does not answer, the last numbers stand.
+async fn watch_groups(streams: Streams, pause: Duration) -> Infallible {
+    let (mut lags, mut names) = (ConsumerLags::default(), StreamNames::default());
+    loop {
+        let looked = Instant::now();
+        match timeout(PATIENCE, read_lags(&streams, &mut names)).await {
+            Ok(Ok(found)) => lags.set(&found),
+            Ok(Err(error)) => tracing::debug!("cannot look at consumer groups: {error}"),
+            Err(_) => tracing::debug!("to look at consumer groups took too long"),
+        }
+        sleep(pause.max(looked.elapsed() * SHARE)).await;
+    }
+}
+
+async fn read_lags(streams: &Streams, names: &mut StreamNames) -> Result<Vec<GroupLag>, StreamsError> {
+    let mut lags = Vec::new();
+    for stream in names.list(streams, MOST_STREAMS).await? {
+        lags.extend(streams.lags(stream).await?);
+    }
+    Ok(lags)
 }
 
 /// Does nothing where systemd has not started us.

@@ -1,0 +1,106 @@
+//! What is done to dead letters, and what the audit says of it.
+
+use std::collections::BTreeSet;
+
+use commitstream::outbox::{Deed, OutboxRepository};
+use commitstream::streams::{DeadLetter, RetriedAs, Streams};
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use crate::failure::on_one_line;
+use crate::output::plural;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    Retry,
+    Discard,
+}
+
+impl Change {
+    /// As the audit has it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Retry => "retry dead letter",
+            Self::Discard => "discard dead letter",
+        }
+    }
+}
+
+/// Where it is written down, and as whose act.
+pub struct Audit<'a> {
+    pub outbox: &'a OutboxRepository,
+    pub connection: &'a mut PgConnection,
+    pub who: &'a str,
+}
+
+/// Does it to each of these dead letters. Redis knows no common transaction with the audit: its row is written before, and completed after.
+/// Answers which were left as they are, and why. An outage ends the work, and the row says that its outcome is unknown.
+pub async fn carry_out<'a>(
+    streams: &Streams,
+    audit: Option<Audit<'_>>,
+    change: Change,
+    letters: &'a [DeadLetter],
+) -> anyhow::Result<Vec<(&'a DeadLetter, String)>> {
+    let about = about(letters);
+    let noted = match audit {
+        Some(Audit { outbox, connection, who }) if !letters.is_empty() => {
+            let deed = Deed { who, about: &about };
+            let row = outbox.note(connection, deed, change.name(), &event_ids(letters.iter())).await?;
+            Some((outbox, connection, row))
+        }
+        _ => None,
+    };
+    let (mut done, mut left) = (Vec::new(), Vec::new());
+    for letter in letters {
+        match apply(streams, change, letter).await? {
+            None => done.push(letter),
+            Some(why) => left.push((letter, why)),
+        }
+    }
+    if let Some((outbox, connection, row)) = noted {
+        let about = match left.as_slice() {
+            [] => about,
+            [(_, why)] if letters.len() == 1 => format!("{about}: left as it was: {why}"),
+            left => format!("{about}: {} left alone", left.len()),
+        };
+        let (ids, events) = (event_ids(done.iter().copied()), i64::try_from(done.len())?);
+        if let Err(error) = outbox.note_outcome(connection, row, &about, &ids, events).await {
+            tracing::warn!("it is done, and the audit says that its outcome is unknown: {}", on_one_line(&error.into()));
+        }
+    }
+    Ok(left)
+}
+
+fn about(letters: &[DeadLetter]) -> String {
+    if let [DeadLetter { stream, dead_id, group, .. }] = letters {
+        return format!("{stream}/{dead_id} of the group {group}");
+    }
+    let groups: BTreeSet<_> = letters.iter().map(|letter| letter.group.as_str()).collect();
+    let groups: Vec<_> = groups.into_iter().collect();
+    format!(
+        "{} of the {} {}",
+        plural(letters.len() as u64, "dead letter"),
+        if groups.len() == 1 { "group" } else { "groups" },
+        groups.join(", ")
+    )
+}
+
+/// An entry that was not written by a publisher may have none.
+fn event_ids<'a>(letters: impl Iterator<Item = &'a DeadLetter>) -> Vec<Uuid> {
+    letters.filter_map(|letter| letter.event_id.as_ref()?.parse().ok()).collect()
+}
+
+/// Why a dead letter was left as it is, if it was.
+async fn apply(streams: &Streams, change: Change, letter: &DeadLetter) -> anyhow::Result<Option<String>> {
+    let applied = match change {
+        Change::Retry => streams.retry_dead(letter).await.map(|retried| match retried {
+            RetriedAs::Pending(consumer) => Some(format!("{consumer} has its entry in hand: try again in a moment")),
+            RetriedAs::Entry | RetriedAs::Copy(_) | RetriedAs::Before => None,
+        }),
+        Change::Discard => streams.discard_dead(&letter.stream, &letter.dead_id).await.map(|_| None),
+    };
+    match applied {
+        Err(error) if !error.is_outage() => Ok(Some(on_one_line(&error.into()))),
+        applied => Ok(applied?),
+    }
+}
