@@ -159,7 +159,7 @@ async fn apply(outbox: &OutboxRepository, connection: &mut PgConnection, which: 
     let about = filter.to_string();
     let (mut changed, mut place) = (0, Some(FailurePlace::default()));
     while let Some(from) = place {
-        let step = outbox.remedy_step(connection, Deed { who: &who, about: &about }, remedy, &filter, &from).await?;
+        let step = outbox.remedy_step(connection, Deed { who: &who, about: &about }, remedy, &filter, &from, i64::MAX).await?;
         changed += u64::try_from(step.changed)?;
         place = step.next;
     }

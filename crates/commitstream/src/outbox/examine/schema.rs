@@ -55,7 +55,7 @@ FROM (VALUES (true, 'event_outbox', ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE'
              (true, 'outbox_relay', ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']),
              (true, 'outbox_lease', ARRAY['SELECT', 'UPDATE']), (true, 'event_inbox', ARRAY['SELECT', 'DELETE']),
              (true, 'outbox_pause', ARRAY['SELECT']),
-             (false, 'outbox_pause', ARRAY['INSERT', 'DELETE']), (false, 'outbox_audit', ARRAY['SELECT', 'INSERT'])
+             (false, 'outbox_pause', ARRAY['INSERT', 'DELETE']), (false, 'outbox_audit', ARRAY['SELECT', 'INSERT', 'UPDATE'])
      ) AS needed (of_relay, name, privileges)
 CROSS JOIN LATERAL unnest(privileges) WITH ORDINALITY AS p (privilege, place)
 JOIN (SELECT relname::text AS name, c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace WHERE nspname = $1) AS t USING (name)
