@@ -7,7 +7,7 @@ CARGO ?= $(shell command -v cargo 2>/dev/null || { test -x "$$HOME/.cargo/bin/ca
 # make demo SECONDS=20 RATE=5000 DEMO_ARGS="..."
 DEMO_OPTIONS = $(if $(SECONDS),--seconds $(SECONDS)) $(if $(RATE),--rate $(RATE)) $(DEMO_ARGS)
 # make chaos SECONDS=600 SEED=42
-CHAOS_OPTIONS = COMMITSTREAM_CHAOS_SECONDS=$(SECONDS) COMMITSTREAM_CHAOS_SEED=$(SEED)
+CHAOS_OPTIONS = COMMITSTREAM_CHAOS_SECONDS=$(or $(SECONDS),60) COMMITSTREAM_CHAOS_SEED=$(SEED)
 # make bench BENCH_ARGS="drain --retention 0"; a whole run is written into docs
 BENCH_DOCS = $(if $(filter-out --all,$(BENCH_ARGS)),,--markdown docs/benchmarks.md --svg docs/benchmarks.svg)
 # make test TEST_ARGS="-p commitstream some_test"

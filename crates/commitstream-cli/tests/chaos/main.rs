@@ -3,7 +3,7 @@
 //!
 //! | variable | what | default |
 //! |---|---|---|
-//! | `COMMITSTREAM_CHAOS_SECONDS` | how long faults happen | 60 |
+//! | `COMMITSTREAM_CHAOS_SECONDS` | how long faults happen | 30; `make chaos`: 60 |
 //! | `COMMITSTREAM_CHAOS_SEED` | what everything random comes from | random, and printed |
 //!
 //! Each actor (a producer, a relay, a consumer, PostgreSQL, Redis) draws from dice of its own, so the seed fixes what each of them does. How these
@@ -51,7 +51,7 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(180);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn nothing_is_lost_doubled_or_out_of_order_whatever_fails_when() -> Result<()> {
-    let duration = Duration::from_secs(variable("COMMITSTREAM_CHAOS_SECONDS")?.unwrap_or(60));
+    let duration = Duration::from_secs(variable("COMMITSTREAM_CHAOS_SECONDS")?.unwrap_or(30));
     let seed = variable("COMMITSTREAM_CHAOS_SEED")?.unwrap_or_else(|| rand::rng().random_range(0..1_000_000_000));
     println!("{} of faults, seed {seed}", words::age(duration));
     let world = Arc::new(World::start(seed, RELAYS + CONSUMERS).await?);
