@@ -139,7 +139,7 @@ pub const METRICS: &[Metric] = &[
         Kind::Gauge,
         Unit::Count,
         &["stream", "group"],
-        "Events of a stream that a consumer group has not acknowledged, delivered or not, as a relay reads it (at most 200 groups, then other with the largest). Counted up to 10,000 where Redis does not know it.",
+        "Events of a stream that a consumer group has not acknowledged, delivered or not, as a relay reads it (at most 200 groups, then other with the largest). Counted up to 5,000 where Redis does not know it.",
     ),
 ];
 
