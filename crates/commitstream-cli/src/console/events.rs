@@ -27,6 +27,7 @@ pub struct Form {
     aggregate_type: String,
     aggregate_id: String,
     status: String,
+    cause: String,
     from: String,
     until: String,
     after: String,
@@ -44,6 +45,8 @@ impl Form {
             aggregate_type: text(&self.aggregate_type),
             aggregate_id: text(&self.aggregate_id),
             status: status.transpose()?,
+            // It was cut somewhere, perhaps at a space.
+            cause: Some(self.cause.clone()).filter(|cause| !cause.is_empty()),
             from: text(&self.from).map(|text| read_moment(&text)).transpose()?,
             until: text(&self.until).map(|text| read_moment(&text)).transpose()?,
         })
@@ -55,6 +58,7 @@ impl Form {
             ("aggregate_type", &self.aggregate_type),
             ("aggregate_id", &self.aggregate_id),
             ("status", &self.status),
+            ("cause", &self.cause),
             ("from", &self.from),
             ("until", &self.until),
             ("after", after),
@@ -110,6 +114,8 @@ fn search_form(form: &Form) -> Markup {
                     @for status in EventStatus::ALL { option value=(status.name()) selected[form.status == status.name()] { (status.name()) } }
                 }
             }
+            // Where a group of failures led here.
+            @if !form.cause.is_empty() { (field("cause", "Cause", "text", &form.cause)) }
             (field("from", "From (UTC)", "datetime-local", &form.from))
             (field("until", "Until (UTC)", "datetime-local", &form.until))
             button.main type="submit" { "Search" }

@@ -42,7 +42,7 @@ pub async fn list(viewer: Viewer, State(console): State<Console>) -> Result<Mark
                         td { (time(group.oldest)) }
                         td { (time(group.newest)) }
                         td.deeds {
-                            a href=(link("/console/events", &[("type", &group.event_type), ("status", "FAILED")])) { "Show" }
+                            a href=(link("/console/events", &[("type", &group.event_type), ("status", "FAILED"), ("cause", &group.cause)])) { "Show" }
                             @if viewer.may_act() {
                                 (buttons(&FailureFilter { event_type: Some(group.event_type.clone()), cause: Some(group.cause.clone()) }, "group"))
                             }

@@ -78,6 +78,7 @@ pub fn routes(settings: &Settings, address: SocketAddr) -> anyhow::Result<(Route
         .route("/", get(overview::page))
         .route("/live", get(overview::live))
         .route("/login", get(session::form).post(session::login))
+        .route("/entered", get(session::entered))
         .route("/logout", post(session::logout))
         .route("/doctor", get(doctor::show))
         .route("/doctor/line", get(doctor::line))

@@ -291,7 +291,17 @@ pub async fn login(
     };
     let cookie = console.doorman.enter(&name, role)?;
     tracing::info!("{} has logged in to the console from {client}, role {}", printable(&name), role.name());
-    Ok(([(SET_COOKIE, cookie)], Redirect::to("/console")).into_response())
+    Ok(([(SET_COOKIE, cookie)], Redirect::to("/console/entered")).into_response())
+}
+
+/// Where a login leads: it would lead to the form again, without a word, for who does not send the cookie back.
+pub async fn entered(State(console): State<Console>, headers: HeaderMap) -> Response {
+    if console.doorman.viewer(&headers).is_some() {
+        return Redirect::to("/console").into_response();
+    }
+    let problem = "The password was right, but the browser has not sent the cookie of the session back. It has to allow cookies, and where the \
+                   console is not on this computer it has to ask for it by https.";
+    (StatusCode::UNAUTHORIZED, login_page(Some(problem))).into_response()
 }
 
 pub async fn logout(

@@ -167,10 +167,20 @@ fn it_answers_by_its_own_name_and_takes_its_own_forms_only() -> Result<()> {
 }
 
 #[test]
+fn a_login_without_cookies_says_what_is_missing() -> Result<()> {
+    let world = World::new()?;
+    let site = Site::start(&world)?;
+    let page = site.get("", "/entered")?;
+    assert!(page.code == 401 && page.body.contains("ask for it by https"), "{}", page.body);
+    Ok(())
+}
+
+#[test]
 fn logging_out_ends_the_session() -> Result<()> {
     let world = World::new()?;
     let site = Site::start(&world)?;
     let cookie = site.enter(PASSWORD)?;
+    assert_eq!(site.get(&cookie, "/entered")?.header("location"), Some("/console"));
     assert_eq!(site.post(&cookie, "/logout", &[])?.code, 403, "not without the token");
     let token = site.get(&cookie, "/audit")?.token()?;
     assert_eq!(site.post(&cookie, "/logout", &[("token", &token)])?.code, 303);

@@ -24,7 +24,7 @@ const STEP: i64 = 1_000;
 const GROUPS: i64 = 200;
 
 /// What failed events have in common: the beginning of the error, with `#` for each digit. Forms of browsers change ends of lines.
-const CAUSE: &str = r"translate(left(COALESCE(last_error, ''), 150), E'0123456789\r\n\t', '##########   ')";
+pub(super) const CAUSE: &str = r"translate(left(COALESCE(last_error, ''), 150), E'0123456789\r\n\t', '##########   ')";
 
 /// Which failed events are meant; what is `None` is left open.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -10,6 +10,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
+use super::failures::CAUSE;
 use super::{OutboxError, OutboxRepository};
 
 /// Rows that one page looks at, at most.
@@ -62,6 +63,8 @@ pub struct EventSearch {
     pub aggregate_type: Option<String>,
     pub aggregate_id: Option<String>,
     pub status: Option<EventStatus>,
+    /// Of the last failed attempt, as [`FailureGroup::cause`](super::FailureGroup::cause) has it.
+    pub cause: Option<String>,
     /// Of the insertion, by the database's clock. Unless the status is `Pending` or `Failed`, only events whose ids are UUIDv7 are found by time.
     pub from: Option<DateTime<Utc>>,
     pub until: Option<DateTime<Utc>>,
@@ -219,7 +222,8 @@ impl OutboxRepository {
              WHERE ($3::text IS NULL OR aggregate_type = $3) AND ($4::text IS NULL OR aggregate_id = $4)
                AND ($5::text IS NULL OR event_type = $5) AND ($6::text IS NULL OR status = $6)
                AND ($7::timestamptz IS NULL OR created_at >= $7) AND ($8::timestamptz IS NULL OR created_at < $8)
-             LIMIT $9",
+               AND ($9::text IS NULL OR {CAUSE} = $9)
+             LIMIT $10",
             walk.rows()
         );
         // What the walk says of the status is said.
@@ -233,6 +237,7 @@ impl OutboxRepository {
             .bind(status)
             .bind(search.from)
             .bind(search.until)
+            .bind(&search.cause)
             .bind(limit + 1)
             .fetch_all(&mut *connection)
             .await

@@ -356,7 +356,7 @@ async fn what_operators_ask_goes_by_index() -> Result<()> {
             let search = EventSearch { status, ..EventSearch::default() };
             let page = outbox.search(&mut connection, &search, None, 10).await?;
             assert_eq!((page.events.len(), page.next.is_some()), (10, true), "{status:?}");
-            let values = format!("'{by}', '{id}', NULL, NULL, NULL, NULL, NULL, NULL, 11");
+            let values = format!("'{by}', '{id}', NULL, NULL, NULL, NULL, NULL, NULL, NULL, 11");
             let read = plans(&mut connection, part, &values).await?;
             assert_indexes(&read, TABLE, &[walk]);
         }

@@ -154,11 +154,14 @@ async fn a_search_reads_a_page_or_what_it_says() -> Result<()> {
             let open = if status == Some(EventStatus::Processing) { 2 * OPEN } else { OPEN };
             let most = if is_long { LOOKED_AT } else { IN_FLIGHT };
             let place = format!("'{first}', '{latest}'");
-            let any =
-                work(&mut connection, &["SELECT looked.*", walk], &format!("{place}, NULL, NULL, NULL, NULL, NULL, NULL, 11"))
-                    .await?;
+            let any = work(
+                &mut connection,
+                &["SELECT looked.*", walk],
+                &format!("{place}, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 11"),
+            )
+            .await?;
             assert_bounded(&any, &[(TABLE, if is_long { 11 } else { IN_FLIGHT }), (BATCHES, open)]);
-            let none = format!("{place}, NULL, NULL, 'Nothing', NULL, NULL, NULL, 11");
+            let none = format!("{place}, NULL, NULL, 'Nothing', NULL, NULL, NULL, NULL, 11");
             assert_bounded(&work(&mut connection, &["SELECT looked.*", walk], &none).await?, &[(TABLE, most), (BATCHES, open)]);
             let next = work(&mut connection, &["SELECT id, by FROM", walk, "OFFSET"], &format!("{place}, NULL, NULL")).await?;
             assert_bounded(&next, &[(TABLE, most), (BATCHES, open)]);
@@ -184,7 +187,7 @@ async fn a_search_begins_where_it_is_told_to() -> Result<()> {
             ("e.seq::text AS by", "60000"),
             ("to_char(e.created_at", "2026-01-01"),
         ] {
-            let values = format!("'{by}', {id}, NULL, NULL, NULL, NULL, NULL, NULL, 11");
+            let values = format!("'{by}', {id}, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 11");
             assert_bounded(&work(&mut connection, &["SELECT looked.*", walk], &values).await?, &[(TABLE, 11), (BATCHES, OPEN)]);
         }
     }
@@ -206,7 +209,7 @@ async fn what_failed_of_an_aggregate_is_read_alone() -> Result<()> {
         let page = world.outbox.search(&mut connection, &search, None, 10).await?;
         assert_eq!((page.events.len(), page.next.is_some()), (6, false));
         let values = format!("'{}', '{}', 'user', '2500'", i64::MAX, Uuid::max());
-        let first = format!("{values}, NULL, NULL, NULL, NULL, 11");
+        let first = format!("{values}, NULL, NULL, NULL, NULL, NULL, 11");
         assert_bounded(
             &work(&mut connection, &["SELECT looked.*", "aggregate_id = $4 AND"], &first).await?,
             &[(TABLE, 6), (BATCHES, OPEN)],

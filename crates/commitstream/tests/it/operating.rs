@@ -107,6 +107,11 @@ async fn failures_are_grouped_and_retried_or_discarded_with_an_audit() -> Result
 
         let odd = FailureFilter { event_type: Some("Odd".into()), cause: Some(cause.into()) };
         assert_eq!(world.outbox.count_failed(&mut connection, &odd).await?.events, 1_000);
+        let failed = EventSearch { status: Some(EventStatus::Failed), ..EventSearch::default() };
+        for (cause, events) in [(cause, 10), ("another", 0)] {
+            let of_cause = EventSearch { cause: Some(cause.into()), ..failed.clone() };
+            assert_eq!(world.outbox.search(&mut connection, &of_cause, None, 10).await?.events.len(), events, "{cause}");
+        }
         let (mut place, mut changed, mut steps) = (FailurePlace::default(), 0, 0);
         loop {
             let step = world.outbox.remedy_step(&mut connection, DEED, Remedy::Retry, &odd, &place, i64::MAX).await?;
@@ -121,8 +126,7 @@ async fn failures_are_grouped_and_retried_or_discarded_with_an_audit() -> Result
                        AND last_error IS NULL AND next_retry_at IS NOT NULL;";
         assert_eq!(world.database.psql(pending)?, "1000\n");
 
-        let search = EventSearch { status: Some(EventStatus::Failed), ..EventSearch::default() };
-        let one = world.outbox.search(&mut connection, &search, None, 1).await?.events[0].id;
+        let one = world.outbox.search(&mut connection, &failed, None, 1).await?.events[0].id;
         let pending = world.database.psql("SELECT id FROM event_outbox WHERE event_type = 'Unsent' LIMIT 1;")?;
         let ids = [one, pending.trim().parse()?];
         assert_eq!(
