@@ -43,9 +43,9 @@ test: ## run all tests against a throwaway PostgreSQL and Redis (TEST_ARGS=)
 screenshots: ## take the pictures in docs/console of the console under load
 	@scripts/install-servers.sh --tests
 	@echo "Building (the first time takes a few minutes) ..."
-	@$(CARGO) test --quiet --no-run -p commitstream-cli --test browser
+	@$(CARGO) test --release --quiet --no-run -p commitstream-cli --test browser
 	@echo "Letting events flow for a minute, against a private PostgreSQL and Redis ..."
-	@$(CARGO) test --quiet -p commitstream-cli --test browser -- --ignored screenshots
+	@$(CARGO) test --release --quiet -p commitstream-cli --test browser -- --ignored screenshots
 
 chaos: ## run the randomised fault test; it prints its seed (SECONDS=, SEED=)
 	@scripts/install-servers.sh

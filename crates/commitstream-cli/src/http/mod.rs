@@ -4,8 +4,10 @@
 //! |---|---|
 //! | `server` | the address, the connections and their limits, the end |
 //! | `health` | `/livez` and `/readyz` |
+//! | `openmetrics` | the other format of `/metrics` |
 
 mod health;
+mod openmetrics;
 mod server;
 
 use std::sync::Arc;
@@ -13,6 +15,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use axum::Router;
 use axum::extract::State;
+use axum::http::HeaderMap;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
 use axum::routing::get;
@@ -64,6 +67,10 @@ fn routes(shared: Shared) -> Router {
         .with_state(shared)
 }
 
-async fn metrics(State(shared): State<Shared>) -> impl IntoResponse {
-    ([(CONTENT_TYPE, METRICS_FORMAT)], shared.metrics.render())
+async fn metrics(State(shared): State<Shared>, headers: HeaderMap) -> impl IntoResponse {
+    let text = shared.metrics.render();
+    if openmetrics::is_asked_for(&headers) {
+        return ([(CONTENT_TYPE, openmetrics::FORMAT)], openmetrics::of(&text));
+    }
+    ([(CONTENT_TYPE, METRICS_FORMAT)], text)
 }

@@ -78,6 +78,11 @@ fn a_daemon_exports_what_is_documented_with_right_values() -> Result<()> {
         assert!(text.contains(&format!("# HELP {} ", metric.name)), "{} has no help text", metric.name);
     }
     check_metrics(&text)?;
+    // As Prometheus asks.
+    let (_, open) =
+        daemon.get_as("/metrics", "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.4")?;
+    assert!(open.contains("# TYPE commitstream_events counter\n") && open.ends_with("\n# EOF\n"), "{open}");
+    assert_eq!(names_of_samples(&open), expected);
     daemon.end()
 }
 
