@@ -9,10 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use commitstream::outbox::{
-    self, AfterPublishing, ClaimRequest, Deed, EventSearch, EventStatus, FailureFilter, FailurePlace, Heartbeat, JournalBatch,
-    Lease, Partitions, Remedy, Settlement,
-};
+use commitstream::outbox::{self, AfterPublishing, ClaimRequest, Heartbeat, JournalBatch, Lease, Partitions, Settlement};
 use commitstream_sandbox::{Sandbox, TestDatabase};
 use serde_json::Value;
 use sqlx::{AssertSqlSafe, PgConnection};
@@ -24,8 +21,8 @@ use crate::support::{FUNCTIONS, Form, World};
 pub const TABLE: &str = "event_outbox";
 pub const PENDING: &str = "idx_outbox_pending_for_processing";
 const TXID: &str = "idx_outbox_txid";
-const WAITING: &str = "idx_outbox_waiting";
-const FAILED_AGGREGATE: &str = "idx_outbox_failed_aggregate";
+pub const WAITING: &str = "idx_outbox_waiting";
+pub const FAILED_AGGREGATE: &str = "idx_outbox_failed_aggregate";
 pub const FAILED: &str = "idx_outbox_failed";
 pub const PUBLISHED: &str = "idx_outbox_published";
 pub const KEY: &str = "event_outbox_pkey";
@@ -338,50 +335,6 @@ async fn the_clean_up_goes_by_index() -> Result<()> {
                 &[("idx_outbox_batch_settled", "settled_at < "), ("outbox_batch_pkey", "batch_id = ANY")],
             );
         }
-    }
-    Ok(())
-}
-
-/// What the console asks.
-#[tokio::test(flavor = "multi_thread")]
-async fn what_operators_ask_goes_by_index() -> Result<()> {
-    for case in CASES {
-        let (world, mut connection) = populated(case).await?;
-        let (outbox, id) = (&world.outbox, Uuid::max());
-        for (status, part, walk, by) in [
-            (None, "'' AS by", (KEY, "id < "), Uuid::nil().to_string()),
-            (Some(EventStatus::Pending), "e.seq::text AS by", (PENDING, "seq <= "), "9223372036854775807".into()),
-            (Some(EventStatus::Failed), "to_char(e.created_at", (FAILED, "created_at <= "), "infinity".into()),
-        ] {
-            let search = EventSearch { status, ..EventSearch::default() };
-            let page = outbox.search(&mut connection, &search, None, 10).await?;
-            assert_eq!((page.events.len(), page.next.is_some()), (10, true), "{status:?}");
-            let values = format!("'{by}', '{id}', NULL, NULL, NULL, NULL, NULL, NULL, NULL, 11");
-            let read = plans(&mut connection, part, &values).await?;
-            assert_indexes(&read, TABLE, &[walk]);
-        }
-        outbox.failure_groups(&mut connection).await?;
-        outbox.count_failed(&mut connection, &FailureFilter::default()).await?;
-        for (part, values) in [("(array_agg(example))[1]", ""), ("AS at_least\n", "'E', NULL, 10000")] {
-            assert_indexes(&plans(&mut connection, part, values).await?, TABLE, &[(FAILED, "")]);
-        }
-        outbox.blocked(&mut connection, ("", ""), 10).await?;
-        let blocked = plans(&mut connection, "AS failed\nFROM grouped", "'', '', 10").await?;
-        assert_only_indexes(&blocked, TABLE, &[(WAITING, "aggregate_id"), (KEY, "id = "), (FAILED_AGGREGATE, "aggregate_id = ")]);
-        outbox.glance(&mut connection).await?;
-        let glance = plans(&mut connection, "AS is_paused", "").await?;
-        assert_only_indexes(&glance, TABLE, &[(PENDING, ""), (FAILED, ""), (PUBLISHED, "")]);
-        let one = outbox.search(&mut connection, &EventSearch::default(), None, 1).await?.events[0].id;
-        outbox.event(&mut connection, one).await?.context("it is there")?;
-        assert_indexes(&plans(&mut connection, "AS payload_text", &format!("'{one}'")).await?, TABLE, &[(KEY, "id = ")]);
-
-        let deed = Deed { who: "ada", about: "all" };
-        let step = outbox
-            .remedy_step(&mut connection, deed, Remedy::Discard, &FailureFilter::default(), &FailurePlace::default(), 1_000)
-            .await?;
-        assert_eq!((step.changed, step.next), (28, None));
-        let remedy = plans(&mut connection, "'discard'", "'a', 'b', '', '', 0, NULL, NULL, 1000").await?;
-        assert_indexes(&remedy, TABLE, &[(FAILED_AGGREGATE, "aggregate_id"), (KEY, "id = ANY")]);
     }
     Ok(())
 }

@@ -10,6 +10,10 @@ use commitstream::relay::RelayState;
 use commitstream::streams::Delivery;
 use uuid::Uuid;
 
+use crate::explain::{
+    CASES, FAILED, FAILED_AGGREGATE, KEY, PENDING, PUBLISHED, TABLE, WAITING, assert_indexes, assert_only_indexes, plans,
+    populated,
+};
 use crate::support::{Form, World, eventually};
 
 const DEED: Deed<'static> = Deed { who: "ada", about: "a test" };
@@ -245,5 +249,49 @@ async fn a_pause_stops_claims_until_relays_may_go_on() -> Result<()> {
     assert_eq!(world.audit().await?, 50);
     let deeds: Vec<_> = world.outbox.deeds(&mut connection, None, 10).await?.into_iter().map(|d| (d.who, d.action)).collect();
     assert_eq!(deeds, [("bob".to_owned(), "resume".to_owned()), ("ada".to_owned(), "pause".to_owned())]);
+    Ok(())
+}
+
+/// On both forms of the table and with any statistics.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_operators_ask_goes_by_index() -> Result<()> {
+    for case in CASES {
+        let (world, mut connection) = populated(case).await?;
+        let (outbox, id) = (&world.outbox, Uuid::max());
+        for (status, part, walk, by) in [
+            (None, "'' AS by", (KEY, "id < "), Uuid::nil().to_string()),
+            (Some(EventStatus::Pending), "e.seq::text AS by", (PENDING, "seq <= "), "9223372036854775807".into()),
+            (Some(EventStatus::Failed), "to_char(e.created_at", (FAILED, "created_at <= "), "infinity".into()),
+        ] {
+            let search = EventSearch { status, ..EventSearch::default() };
+            let page = outbox.search(&mut connection, &search, None, 10).await?;
+            assert_eq!((page.events.len(), page.next.is_some()), (10, true), "{status:?}");
+            let values = format!("'{by}', '{id}', NULL, NULL, NULL, NULL, NULL, NULL, NULL, 11");
+            let read = plans(&mut connection, part, &values).await?;
+            assert_indexes(&read, TABLE, &[walk]);
+        }
+        outbox.failure_groups(&mut connection).await?;
+        outbox.count_failed(&mut connection, &FailureFilter::default()).await?;
+        for (part, values) in [("(array_agg(example))[1]", ""), ("AS at_least\n", "'E', NULL, 10000")] {
+            assert_indexes(&plans(&mut connection, part, values).await?, TABLE, &[(FAILED, "")]);
+        }
+        outbox.blocked(&mut connection, ("", ""), 10).await?;
+        let blocked = plans(&mut connection, "AS failed\nFROM grouped", "'', '', 10").await?;
+        assert_only_indexes(&blocked, TABLE, &[(WAITING, "aggregate_id"), (KEY, "id = "), (FAILED_AGGREGATE, "aggregate_id = ")]);
+        outbox.glance(&mut connection).await?;
+        let glance = plans(&mut connection, "AS is_paused", "").await?;
+        assert_only_indexes(&glance, TABLE, &[(PENDING, ""), (FAILED, ""), (PUBLISHED, "")]);
+        let one = outbox.search(&mut connection, &EventSearch::default(), None, 1).await?.events[0].id;
+        outbox.event(&mut connection, one).await?.context("it is there")?;
+        assert_indexes(&plans(&mut connection, "AS payload_text", &format!("'{one}'")).await?, TABLE, &[(KEY, "id = ")]);
+
+        let deed = Deed { who: "ada", about: "all" };
+        let step = outbox
+            .remedy_step(&mut connection, deed, Remedy::Discard, &FailureFilter::default(), &FailurePlace::default(), 1_000)
+            .await?;
+        assert_eq!((step.changed, step.next), (28, None));
+        let remedy = plans(&mut connection, "'discard'", "'a', 'b', '', '', 0, NULL, NULL, 1000").await?;
+        assert_indexes(&remedy, TABLE, &[(FAILED_AGGREGATE, "aggregate_id"), (KEY, "id = ANY")]);
+    }
     Ok(())
 }
