@@ -10,11 +10,13 @@ use crate::server::{Server, Service, check_settings, wait_until};
 use crate::{SandboxError, psql, random};
 
 /// Made for tests: quick, and forgetful only when the machine itself goes down. A killed server loses nothing.
-const SETTINGS: [(&str, &str); 7] = [
+const SETTINGS: [(&str, &str); 8] = [
     ("listen_addresses", "127.0.0.1"),
     // TCP only: the path of a socket in the temporary directory could exceed the 107 bytes that Unix allows.
     ("unix_socket_directories", ""),
     ("max_connections", "300"),
+    // A login that a test cut off holds back vacuum in all databases until it times out.
+    ("authentication_timeout", "20s"),
     ("shared_buffers", "128MB"),
     ("fsync", "off"),
     // In the data directory rather than in /dev/shm, where a killed server would leave its segments behind.
