@@ -4,6 +4,7 @@ mod cli;
 mod commands;
 mod console;
 mod context;
+mod dead_letters;
 mod failure;
 mod http;
 mod logging;

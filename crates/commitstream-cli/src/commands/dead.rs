@@ -1,6 +1,5 @@
 //! `commitstream dead list|retry|discard`
 
-mod deed;
 mod select;
 
 use std::io::{self, IsTerminal};
@@ -17,9 +16,10 @@ use sqlx::PgConnection;
 
 use super::failed::agrees;
 use crate::context::{self, Context};
+use crate::dead_letters::{Audit, Change, carry_out};
 use crate::failure::WrongUse;
 use crate::output::{Table, age, plural};
-pub use deed::{Audit, Change, carry_out};
+
 use select::{Filter, Id, position, visit, visit_all};
 
 /// List, retry or discard what consumers gave up

@@ -5,7 +5,7 @@ use maud::{Markup, html};
 use super::Console;
 use super::page::{Refusal, link, nothing, page, time, token};
 use super::session::{Act, Viewer};
-use crate::commands::dead::{Audit, Change, carry_out};
+use crate::dead_letters::{Audit, Change, carry_out};
 use crate::output::plural;
 
 /// Dead letters of all streams on one page.

@@ -23,6 +23,8 @@ pub struct UnitOfWork<'a> {
     publisher: &'a HybridEventPublisher,
     transaction: Transaction<'static, Postgres>,
     pool: PgPool,
+    /// Statements of the application have run that may have failed. What the outbox accepted after them shows that none did.
+    unchecked: bool,
     /// High-frequency events, to be sent after the commit.
     held: Vec<EventEnvelope>,
 }
@@ -45,11 +47,12 @@ pub enum CommitError {
 
 impl<'a> UnitOfWork<'a> {
     pub(super) fn new(publisher: &'a HybridEventPublisher, transaction: Transaction<'static, Postgres>, pool: PgPool) -> Self {
-        Self { publisher, transaction, pool, held: Vec::new() }
+        Self { publisher, transaction, pool, unchecked: false, held: Vec::new() }
     }
 
     /// The transaction, for business data.
     pub fn connection(&mut self) -> &mut PgConnection {
+        self.unchecked = true;
         &mut self.transaction
     }
 
@@ -68,7 +71,9 @@ impl<'a> UnitOfWork<'a> {
     pub async fn publish_all(&mut self, events: &[&dyn DomainEvent]) -> Result<Vec<Uuid>, PublishError> {
         let sorted = self.publisher.sort(events)?;
         if !sorted.outbox.is_empty() {
+            self.unchecked = true;
             self.publisher.outbox.insert(&mut self.transaction, &sorted.outbox).await?;
+            self.unchecked = false;
         }
         self.held.extend(sorted.streams);
         Ok(sorted.ids)
@@ -79,9 +84,11 @@ impl<'a> UnitOfWork<'a> {
     /// # Errors
     /// [`CommitError`] tells a failed commit from events that could not be sent after it.
     pub async fn commit(self) -> Result<(), CommitError> {
-        let Self { publisher, mut transaction, pool, held } = self;
+        let Self { publisher, mut transaction, pool, unchecked, held } = self;
         // PostgreSQL answers COMMIT in an aborted transaction with ROLLBACK, which the driver takes for success.
-        sqlx::raw_sql("SELECT 1").execute(&mut *transaction).await.map_err(CommitError::Commit)?;
+        if unchecked {
+            sqlx::raw_sql("SELECT 1").execute(&mut *transaction).await.map_err(CommitError::Commit)?;
+        }
         transaction.commit().await.map_err(CommitError::Commit)?;
         if let Some(waker) = &publisher.waker {
             waker.wake();

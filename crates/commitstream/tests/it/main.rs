@@ -4,6 +4,7 @@ mod bad_input;
 mod claim;
 mod cluster;
 mod consumer;
+mod consumer_book;
 mod consumer_faults;
 mod consumer_rate;
 mod crash_windows;

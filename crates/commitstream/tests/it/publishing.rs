@@ -183,6 +183,17 @@ async fn a_unit_of_work_whose_transaction_was_aborted_does_not_commit() -> Resul
     assert!(world.rows().await?.is_empty(), "the server has rolled back");
     assert!(committed.is_err(), "commit() claims to have committed what was rolled back");
     assert!(world.streamed().await?.is_empty(), "the held events were published although the data is gone");
+
+    // Not even when it asked for more after the failure, whatever that needs of the transaction.
+    for event in [&user(2) as &dyn DomainEvent, &session(2)] {
+        let mut work = publisher.begin(&pool).await?;
+        work.publish(&user(1)).await?;
+        sqlx::query("INSERT INTO no_such_table VALUES (1)").execute(work.connection()).await.unwrap_err();
+        let published = work.publish(event).await;
+        assert_eq!(published.is_err(), event.event_type() == "UserCreated", "{published:?}");
+        work.commit().await.unwrap_err();
+        assert!(world.rows().await?.is_empty() && world.streamed().await?.is_empty());
+    }
     Ok(())
 }
 

@@ -1,17 +1,19 @@
-//! `cleanup`: old rows are removed while events flow. What it does to their latency, against one DELETE of all.
+//! `cleanup`: old rows are removed while events flow, from a plain table and from one that is partitioned by day. What it does to
+//! their latency, against one DELETE of all.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
+use chrono::{Days, NaiveDate};
 use commitstream::outbox::{self, OutboxRepository};
-use commitstream::relay::cleanup;
-use sqlx::PgConnection;
+use commitstream::relay::{cleanup, days};
+use sqlx::{AssertSqlSafe, PgConnection};
 
 use super::figure::{Aim, Figure, Measured, Round};
 use super::flow::Flow;
 use super::process::RelayProcess;
 use super::stage::{Stage, per_second};
-use super::workload::{self, State};
+use super::workload::State;
 use crate::output::count;
 
 const ROUNDS: u32 = 1;
@@ -19,14 +21,42 @@ const ROUNDS: u32 = 1;
 /// every hour, must not come in between.
 const OLD: u64 = 2_000_000;
 const RETENTION_DAYS: u32 = 5;
+/// How long ago the old rows were published, in days.
+const AGE_DAYS: u64 = 6;
 /// Events a second, and the connections that bring them.
 const RATE: u32 = 500;
 const CONNECTIONS: u32 = 8;
-/// Of the flow that nothing disturbs.
+/// Of the flow that nothing disturbs, and the least of the flow from when the removal begins.
 const BEFORE: Duration = Duration::from_secs(10);
+const LEAST_DURING: Duration = Duration::from_secs(5);
 const WARM_UP: Duration = Duration::from_secs(2);
+/// Times the p99 of before.
+const MOST_SLOWDOWN: f64 = 2.0;
 /// Percent of the room that the old rows took.
 const LEAST_RETURNED: f64 = 90.0;
+
+/// How old rows are removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// As the relay does it every hour.
+    RowByRow,
+    /// The same, where the table is partitioned.
+    ByDay,
+    /// As the reference has it for an operator.
+    OneDelete,
+}
+
+impl Way {
+    const ALL: [Self; 3] = [Self::RowByRow, Self::OneDelete, Self::ByDay];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::RowByRow => "cleanup",
+            Self::ByDay => "cleanup by day",
+            Self::OneDelete => "one DELETE",
+        }
+    }
+}
 
 /// One side of a round. Sizes are those of the table with its indexes, in MiB.
 struct Run {
@@ -48,42 +78,59 @@ impl Run {
         (self.full - self.after) / (self.full - self.empty) * 100.0
     }
 
-    fn describe(&self, who: &str) -> String {
+    fn describe(&self, way: Way) -> String {
         let Self { p99_before, p99_during, empty, full, after, .. } = self;
         format!(
-            "{who}: p99 {p99_before:.1} ms before and {p99_during:.1} ms during; \
-             table and indexes {empty:.0} MiB, {full:.0} MiB with the old rows, {after:.0} MiB after VACUUM"
+            "{}: p99 {p99_before:.1} ms before and {p99_during:.1} ms during; \
+             table and indexes {empty:.0} MiB, {full:.0} MiB with the old rows, {after:.0} MiB after VACUUM",
+            way.name()
         )
     }
 }
 
 pub async fn measure(stage: &Stage) -> anyhow::Result<Measured> {
     let mut connection = stage.connect("cleanup").await?;
-    let (mut slowdown, mut rate, mut returned, mut notes) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut rounds, mut notes) = (Vec::new(), Vec::new());
     for round in stage.rounds(ROUNDS) {
-        let ours = one_side(stage, &mut connection, true, &format!("cleanup, round {round}")).await?;
-        let plain = one_side(stage, &mut connection, false, &format!("cleanup, round {round}, baseline")).await?;
-        slowdown.push(Round::new(ours.slowdown(), plain.slowdown()));
-        rate.push(Round::new(ours.removed_per_second, plain.removed_per_second));
-        returned.push(Round::new(ours.returned(), plain.returned()));
-        notes.extend([ours.describe("clean-up"), plain.describe("one DELETE")]);
+        let mut runs = Vec::new();
+        for way in Way::ALL {
+            if way == Way::ByDay {
+                partition(stage, &mut connection).await?;
+            }
+            let run = one_side(stage, &mut connection, way, &format!("{}, round {round}", way.name())).await?;
+            notes.push(run.describe(way));
+            runs.push(run);
+        }
+        stage.start_anew(&mut connection).await?;
+        let runs: [Run; 3] = runs.try_into().ok().context("a run of each way")?;
+        rounds.push(runs);
     }
-    stage.clear(&mut connection).await?;
-    let figures = vec![
-        Figure::new("cleanup, p99 during", "times before", Some(Aim::AtMost(2.0)), slowdown),
-        Figure::new("cleanup, removed", "rows/s", None, rate),
-        Figure::new("cleanup, room returned", "%", Some(Aim::AtLeast(LEAST_RETURNED)), returned),
-    ];
-    Ok(Measured { name: "cleanup", figures, notes })
+    Ok(Measured { name: "cleanup", figures: figures(&rounds), notes })
 }
 
-async fn one_side(stage: &Stage, connection: &mut PgConnection, by_clean_up: bool, what: &str) -> anyhow::Result<Run> {
+fn figures(rounds: &[[Run; 3]]) -> Vec<Figure> {
+    let against_one_delete = |which: usize, of: fn(&Run) -> f64| {
+        rounds.iter().map(|runs| Round::new(of(&runs[which]), of(&runs[1]))).collect::<Vec<_>>()
+    };
+    let of = |way: Way, which: usize| {
+        let name = |what: &str| format!("{}, {what}", way.name());
+        let slowdown = against_one_delete(which, Run::slowdown);
+        let returned = against_one_delete(which, Run::returned);
+        [
+            Figure::new(name("p99 during"), "times before", Some(Aim::AtMost(MOST_SLOWDOWN)), slowdown),
+            Figure::new(name("removed"), "rows/s", None, against_one_delete(which, |run| run.removed_per_second)),
+            Figure::new(name("room returned"), "%", Some(Aim::AtLeast(LEAST_RETURNED)), returned),
+        ]
+    };
+    [of(Way::RowByRow, 0), of(Way::ByDay, 2)].into_iter().flatten().collect()
+}
+
+async fn one_side(stage: &Stage, connection: &mut PgConnection, way: Way, what: &str) -> anyhow::Result<Run> {
     let old = stage.events(OLD);
     stage.prepare(connection, 0, what).await?;
     let empty = size(connection).await?;
     let relay = RelayProcess::start(stage).await?;
-    let told = |filled| stage.tell(|| format!("{what}: filling, {} of {}", count(filled), count(old)));
-    workload::fill(connection, old, State::Old, told).await?;
+    stage.fill_with(connection, old, State::Old, what).await?;
     stage.settle(connection).await?;
     let full = size(connection).await?;
     let flow = Flow::start(stage, RATE, CONNECTIONS).await?;
@@ -92,40 +139,69 @@ async fn one_side(stage: &Stage, connection: &mut PgConnection, by_clean_up: boo
     tokio::time::sleep(stage.time(BEFORE)).await;
     let before = flow.lap()?;
     let started = Instant::now();
-    let removed = if by_clean_up { clean_up(stage, what).await? } else { delete(connection).await? };
+    match way {
+        Way::OneDelete => delete(connection).await?,
+        Way::RowByRow | Way::ByDay => clean_up(stage, what).await?,
+    }
     let took = started.elapsed();
+    tokio::time::sleep(stage.time(LEAST_DURING).saturating_sub(took)).await;
     let during = flow.finish().await?;
     relay.stop().await?;
-    ensure!(removed == old, "{removed} of {old} old rows were removed");
+    let left: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM event_outbox WHERE published_at < now() - make_interval(days => $1)")
+            .bind(i32::try_from(RETENTION_DAYS)?)
+            .fetch_one(&mut *connection)
+            .await?;
+    ensure!(left == 0, "{left} of {old} old rows were not removed");
     stage.settle(connection).await?;
     Ok(Run {
-        removed_per_second: per_second(removed, took),
-        p99_before: before.after_commit.millis(0.99),
-        p99_during: during.after_commit.millis(0.99),
+        removed_per_second: per_second(old, took),
+        p99_before: before.after_due.millis(0.99),
+        p99_during: during.after_due.millis(0.99),
         empty,
         full,
         after: size(connection).await?,
     })
 }
 
-/// As the relay does it every hour.
-async fn clean_up(stage: &Stage, what: &str) -> anyhow::Result<u64> {
+/// Partitions the table, with a partition for the old rows alone.
+async fn partition(stage: &Stage, connection: &mut PgConnection) -> anyhow::Result<()> {
+    stage.clear(connection).await?;
+    let repository = OutboxRepository::new(&stage.settings.database.schema);
+    repository.partition_by_day(connection).await?.context("benchmarks have a plain table")?;
+    // The plain table has become the partition of all days until today.
+    let (today, first): (NaiveDate, String) = sqlx::query_as(
+        "SELECT (now() AT TIME ZONE 'UTC')::date, inhrelid::regclass::text FROM pg_inherits
+         WHERE inhparent = 'event_outbox'::regclass AND inhrelid <> 'event_outbox_rest'::regclass ORDER BY 2 LIMIT 1",
+    )
+    .fetch_one(&mut *connection)
+    .await?;
+    sqlx::query(AssertSqlSafe(format!("DROP TABLE {first}"))).execute(&mut *connection).await?;
+    repository.make_day(connection, today - Days::new(AGE_DAYS)).await?.context("a partition for old rows")?;
+    days::make_ahead(&repository, connection).await?.context("partitions for new rows")?;
+    Ok(())
+}
+
+async fn clean_up(stage: &Stage, what: &str) -> anyhow::Result<()> {
     let mut settings = stage.settings.clone();
     settings.outbox.cleanup.retention_days = RETENTION_DAYS;
     let url = settings.database.url.as_deref().context("benchmarks have a database")?;
     let mut connection = outbox::connect(url, "commitstream bench: clean-up", settings.database.timeout).await?;
     let repository = OutboxRepository::new(&settings.database.schema);
     let told = |cleaned: &cleanup::Cleaned| stage.tell(|| format!("{what}: {} removed", count(cleaned.events)));
-    Ok(cleanup::run_once(&repository, &mut connection, &settings, told).await?.events)
+    cleanup::run_once(&repository, &mut connection, &settings, told).await?;
+    Ok(())
 }
 
-/// As the reference has it for an operator.
-async fn delete(connection: &mut PgConnection) -> anyhow::Result<u64> {
+async fn delete(connection: &mut PgConnection) -> anyhow::Result<()> {
     let sql = "DELETE FROM event_outbox WHERE status = 'PUBLISHED' AND published_at < now() - make_interval(days => $1)";
-    Ok(sqlx::query(sql).bind(i32::try_from(RETENTION_DAYS)?).execute(connection).await?.rows_affected())
+    sqlx::query(sql).bind(i32::try_from(RETENTION_DAYS)?).execute(connection).await?;
+    Ok(())
 }
 
+/// Of the table with all its partitions.
 async fn size(connection: &mut PgConnection) -> anyhow::Result<f64> {
-    let bytes: i64 = sqlx::query_scalar("SELECT pg_total_relation_size('event_outbox')").fetch_one(connection).await?;
+    let sql = "SELECT sum(pg_total_relation_size(relid))::bigint FROM pg_partition_tree('event_outbox')";
+    let bytes: i64 = sqlx::query_scalar(sql).fetch_one(connection).await?;
     Ok(bytes as f64 / f64::from(1 << 20))
 }

@@ -57,6 +57,14 @@ impl Stage {
         Ok(())
     }
 
+    /// The same after all tables were dropped.
+    pub async fn start_anew(&self, connection: &mut PgConnection) -> anyhow::Result<()> {
+        self.streams.remove_all().await?;
+        let sql = format!("DROP SCHEMA \"{}\" CASCADE", self.settings.database.schema);
+        sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(connection).await?;
+        self.migrate().await
+    }
+
     /// A session as an application has one, in the schema of the benchmarks.
     pub async fn connect(&self, of: &str) -> anyhow::Result<PgConnection> {
         let mut connection = self.options(of)?.connect().await?;

@@ -51,16 +51,24 @@ impl OrderPlaced {
     }
 }
 
-/// Rows as [`OrderPlaced::new`] makes them, with status and time of publication as `state` says.
+/// Rows as [`OrderPlaced::new`] makes them, with id, status and time of publication as `state` says.
 const FILL: &str = r#"
-    INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, status, created_at, published_at, headers)
-    SELECT 'OrderPlaced', 'order', 'order-' || c,
+    INSERT INTO event_outbox (id, event_type, aggregate_type, aggregate_id, payload, status, created_at, published_at, headers)
+    SELECT {id}, 'OrderPlaced', 'order', 'order-' || c,
            format('{"order":"order-%s","number":%s,"customer":"customer-%s","email":"customer-%s@example.org","amount_cents":%s,'
                '"currency":"EUR","items":[{"sku":"SKU-%s","quantity":%s}],"note":"leave at the door"}',
                c, n, c, c, 100 + n % 9900, lpad((n % 1000)::text, 4, '0'), 1 + n % 3)::jsonb,
            {state}
     FROM (SELECT n, lpad((n * 7919 % 10000)::text, 5, '0') AS c FROM generate_series($1::bigint, $2::bigint) AS n) AS numbers
     ORDER BY n"#;
+
+/// As the table makes it by itself.
+const NEW_ID: &str = "outbox_uuid_v7()";
+
+/// A UUIDv7 from noon (UTC) of six days ago on, as is the time of publication of the same rows.
+const OLD_ID: &str = "
+    (lpad(to_hex((extract(epoch FROM date_trunc('day', now() AT TIME ZONE 'UTC') - interval '132 hours') * 1000)::bigint + n / 50),
+          12, '0') || '7' || left(md5(n::text), 3) || '8' || right(md5(n::text), 15))::uuid";
 
 /// What state the rows of [`fill`] are in.
 #[derive(Debug, Clone, Copy)]
@@ -76,6 +84,7 @@ pub enum State {
 
 /// Inserts this many rows. `told` is given the number of rows after each chunk.
 pub async fn fill(connection: &mut PgConnection, events: u64, state: State, told: impl Fn(u64)) -> Result<(), sqlx::Error> {
+    let id = if matches!(state, State::Old) { OLD_ID } else { NEW_ID };
     let state = match state {
         State::Waiting => "'PENDING', clock_timestamp(), NULL, '{}'".to_owned(),
         State::Old => "'PUBLISHED', now() - interval '6 days', now() - interval '6 days', '{}'".to_owned(),
@@ -84,7 +93,7 @@ pub async fn fill(connection: &mut PgConnection, events: u64, state: State, told
                  || left(md5(c), 16) || CASE n % {of} WHEN 0 THEN '-01' ELSE '-00' END)"
         ),
     };
-    let sql = FILL.replace("{state}", &state);
+    let sql = FILL.replace("{id}", id).replace("{state}", &state);
     let mut filled = 0;
     while filled < events {
         let until = events.min(filled + CHUNK);
