@@ -48,6 +48,10 @@ pub(super) fn check(field: &'static str, json: &str) -> Result<usize, EventError
 fn end_of_string(field: &'static str, bytes: &[u8], mut at: usize) -> Result<usize, EventError> {
     let mut high_before = false;
     loop {
+        let rest = bytes.get(at..).unwrap_or_default();
+        if !high_before {
+            at += rest.iter().position(|byte| matches!(byte, b'"' | b'\\')).unwrap_or(rest.len());
+        }
         let unit = match bytes.get(at..).unwrap_or_default() {
             [b'\\', b'u', hex @ ..] => {
                 at += 6;
