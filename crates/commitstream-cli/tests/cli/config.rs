@@ -64,7 +64,7 @@ fn settings_in_force_as_people_read_them() -> Result<()> {
     app.outbox.cleanup.enabled              true                                    default
     app.outbox.cleanup.interval             1h                                      default
     app.outbox.cleanup.retentionDays        7                                       default        OUTBOX_RETENTION_DAYS
-    app.outbox.cleanup.batchSize            1000                                    default
+    app.outbox.cleanup.batchSize            250                                     default
     app.eventPublishing.defaultStrategy     hybrid                                  default        EVENT_PUBLISHING_STRATEGY
     app.eventPublishing.maxPayloadBytes     1MiB                                    default
     app.eventPublishing.fallbackToOutbox    false                                   default

@@ -322,7 +322,7 @@ impl Default for ProcessorSettings {
 
 impl Default for CleanupSettings {
     fn default() -> Self {
-        Self { enabled: true, interval: Duration::from_secs(60 * 60), retention_days: 7, batch_size: 1_000 }
+        Self { enabled: true, interval: Duration::from_secs(60 * 60), retention_days: 7, batch_size: 250 }
     }
 }
 

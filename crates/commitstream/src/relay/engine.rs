@@ -29,10 +29,10 @@ const BATCHES_PER_CLAIM: i64 = 10;
 /// Most events of a claim of several batches.
 const MAX_EVENTS_PER_CLAIM: i64 = 2_000;
 /// A look that finds so many events, and no more, is one of a steady stream. The next one begins later, by this much for each of them,
-/// and finds more at once: each look, its commit and its settle take from the producers' time. Up to about 2,500 events a second
+/// and finds more at once: each look, its commit and its settle take from the producers' time. Up to about 3,000 events a second
 /// nothing waits; beyond, at most for `LONGEST_LINGER`.
 const STEADY: usize = 8;
-const LINGER_PER_EVENT: Duration = Duration::from_micros(400);
+const LINGER_PER_EVENT: Duration = Duration::from_micros(300);
 const LONGEST_LINGER: Duration = Duration::from_millis(10);
 /// Claims whose events may be between claim and settle.
 const CLAIMS_IN_FLIGHT: i64 = 3;
