@@ -16,7 +16,7 @@ use super::stage::{Stage, per_second};
 use super::workload::State;
 use crate::output::count;
 
-const ROUNDS: u32 = 1;
+const ROUNDS: u32 = 3;
 /// Rows that are old for who removes them, but not for the running relay, which keeps them a day longer: its own clean-up, at its start and
 /// every hour, must not come in between.
 const OLD: u64 = 2_000_000;
@@ -52,8 +52,8 @@ impl Way {
 
     fn name(self) -> &'static str {
         match self {
-            Self::RowByRow => "cleanup",
-            Self::ByDay => "cleanup by day",
+            Self::RowByRow => "row by row",
+            Self::ByDay => "by day",
             Self::OneDelete => "one DELETE",
         }
     }
@@ -80,12 +80,11 @@ impl Run {
         (self.full - self.after) / (self.full - self.empty) * 100.0
     }
 
-    fn describe(&self, way: Way) -> String {
+    fn describe(&self, what: &str) -> String {
         let Self { p99_before, p99_during, longest, empty, full, after, .. } = self;
         format!(
-            "{}: p99 {p99_before:.1} ms before and {p99_during:.1} ms during, the longest {longest:.0} ms; \
-             table and indexes {empty:.0} MiB, {full:.0} MiB with the old rows, {after:.0} MiB after VACUUM",
-            way.name()
+            "{what}: p99 {p99_before:.1} ms before and {p99_during:.1} ms during, the longest {longest:.0} ms; \
+             table and indexes {empty:.0} MiB, {full:.0} MiB with the old rows, {after:.0} MiB after VACUUM"
         )
     }
 }
@@ -99,8 +98,9 @@ pub async fn measure(stage: &Stage) -> anyhow::Result<Measured> {
             if way == Way::ByDay {
                 partition(stage, &mut connection).await?;
             }
-            let run = one_side(stage, &mut connection, way, &format!("{}, round {round}", way.name())).await?;
-            notes.push(run.describe(way));
+            let what = format!("{}, round {round}", way.name());
+            let run = one_side(stage, &mut connection, way, &format!("cleanup, {what}")).await?;
+            notes.push(run.describe(&what));
             runs.push(run);
         }
         stage.start_anew(&mut connection).await?;
@@ -114,8 +114,8 @@ fn figures(rounds: &[[Run; 3]]) -> Vec<Figure> {
     let against_one_delete = |which: usize, of: fn(&Run) -> f64| {
         rounds.iter().map(|runs| Round::new(of(&runs[which]), of(&runs[1]))).collect::<Vec<_>>()
     };
-    let of = |way: Way, which: usize| {
-        let name = |what: &str| format!("{}, {what}", way.name());
+    let of = |title: &str, which: usize| {
+        let name = |what: &str| format!("{title}, {what}");
         let slowdown = against_one_delete(which, Run::slowdown);
         let returned = against_one_delete(which, Run::returned);
         [
@@ -124,7 +124,7 @@ fn figures(rounds: &[[Run; 3]]) -> Vec<Figure> {
             Figure::new(name("room returned"), "%", Some(Aim::AtLeast(LEAST_RETURNED)), returned),
         ]
     };
-    [of(Way::RowByRow, 0), of(Way::ByDay, 2)].into_iter().flatten().collect()
+    [of("cleanup", 0), of("cleanup by day", 2)].into_iter().flatten().collect()
 }
 
 async fn one_side(stage: &Stage, connection: &mut PgConnection, way: Way, what: &str) -> anyhow::Result<Run> {
