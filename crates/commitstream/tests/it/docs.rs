@@ -36,6 +36,20 @@ fn every_promise_names_a_test_that_exists() -> Result<()> {
     Ok(())
 }
 
+/// They are rows of the table that the benchmark wrote, without its last columns.
+#[test]
+fn the_figures_of_the_readme_are_those_that_were_measured() -> Result<()> {
+    let (readme, measured) = (read(&root().join("README.md"))?, read(&root().join("docs/benchmarks.md"))?);
+    let (_, section) = readme.split_once("\n## How fast it is\n").context("the section")?;
+    let rows: Vec<_> = section.lines().take_while(|line| !line.starts_with("## ")).filter(|line| line.starts_with('|')).collect();
+    ensure!(rows.len() > 2, "no figures");
+    for row in rows {
+        let row = row.trim_end_matches('|');
+        ensure!(measured.lines().any(|line| line.starts_with(row)), "docs/benchmarks.md has no {row}");
+    }
+    Ok(())
+}
+
 /// The last table of docs/doctor.md; each test that it names looks for what the check finds.
 #[test]
 fn each_check_of_doctor_names_tests_that_provoke_it() -> Result<()> {
