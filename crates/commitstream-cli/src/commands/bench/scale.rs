@@ -11,7 +11,7 @@ use super::process::RelayProcess;
 use super::stage::{Stage, per_second};
 use crate::output::count;
 
-const ROUNDS: u32 = 1;
+const ROUNDS: u32 = 3;
 /// Waiting rows. The first is the baseline of the others.
 const BACKLOGS: [u64; 4] = [10_000, 100_000, 1_000_000, 5_000_000];
 /// Up to this, a drain takes a moment only, and its rate is the median of so many.
