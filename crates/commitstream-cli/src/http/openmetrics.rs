@@ -1,5 +1,7 @@
 //! OpenMetrics, made of the text format of Prometheus, which is what the recorder writes: <https://prometheus.io/docs/specs/om/open_metrics_spec/>.
 
+use std::collections::HashSet;
+
 use axum::http::HeaderMap;
 use axum::http::header::ACCEPT;
 
@@ -13,11 +15,11 @@ pub fn is_asked_for(headers: &HeaderMap) -> bool {
 
 /// The same samples: a counter is described without the `_total` that its samples have, no line is empty, and the end is marked.
 pub fn of(text: &str) -> String {
-    let is_counter = |name: &str| text.lines().any(|line| line.strip_prefix("# TYPE ") == Some(&format!("{name} counter")));
+    let counters: HashSet<_> = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.strip_suffix(" counter")).collect();
     let described = |line: &str| {
         let parts = line.strip_prefix("# ").and_then(|rest| rest.split_once(' ')).and_then(|(what, rest)| {
             let (name, rest) = rest.split_once(' ')?;
-            Some((what, name.strip_suffix("_total").filter(|_| is_counter(name))?, rest))
+            Some((what, name.strip_suffix("_total").filter(|_| counters.contains(name))?, rest))
         });
         parts.map_or_else(|| line.to_owned(), |(what, base, rest)| format!("# {what} {base} {rest}"))
     };
