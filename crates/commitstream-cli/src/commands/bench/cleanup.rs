@@ -13,7 +13,7 @@ use super::figure::{Aim, Figure, Measured, Round};
 use super::flow::Flow;
 use super::process::RelayProcess;
 use super::stage::{Stage, per_second};
-use super::workload::State;
+use super::workload::{AGE_DAYS, State};
 use crate::output::count;
 
 const ROUNDS: u32 = 3;
@@ -21,8 +21,6 @@ const ROUNDS: u32 = 3;
 /// every hour, must not come in between.
 const OLD: u64 = 2_000_000;
 const RETENTION_DAYS: u32 = 5;
-/// How long ago the old rows were published, in days.
-const AGE_DAYS: u64 = 6;
 /// Events a second, and the connections that bring them.
 const RATE: u32 = 500;
 const CONNECTIONS: u32 = 8;
@@ -36,31 +34,10 @@ const MOST_SLOWDOWN: f64 = 2.0;
 /// Percent of the room that the old rows took.
 const LEAST_RETURNED: f64 = 90.0;
 
-/// How old rows are removed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
-    /// As the relay does it every hour.
-    RowByRow,
-    /// The same, where the table is partitioned.
-    ByDay,
-    /// As the reference has it for an operator.
-    OneDelete,
-}
-
-impl Way {
-    const ALL: [Self; 3] = [Self::RowByRow, Self::OneDelete, Self::ByDay];
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::RowByRow => "row by row",
-            Self::ByDay => "by day",
-            Self::OneDelete => "one DELETE",
-        }
-    }
-}
-
 /// One side of a round. Sizes are those of the table with its indexes, in MiB.
 struct Run {
+    /// How the rows were removed, and in which round.
+    what: String,
     removed_per_second: f64,
     p99_before: f64,
     p99_during: f64,
@@ -80,8 +57,8 @@ impl Run {
         (self.full - self.after) / (self.full - self.empty) * 100.0
     }
 
-    fn describe(&self, what: &str) -> String {
-        let Self { p99_before, p99_during, longest, empty, full, after, .. } = self;
+    fn describe(&self) -> String {
+        let Self { what, p99_before, p99_during, longest, empty, full, after, .. } = self;
         format!(
             "{what}: p99 {p99_before:.1} ms before and {p99_during:.1} ms during, the longest {longest:.0} ms; \
              table and indexes {empty:.0} MiB, {full:.0} MiB with the old rows, {after:.0} MiB after VACUUM"
@@ -91,48 +68,36 @@ impl Run {
 
 pub async fn measure(stage: &Stage) -> anyhow::Result<Measured> {
     let mut connection = stage.connect("cleanup").await?;
-    let (mut rounds, mut notes) = (Vec::new(), Vec::new());
+    let (mut row_by_row, mut one_delete, mut by_day) = (Vec::new(), Vec::new(), Vec::new());
     for round in stage.rounds(ROUNDS) {
-        let mut runs = Vec::new();
-        for way in Way::ALL {
-            if way == Way::ByDay {
-                partition(stage, &mut connection).await?;
-            }
-            let what = format!("{}, round {round}", way.name());
-            let run = one_side(stage, &mut connection, way, &format!("cleanup, {what}")).await?;
-            notes.push(run.describe(&what));
-            runs.push(run);
-        }
+        row_by_row.push(one_side(stage, &mut connection, true, format!("row by row, round {round}")).await?);
+        one_delete.push(one_side(stage, &mut connection, false, format!("one DELETE, round {round}")).await?);
+        partition(stage, &mut connection).await?;
+        by_day.push(one_side(stage, &mut connection, true, format!("by day, round {round}")).await?);
         stage.start_anew(&mut connection).await?;
-        let runs: [Run; 3] = runs.try_into().ok().context("a run of each way")?;
-        rounds.push(runs);
     }
-    Ok(Measured { name: "cleanup", figures: figures(&rounds), notes })
+    let figures = [figures("cleanup", &row_by_row, &one_delete), figures("cleanup by day", &by_day, &one_delete)];
+    let notes = row_by_row.iter().chain(&one_delete).chain(&by_day).map(Run::describe).collect();
+    Ok(Measured { name: "cleanup", figures: figures.into_iter().flatten().collect(), notes })
 }
 
-fn figures(rounds: &[[Run; 3]]) -> Vec<Figure> {
-    let against_one_delete = |which: usize, of: fn(&Run) -> f64| {
-        rounds.iter().map(|runs| Round::new(of(&runs[which]), of(&runs[1]))).collect::<Vec<_>>()
-    };
-    let of = |title: &str, which: usize| {
-        let name = |what: &str| format!("{title}, {what}");
-        let slowdown = against_one_delete(which, Run::slowdown);
-        let returned = against_one_delete(which, Run::returned);
-        [
-            Figure::new(name("p99 during"), "times before", Some(Aim::AtMost(MOST_SLOWDOWN)), slowdown),
-            Figure::new(name("removed"), "rows/s", None, against_one_delete(which, |run| run.removed_per_second)),
-            Figure::new(name("room returned"), "%", Some(Aim::AtLeast(LEAST_RETURNED)), returned),
-        ]
-    };
-    [of("cleanup", 0), of("cleanup by day", 2)].into_iter().flatten().collect()
+fn figures(title: &str, runs: &[Run], baselines: &[Run]) -> [Figure; 3] {
+    let rounds =
+        |of: fn(&Run) -> f64| runs.iter().zip(baselines).map(|(run, baseline)| Round::new(of(run), of(baseline))).collect();
+    [
+        Figure::new(format!("{title}, p99 during"), "times before", Some(Aim::AtMost(MOST_SLOWDOWN)), rounds(Run::slowdown)),
+        Figure::new(format!("{title}, removed"), "rows/s", None, rounds(|run| run.removed_per_second)),
+        Figure::new(format!("{title}, room returned"), "%", Some(Aim::AtLeast(LEAST_RETURNED)), rounds(Run::returned)),
+    ]
 }
 
-async fn one_side(stage: &Stage, connection: &mut PgConnection, way: Way, what: &str) -> anyhow::Result<Run> {
+async fn one_side(stage: &Stage, connection: &mut PgConnection, by_clean_up: bool, what: String) -> anyhow::Result<Run> {
+    let told = format!("cleanup, {what}");
     let old = stage.events(OLD);
-    stage.prepare(connection, 0, what).await?;
+    stage.prepare(connection, 0, &told).await?;
     let empty = size(connection).await?;
     let relay = RelayProcess::start(stage).await?;
-    stage.fill_with(connection, old, State::Old, what).await?;
+    stage.fill_with(connection, old, State::Old, &told).await?;
     stage.settle(connection).await?;
     let full = size(connection).await?;
     let flow = Flow::start(stage, RATE, CONNECTIONS).await?;
@@ -141,9 +106,10 @@ async fn one_side(stage: &Stage, connection: &mut PgConnection, way: Way, what: 
     tokio::time::sleep(stage.time(BEFORE)).await;
     let before = flow.lap()?;
     let started = Instant::now();
-    match way {
-        Way::OneDelete => delete(connection).await?,
-        Way::RowByRow | Way::ByDay => clean_up(stage, what).await?,
+    if by_clean_up {
+        clean_up(stage, &told).await?
+    } else {
+        delete(connection).await?
     }
     let took = started.elapsed();
     tokio::time::sleep(stage.time(LEAST_DURING).saturating_sub(took)).await;
@@ -157,6 +123,7 @@ async fn one_side(stage: &Stage, connection: &mut PgConnection, way: Way, what: 
     ensure!(left == 0, "{left} of {old} old rows were not removed");
     stage.settle(connection).await?;
     Ok(Run {
+        what,
         removed_per_second: per_second(old, took),
         p99_before: before.after_due.millis(0.99),
         p99_during: during.after_due.millis(0.99),
@@ -172,19 +139,16 @@ async fn partition(stage: &Stage, connection: &mut PgConnection) -> anyhow::Resu
     stage.clear(connection).await?;
     let repository = OutboxRepository::new(&stage.settings.database.schema);
     repository.partition_by_day(connection).await?.context("benchmarks have a plain table")?;
+    let today: NaiveDate = sqlx::query_scalar("SELECT (now() AT TIME ZONE 'UTC')::date").fetch_one(&mut *connection).await?;
     // The plain table has become the partition of all days until today.
-    let (today, first): (NaiveDate, String) = sqlx::query_as(
-        "SELECT (now() AT TIME ZONE 'UTC')::date, inhrelid::regclass::text FROM pg_inherits
-         WHERE inhparent = 'event_outbox'::regclass AND inhrelid <> 'event_outbox_rest'::regclass ORDER BY 2 LIMIT 1",
-    )
-    .fetch_one(&mut *connection)
-    .await?;
-    sqlx::query(AssertSqlSafe(format!("DROP TABLE {first}"))).execute(&mut *connection).await?;
+    let drop = today.format("DROP TABLE event_outbox_p%Y%m%d").to_string();
+    sqlx::query(AssertSqlSafe(drop)).execute(&mut *connection).await?;
     repository.make_day(connection, today - Days::new(AGE_DAYS)).await?.context("a partition for old rows")?;
     days::make_ahead(&repository, connection).await?.context("partitions for new rows")?;
     Ok(())
 }
 
+/// As the relay does it every hour.
 async fn clean_up(stage: &Stage, what: &str) -> anyhow::Result<()> {
     let mut settings = stage.settings.clone();
     settings.outbox.cleanup.retention_days = RETENTION_DAYS;
@@ -196,6 +160,7 @@ async fn clean_up(stage: &Stage, what: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// As the reference has it for an operator.
 async fn delete(connection: &mut PgConnection) -> anyhow::Result<()> {
     let sql = "DELETE FROM event_outbox WHERE status = 'PUBLISHED' AND published_at < now() - make_interval(days => $1)";
     sqlx::query(sql).bind(i32::try_from(RETENTION_DAYS)?).execute(connection).await?;

@@ -77,7 +77,7 @@ pub struct Args {
     #[arg(long, value_name = "ROUNDS", value_parser = clap::value_parser!(u32).range(1..=i64::from(MOST_ROUNDS)))]
     rounds: Option<u32>,
 
-    /// Run scale, cleanup and console, too: about forty minutes more
+    /// Run scale, cleanup and console, too: about half an hour more
     #[arg(long, conflicts_with = "names")]
     all: bool,
 

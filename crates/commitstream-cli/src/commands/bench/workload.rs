@@ -65,16 +65,19 @@ const FILL: &str = r#"
 /// As the table makes it by itself.
 const NEW_ID: &str = "outbox_uuid_v7()";
 
-/// A UUIDv7 from noon (UTC) of six days ago on, as is the time of publication of the same rows.
+/// A UUIDv7 from noon (UTC) of the day on which old rows were published.
 const OLD_ID: &str = "
-    (lpad(to_hex((extract(epoch FROM date_trunc('day', now() AT TIME ZONE 'UTC') - interval '132 hours') * 1000)::bigint + n / 50),
+    (lpad(to_hex((extract(epoch FROM (now() AT TIME ZONE 'UTC')::date - {age} + time '12:00') * 1000)::bigint + n / 50),
           12, '0') || '7' || left(md5(n::text), 3) || '8' || right(md5(n::text), 15))::uuid";
+
+/// How long ago old rows were published, in days.
+pub const AGE_DAYS: u64 = 6;
 
 /// What state the rows of [`fill`] are in.
 #[derive(Debug, Clone, Copy)]
 pub enum State {
     Waiting,
-    /// Published six days ago.
+    /// Published [`AGE_DAYS`] ago.
     Old,
     /// Waiting, and each of a trace of its own; of so many, one is sampled.
     Traced {
@@ -84,16 +87,18 @@ pub enum State {
 
 /// Inserts this many rows. `told` is given the number of rows after each chunk.
 pub async fn fill(connection: &mut PgConnection, events: u64, state: State, told: impl Fn(u64)) -> Result<(), sqlx::Error> {
-    let id = if matches!(state, State::Old) { OLD_ID } else { NEW_ID };
-    let state = match state {
-        State::Waiting => "'PENDING', clock_timestamp(), NULL, '{}'".to_owned(),
-        State::Old => "'PUBLISHED', now() - interval '6 days', now() - interval '6 days', '{}'".to_owned(),
-        State::Traced { of } => format!(
-            "'PENDING', clock_timestamp(), NULL, jsonb_build_object('traceparent', '00-' || md5(n::text) || '-'
-                 || left(md5(c), 16) || CASE n % {of} WHEN 0 THEN '-01' ELSE '-00' END)"
+    let (id, state) = match state {
+        State::Waiting => (NEW_ID, "'PENDING', clock_timestamp(), NULL, '{}'".to_owned()),
+        State::Old => (OLD_ID, "'PUBLISHED', now() - interval '{age} days', now() - interval '{age} days', '{}'".to_owned()),
+        State::Traced { of } => (
+            NEW_ID,
+            format!(
+                "'PENDING', clock_timestamp(), NULL, jsonb_build_object('traceparent', '00-' || md5(n::text) || '-'
+                     || left(md5(c), 16) || CASE n % {of} WHEN 0 THEN '-01' ELSE '-00' END)"
+            ),
         ),
     };
-    let sql = FILL.replace("{id}", id).replace("{state}", &state);
+    let sql = FILL.replace("{id}", id).replace("{state}", &state).replace("{age}", &AGE_DAYS.to_string());
     let mut filled = 0;
     while filled < events {
         let until = events.min(filled + CHUNK);
