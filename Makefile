@@ -27,7 +27,7 @@ demo: ## see it work: PostgreSQL, Redis, the example service, a relay (SECONDS=,
 	@$(CARGO) build --release --quiet -p commitstream-cli
 	@$(CARGO) run --release --quiet -p commitstream-cli --bin commitstream -- demo $(DEMO_OPTIONS)
 
-bench: ## measure the speed beside baselines: under ten minutes, or fifty with BENCH_ARGS=--all (BENCH_ARGS=)
+bench: ## measure the speed beside baselines: under ten minutes, or forty with BENCH_ARGS=--all (BENCH_ARGS=)
 	@scripts/install-servers.sh
 	@echo "Building commitstream (the first time takes a few minutes) ..."
 	@$(CARGO) build --release --quiet -p commitstream-cli
