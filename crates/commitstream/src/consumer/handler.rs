@@ -43,6 +43,9 @@ pub trait Handler<E>: Send + Sync + 'static {
 /// happens once, however often the event is delivered.
 pub trait TransactionalHandler<E>: Send + Sync + 'static {
     /// The runtime commits after `Ok` and rolls back after an error. An event that was handled before does not come here.
+    ///
+    /// PostgreSQL commits nothing after a statement that failed: to pass over such an error is a failure of the event, unless the statement ran
+    /// in a savepoint (`transaction.begin()`).
     fn handle(
         &self,
         event: E,
@@ -67,7 +70,8 @@ impl<E: Send + 'static, H: Handler<E>> Handler<E> for Arc<H> {
 /// Why an event was not handled, and so, when it comes again. Made from any error by `?`: a failure.
 #[derive(Debug)]
 pub enum HandlerError {
-    /// Counts as a failed delivery: tried again with backoff, and after `maxDeliveries` a dead letter.
+    /// Counts as a failed delivery: tried again with backoff, and after `maxDeliveries` a dead letter. Where the error or a cause of it is
+    /// that PostgreSQL or Redis is away, or a connection refused or lost, no delivery is counted, and it is tried again every second.
     Failed(Box<dyn Error + Send + Sync>),
     /// Nothing is wrong with the event, something that it needs is away: tried again after so long, as often as it takes, and never
     /// a dead letter.

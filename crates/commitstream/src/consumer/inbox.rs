@@ -11,7 +11,7 @@ use sqlx::PgPool;
 use super::handler::{AnyHandler, decode};
 use super::{Delivery, HandlerError, TransactionalHandler};
 use crate::event::DecodeEvent;
-use crate::outbox::{OutboxError, OutboxRepository};
+use crate::outbox::{self, OutboxError, OutboxRepository};
 
 /// Rows removed in one statement, and how often old ones are looked for.
 const ROWS: u32 = 1_000;
@@ -73,13 +73,13 @@ impl<E: DecodeEvent, H: TransactionalHandler<E>> Transactional<E, H> {
             Ok::<_, HandlerError>((transaction, is_new))
         };
         let (mut transaction, is_new) = self.bounded(begin).await?;
-        if is_new {
-            self.handler.handle(event, delivery, &mut transaction).await?;
-        } else {
+        if !is_new {
             tracing::debug!(event = %delivery.event_id(), group = delivery.group(), "handled before");
+            return Ok(());
         }
+        self.handler.handle(event, delivery, &mut transaction).await?;
         // An unknown outcome is an outage: the next delivery finds the row or does not.
-        self.bounded(async { Ok(transaction.commit().await?) }).await
+        self.bounded(async { outbox::commit_unless_aborted(transaction).await.map_err(aborted) }).await
     }
 
     async fn bounded<T>(&self, work: impl Future<Output = Result<T, HandlerError>>) -> Result<T, HandlerError> {
@@ -87,6 +87,17 @@ impl<E: DecodeEvent, H: TransactionalHandler<E>> Transactional<E, H> {
         tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
             Err(HandlerError::retry_later(AGAIN, format!("PostgreSQL did not answer within {limit:?} (app.database.timeout)")))
         })
+    }
+}
+
+/// Says what a handler did that makes PostgreSQL undo everything.
+fn aborted(error: sqlx::Error) -> HandlerError {
+    match error.as_database_error().and_then(|error| error.code()) {
+        Some(code) if code == outbox::IN_FAILED_TRANSACTION => HandlerError::from(
+            "the handler passed over the error of a statement, after which PostgreSQL commits nothing: return that error, \
+             avoid it (ON CONFLICT DO NOTHING), or run the statement in a savepoint (transaction.begin())",
+        ),
+        _ => error.into(),
     }
 }
 

@@ -26,6 +26,7 @@ mod lanes;
 #[cfg(test)]
 mod lanes_model;
 mod memory;
+mod outage;
 mod session;
 mod status;
 mod worker;
@@ -51,7 +52,7 @@ pub use status::{ConsumerState, ConsumerStatus};
 
 use crate::backoff::Backoff;
 use crate::chain::chain;
-use crate::config::{ConfigError, Settings};
+use crate::config::{ConfigError, Settings, StartFrom};
 use crate::event::{DecodeEvent, EventEnvelope, EventKind};
 use crate::outbox::OutboxRepository;
 use crate::streams::{Member, Streams, StreamsError};
@@ -220,6 +221,7 @@ impl Consumer {
         for ((stream, routes), reporter) in streams.into_iter().zip(routes.into_values()).zip(reporters) {
             let (settings, handlers, stop) = (Arc::clone(&settings), Arc::clone(&handlers), stopped.clone());
             let (group, streams) = (Arc::<str>::from(self.group.as_str()), connection.clone());
+            let start = settings.start_from;
             let begin = move || {
                 Arc::new(Session {
                     settings: Arc::clone(&settings),
@@ -244,7 +246,7 @@ impl Consumer {
                     settled: Notify::new(),
                 })
             };
-            tasks.spawn(supervise(begin));
+            tasks.spawn(supervise(begin, start));
         }
         let mut cleaning = JoinSet::new();
         for inbox in self.inboxes {
@@ -262,13 +264,19 @@ fn member_name() -> String {
 }
 
 /// Session after session until told to stop.
-async fn supervise(begin: impl Fn() -> Arc<Session>) {
+async fn supervise(begin: impl Fn() -> Arc<Session>, mut start: StartFrom) {
     let mut backoff = Backoff::default();
     loop {
         let session = begin();
         let mut stop = session.stop.clone();
         let started = tokio::time::Instant::now();
-        match session.run().await {
+        let mut ended = session.join(start).await.map(|()| End::Stopped);
+        if ended.is_ok() {
+            // A group that is lost later, with all of Redis or alone, is to read what came since as well.
+            start = StartFrom::Beginning;
+            ended = session.run().await;
+        }
+        match ended {
             Ok(End::Stopped) => {
                 session.reporter.in_hand((0, 0));
                 return session.reporter.state(ConsumerState::Stopped);

@@ -17,7 +17,7 @@ use super::handler::AnyHandler;
 use super::lanes::{Item, Lanes, What};
 use super::status::Reporter;
 use crate::backoff::Backoff;
-use crate::config::{ConsumerSettings, UnknownEvents};
+use crate::config::{ConsumerSettings, StartFrom, UnknownEvents};
 use crate::streams::{Cycle, EntryId, Member, Received, Streams, StreamsError, TakenOver};
 
 /// Acknowledgements, and aggregates given back, in one call.
@@ -78,12 +78,16 @@ impl Session {
         self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Becomes a member of the group, which reads from `start` if it has to be made.
+    pub async fn join(&self, start: StartFrom) -> Result<(), StreamsError> {
+        if self.streams.join_group(&self.member, start).await? {
+            tracing::info!(stream = %self.stream, group = %self.group, from = ?start, "consumer group made; it reads from there");
+        }
+        Ok(())
+    }
+
     /// Works until told to stop, or until others have taken over.
     pub async fn run(self: &Arc<Self>) -> Result<End, StreamsError> {
-        let made = self.streams.join_group(&self.member, self.settings.start_from).await?;
-        if made {
-            tracing::info!(stream = %self.stream, group = %self.group, from = ?self.settings.start_from, "consumer group made; it reads from there");
-        }
         let mut workers = JoinSet::new();
         for _ in 0..self.settings.concurrency {
             workers.spawn(Arc::clone(self).work());

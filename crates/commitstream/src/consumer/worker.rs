@@ -10,12 +10,13 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::lanes::{Item, Outcome, What, Work, sizes};
+use super::outage::is_outage;
 use super::session::{Session, no_handler};
 use super::{Delivery, HandlerError};
 use crate::backoff::{Backoff, delay};
 use crate::chain::chain;
 use crate::event::rfc3339;
-use crate::streams::{Burial, Member, StreamsError, TakenOver};
+use crate::streams::{Burial, Member, TakenOver};
 
 /// Events that a worker handles before it lets others run.
 const TURN: u32 = 32;
@@ -239,21 +240,6 @@ impl Session {
 /// Others have it: what stands behind it in this process is theirs as well, and must not overtake it here. The session ends soon.
 fn left(item: Item) -> Outcome {
     Outcome { back: vec![item], wait: Some(Instant::now() + LONGEST_LATER), ..Outcome::default() }
-}
-
-/// A server was away: that says nothing about the event.
-fn is_outage(error: &(dyn std::error::Error + 'static)) -> bool {
-    let mut cause = Some(error);
-    while let Some(error) = cause {
-        if let Some(error) = error.downcast_ref::<StreamsError>() {
-            return error.is_outage();
-        }
-        if let Some(error) = error.downcast_ref::<sqlx::Error>() {
-            return crate::outbox::is_outage(error);
-        }
-        cause = error.source();
-    }
-    false
 }
 
 fn cut(reason: &str) -> &str {

@@ -2,7 +2,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgConnection};
-use sqlx::{ConnectOptions, Executor};
+use sqlx::{ConnectOptions, Executor, Postgres, Transaction};
 
 use super::{OutboxError, OutboxRepository};
 
@@ -52,6 +52,19 @@ pub(super) async fn open(url: &str, application_name: &str, timeout: Duration) -
     let timed_out = |_| OutboxError::Timeout { doing: CONNECTING, limit: timeout };
     tokio::time::timeout(timeout, options.connect()).await.map_err(timed_out)?.map_err(unreachable_or_refused)
 }
+
+/// Commits, unless a statement has failed before: PostgreSQL answers COMMIT in an aborted transaction with ROLLBACK, which the driver takes for
+/// success. Costs a round trip more.
+///
+/// # Errors
+/// The transaction is aborted ([`IN_FAILED_TRANSACTION`]); or the commit failed, and if the connection was lost, it may have been carried out.
+pub(crate) async fn commit_unless_aborted(mut transaction: Transaction<'_, Postgres>) -> Result<(), sqlx::Error> {
+    sqlx::raw_sql("SELECT 1").execute(&mut *transaction).await?;
+    transaction.commit().await
+}
+
+/// `in_failed_sql_transaction`, <https://www.postgresql.org/docs/current/errcodes-appendix.html>.
+pub(crate) const IN_FAILED_TRANSACTION: &str = "25P02";
 
 const CONNECTING: &str = "connecting";
 

@@ -88,10 +88,13 @@ pub(crate) fn is_outage(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::Protocol(_) => true,
         sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::WorkerCrashed => true,
-        // Classes 08 connection, 53 resources, 57P0 shutdown; serialization_failure, deadlock_detected, read_only_sql_transaction.
-        sqlx::Error::Database(error) => error.code().is_some_and(|code| {
-            ["08", "53", "57P0"].iter().any(|class| code.starts_with(class)) || ["40001", "40P01", "25006"].contains(&&*code)
-        }),
+        sqlx::Error::Database(error) => error.code().is_some_and(|code| is_outage_code(&code)),
         _ => false,
     }
+}
+
+/// The same of what PostgreSQL answered: classes 08 connection, 53 resources, 57P0 shutdown; serialization_failure, deadlock_detected,
+/// read_only_sql_transaction.
+pub(crate) fn is_outage_code(code: &str) -> bool {
+    ["08", "53", "57P0"].iter().any(|class| code.starts_with(class)) || ["40001", "40P01", "25006"].contains(&code)
 }

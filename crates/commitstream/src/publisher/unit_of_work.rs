@@ -4,6 +4,7 @@ use uuid::Uuid;
 
 use super::{HybridEventPublisher, PublishError};
 use crate::event::{DomainEvent, EventEnvelope};
+use crate::outbox;
 
 /// A transaction together with the events that belong to it. Dropped without [`commit`](Self::commit), it rolls back and
 /// publishes nothing, on either lane.
@@ -84,12 +85,9 @@ impl<'a> UnitOfWork<'a> {
     /// # Errors
     /// [`CommitError`] tells a failed commit from events that could not be sent after it.
     pub async fn commit(self) -> Result<(), CommitError> {
-        let Self { publisher, mut transaction, pool, unchecked, held } = self;
-        // PostgreSQL answers COMMIT in an aborted transaction with ROLLBACK, which the driver takes for success.
-        if unchecked {
-            sqlx::raw_sql("SELECT 1").execute(&mut *transaction).await.map_err(CommitError::Commit)?;
-        }
-        transaction.commit().await.map_err(CommitError::Commit)?;
+        let Self { publisher, transaction, pool, unchecked, held } = self;
+        let committed = if unchecked { outbox::commit_unless_aborted(transaction).await } else { transaction.commit().await };
+        committed.map_err(CommitError::Commit)?;
         if let Some(waker) = &publisher.waker {
             waker.wake();
         }

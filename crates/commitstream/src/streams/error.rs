@@ -121,6 +121,11 @@ impl StreamsError {
     }
 }
 
+/// The same of a call that somebody else made.
+pub(crate) fn is_outage(error: &RedisError) -> bool {
+    kind_of(error) != Kind::Refused
+}
+
 /// What an error says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {

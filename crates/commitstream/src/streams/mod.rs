@@ -27,6 +27,7 @@ pub use bury::Burial;
 pub use connection::Streams;
 pub use dead::{DeadLetter, RetriedAs};
 pub use error::StreamsError;
+pub(crate) use error::is_outage;
 pub use groups::{GroupConsumer, GroupInfo, GroupLag};
 pub use locate::{Delivery, GroupDelivery, StreamFigures};
 pub use members::{Cycle, EntryId, Member, Received, TakenOver};

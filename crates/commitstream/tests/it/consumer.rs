@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use commitstream::EventEnvelope;
-use commitstream::config::UnknownEvents;
+use commitstream::config::{StartFrom, UnknownEvents};
 use commitstream::consumer::{
     BatchHandler, Consumer, ConsumerHandle, ConsumerState, Delivery, Handler, HandlerError, WhenUnknown,
 };
@@ -337,6 +337,22 @@ async fn a_group_that_was_removed_is_made_anew() -> Result<()> {
     let _: u8 = destroy.arg("DESTROY").arg(world.user_stream()).arg(GROUP).query_async(&mut world.redis().await?).await?;
     eventually("everything to be delivered again", async || Ok(book.count() == 20)).await?;
     all_acknowledged(&world).await?;
+    consumer.stop().await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_from_now_on_that_is_lost_with_its_stream_misses_nothing_that_comes_after() -> Result<()> {
+    let mut world = World::new().await?;
+    world.settings.consumer.start_from = StartFrom::Now;
+    publish(&world, 10, 2).await?;
+    let book = Arc::new(Book::default());
+    let consumer = start(&world, Writer(book.clone()))?;
+    consumer.wait_for(|status| status.state == ConsumerState::Active).await.context("ended")?;
+    let _: u8 = redis::cmd("DEL").arg(world.user_stream()).query_async(&mut world.redis().await?).await?;
+    publish(&world, 10, 2).await?;
+    all_acknowledged_of(&world, 10, &consumer).await?;
+    assert_eq!(book.count(), 10);
     consumer.stop().await?;
     Ok(())
 }

@@ -7,6 +7,7 @@ mod consumer;
 mod consumer_book;
 mod consumer_faults;
 mod consumer_rate;
+mod consumer_transaction;
 mod crash_windows;
 mod days;
 mod dead;
