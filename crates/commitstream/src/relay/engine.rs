@@ -8,14 +8,15 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use sqlx::PgConnection;
 use tokio::sync::Notify;
 use tokio::time::Instant;
-use uuid::Uuid;
 
 use super::append::{self, Ended};
 use super::chain::Chains;
 use super::cleanup::after_publishing;
 use super::cursor::Cursor;
+use super::markers::Markers;
 use super::pipeline::{Limits, Pipeline};
 use super::repair::Predecessors;
+use super::retry::Retries;
 use super::session::{SessionError, bounded};
 use super::sleep::SleepLock;
 use super::status::Reporter;
@@ -42,8 +43,6 @@ const AWAKE_AFTER: Duration = Duration::from_millis(20);
 const SWEEP_SHARE: u32 = 20;
 /// How often Redis is asked for the last batches while nothing is appended: a failover is noticed without waiting for an event.
 const PULSE_EVERY: Duration = Duration::from_secs(1);
-/// Markers whose life waits to be shortened; more are left to expire by themselves.
-const MAX_MARKERS: usize = 10_000;
 
 /// What the engine works with.
 pub(super) struct Parts {
@@ -56,6 +55,7 @@ pub(super) struct Parts {
     pub lease: Lease,
     pub predecessors: Predecessors,
     pub looked_up: Instant,
+    pub markers: Markers,
     /// How long after it was appended a batch is looked for.
     pub window: Duration,
 }
@@ -87,6 +87,9 @@ pub(super) struct Engine {
     not_before: Instant,
     busy_since: Option<Instant>,
     next_sweep: Instant,
+    /// A sweep for retries does not begin before, so that sweeps have their share of the time and no more.
+    rested: Instant,
+    retries: Retries,
     sweep_again: bool,
     next_pulse: Instant,
     claim_started: Instant,
@@ -98,12 +101,7 @@ pub(super) struct Engine {
     settle: Slot<Result<PgConnection, SessionError>>,
     expire: Slot<Result<(), StreamsError>>,
     pulse: Slot<Result<(), StreamsError>>,
-    /// Markers of batches that were settled, perhaps not yet on disk.
-    settled: Vec<(String, Uuid)>,
-    /// Those of them that were settled before the latest claim began.
-    settled_before_claim: Vec<(String, Uuid)>,
-    /// Those whose life may be shortened: a crash of PostgreSQL cannot open their batches again.
-    markers: Vec<(String, Uuid)>,
+    markers: Markers,
 }
 
 impl Engine {
@@ -122,6 +120,8 @@ impl Engine {
             not_before: now,
             busy_since: None,
             next_sweep: now,
+            rested: now,
+            retries: Retries::new(now),
             sweep_again: false,
             next_pulse: now + PULSE_EVERY,
             claim_started: now,
@@ -133,9 +133,7 @@ impl Engine {
             settle: None,
             expire: None,
             pulse: None,
-            settled: Vec::new(),
-            settled_before_claim: Vec::new(),
-            markers: Vec::new(),
+            markers: parts.markers,
             outbox: parts.outbox,
             streams: parts.streams,
             settings: parts.settings,
@@ -161,6 +159,7 @@ impl Engine {
                 let (claims, settles) = self.claims.zip(self.settles).ok_or(SessionError::LeaseLost)?;
                 return Ok(Connections { claims, settles, sleep: self.sleep });
             }
+            let sweep_due = self.sweep_due();
             tokio::select! {
                 () = &mut stop, if !stopping => stopping = true,
                 claimed = finish(&mut self.claim) => self.on_claimed(claimed?)?,
@@ -174,7 +173,7 @@ impl Engine {
                 }
                 () = wake.notified() => self.dirty = true,
                 // A claim under way may be the sweep that is due.
-                () = tokio::time::sleep_until(self.next_sweep), if !self.dirty && self.claim.is_none() => self.dirty = true,
+                () = tokio::time::sleep_until(sweep_due), if !self.dirty && self.claim.is_none() => self.dirty = true,
                 () = tokio::time::sleep_until(self.not_before), if !stopping && self.lingers() => {}
                 () = tokio::time::sleep_until(self.next_pulse), if self.is_quiet() => self.start_pulse(),
             }
@@ -216,10 +215,10 @@ impl Engine {
             };
             self.settle = Some(settle.boxed());
         }
-        if self.expire.is_none() && !self.markers.is_empty() {
-            let (streams, markers) = (self.streams.clone(), std::mem::take(&mut self.markers));
+        if self.expire.is_none() {
+            let (streams, markers) = (self.streams.clone(), self.markers.take_due());
             let life = self.settings.outbox.processor.settled_marker_life;
-            self.expire = Some(async move { streams.expire_markers(&markers, life).await }.boxed());
+            self.expire = (!markers.is_empty()).then(|| async move { streams.expire_markers(&markers, life).await }.boxed());
         }
     }
 
@@ -227,13 +226,13 @@ impl Engine {
         if let Some(seq) = self.pipeline.start_claim() {
             self.cursor.rewind_to(seq);
         }
-        self.settled_before_claim.append(&mut self.settled);
         self.dirty = false;
         self.claim_started = Instant::now();
-        self.sweeping = self.claim_started >= self.next_sweep;
+        self.sweeping = self.claim_started >= self.sweep_due();
         self.sweep_again &= !self.sweeping;
         if self.sweeping {
             self.cursor.rewind();
+            self.retries.forget(self.claim_started);
         }
         let request = self.request();
         let (outbox, limit) = (self.outbox.clone(), self.settings.database.timeout);
@@ -275,13 +274,13 @@ impl Engine {
             return Err(SessionError::LeaseLost);
         }
         if !claim.batches.is_empty() {
-            // Its commit has brought to disk all that was committed before.
-            self.markers.append(&mut self.settled_before_claim);
+            self.markers.on_disk(self.claim_started);
         }
         let now = Instant::now();
         if self.sweeping {
-            let pause = self.settings.outbox.processor.poll_interval.max((now - self.claim_started) * SWEEP_SHARE);
-            self.next_sweep = if self.sweep_again { now } else { now + pause };
+            self.rested = now + (now - self.claim_started) * SWEEP_SHARE;
+            let next = self.rested.max(now + self.settings.outbox.processor.poll_interval);
+            self.next_sweep = if self.sweep_again { now } else { next };
         }
         self.decide_sleep(!claim.batches.is_empty() || claim.waiting > 0, now);
         let found: usize = claim.batches.iter().map(|batch| batch.events.len()).sum();
@@ -338,6 +337,11 @@ impl Engine {
         }
     }
 
+    /// When the table is looked through from its low end: now and then, and when a refused event is due.
+    fn sweep_due(&self) -> Instant {
+        self.retries.next().map_or(self.next_sweep, |retry| self.next_sweep.min(retry.max(self.rested)))
+    }
+
     /// A claim waits for nothing but its time.
     fn lingers(&self) -> bool {
         !self.is_paused && self.dirty && self.claims.is_some() && self.pipeline.may_claim()
@@ -373,13 +377,14 @@ impl Engine {
         self.settles = Some(connection);
         let done = self.pipeline.settled();
         self.reporter.count(done.published, done.refused, done.failed);
-        let waiting = self.settled.len() + self.settled_before_claim.len() + self.markers.len();
-        self.settled.extend(done.markers.into_iter().take(MAX_MARKERS.saturating_sub(waiting)));
+        let now = Instant::now();
+        self.markers.settled(done.markers, now);
+        self.retries.add(done.retries, now);
         self.dirty |= done.released || done.unblocked;
         if done.unblocked {
             // What waited behind these is below the cursor. A sweep that is under way may have looked too early.
             self.sweep_again = true;
-            self.next_sweep = Instant::now();
+            self.next_sweep = now;
         }
     }
 

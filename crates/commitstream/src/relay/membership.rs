@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::assignment::{self, Plan};
+use super::markers::Markers;
 use super::session::{SessionError, bounded};
 use super::status::{RelayState, Reporter};
 use crate::config::Settings;
@@ -26,6 +27,7 @@ pub(super) struct Membership {
     outbox: OutboxRepository,
     settings: Arc<Settings>,
     reporter: Reporter,
+    markers: Markers,
     connection: PgConnection,
     /// Somebody came, left or gave partitions back.
     news: Arc<Notify>,
@@ -44,6 +46,7 @@ impl Membership {
         outbox: OutboxRepository,
         settings: Arc<Settings>,
         reporter: Reporter,
+        markers: Markers,
         connection: PgConnection,
         news: Arc<Notify>,
     ) -> Self {
@@ -52,6 +55,7 @@ impl Membership {
             outbox,
             settings,
             reporter,
+            markers,
             connection,
             news,
             lease,
@@ -128,8 +132,10 @@ impl Membership {
 
     /// Takes the relay off the list and gives all it has back.
     pub async fn leave(&mut self) -> Result<(), OutboxError> {
+        let began = Instant::now();
         let leave = self.outbox.leave(&mut self.connection, self.lease.relay_id);
         bounded("leaving the list of relays", self.settings.database.timeout, leave).await?;
+        self.markers.on_disk(began);
         self.reporter.partitions(0);
         self.tell().await
     }
@@ -148,9 +154,10 @@ impl Membership {
 
     async fn beat(&mut self, shares: bool) -> Result<Members, OutboxError> {
         let heartbeat = self.heartbeat(shares);
-        let limit = self.timeout();
+        let (limit, began) = (self.timeout(), Instant::now());
         let beat = self.outbox.beat(&mut self.connection, &heartbeat);
         let members = bounded("sending a heartbeat", limit, beat).await?;
+        self.markers.on_disk(began);
         self.alone = members.others.is_empty();
         self.is_paused = members.is_paused;
         Ok(members)

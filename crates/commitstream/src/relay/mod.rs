@@ -43,6 +43,7 @@ pub mod cleanup;
 mod cursor;
 pub mod days;
 mod engine;
+mod markers;
 mod membership;
 mod pipeline;
 #[cfg(test)]

@@ -12,6 +12,7 @@
 //! goes back to the first released event.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
 
 use uuid::Uuid;
 
@@ -66,6 +67,8 @@ pub struct Settled {
     pub released: bool,
     /// Events that others may have been waiting for are done.
     pub unblocked: bool,
+    /// How long the events that were refused are to wait.
+    pub retries: Vec<Duration>,
     pub published: u64,
     pub refused: u64,
     pub failed: u64,
@@ -168,6 +171,7 @@ impl Pipeline {
             done.unblocked |= outcome.was_waiting;
             done.released |= usize::try_from(settlement.appended).is_ok_and(|appended| appended < outcome.events);
             done.published += u64::try_from(settlement.appended).unwrap_or(0);
+            done.retries.extend(settlement.refusals.iter().filter_map(|r| r.retry_after));
             done.refused += settlement.refusals.len() as u64;
             done.failed += settlement.refusals.iter().filter(|r| r.retry_after.is_none()).count() as u64;
             if settlement.appended > 0 {

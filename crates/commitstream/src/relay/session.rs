@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use super::cleanup;
 use super::engine::{Connections, Engine, Parts};
+use super::markers::Markers;
 use super::membership::Membership;
 use super::repair::Predecessors;
 use super::sleep::{self, SleepLock};
@@ -23,6 +24,9 @@ use crate::streams::{Streams, StreamsError};
 
 /// The owner of this partition cleans up for all.
 const CLEANS_UP: usize = 0;
+
+/// What a stop may take beyond `shutdownTimeout`, to leave the list of relays.
+const LAST_WORD: Duration = Duration::from_secs(1);
 
 /// Why a session ended before it was told to.
 #[derive(Debug, Error)]
@@ -66,23 +70,37 @@ impl Relay {
             entered = enter => entered?,
             () = self.stopped() => return Ok(()),
         };
-        let (outbox, settings) = (self.outbox.clone(), self.settings.clone());
-        let mut membership = Membership::new(outbox, settings, self.reporter.clone(), connection, news.clone());
-        let ended = tokio::select! {
-            ended = self.take_part(&mut membership) => ended,
+        let (outbox, settings, markers) = (self.outbox.clone(), self.settings.clone(), Markers::default());
+        let mut membership = Membership::new(outbox, settings, self.reporter.clone(), markers.clone(), connection, news.clone());
+        let work_and_leave = async {
+            self.take_part(&mut membership, &markers).await?;
+            membership.leave().await?;
+            self.shorten(&markers).await;
+            Ok(())
+        };
+        tokio::select! {
+            ended = work_and_leave => ended,
             error = sleep::listen(listener, &self.wake, &news) => Err(error.into()),
             () = self.deadline() => {
                 tracing::warn!("stopped before everything in flight was settled: the next owners resolve the open batches");
+                if tokio::time::timeout(LAST_WORD, membership.leave()).await.is_ok_and(|left| left.is_ok()) {
+                    return Ok(());
+                }
+                tracing::warn!("PostgreSQL did not answer: the others notice that this relay is gone by its sessions, or after leaseDuration");
                 Ok(())
             }
-        };
-        if ended.is_ok() {
-            membership.leave().await?;
         }
-        ended
     }
 
-    async fn take_part(&self, membership: &mut Membership) -> Result<(), SessionError> {
+    /// The last settled batches of this session are on disk.
+    async fn shorten(&self, markers: &Markers) {
+        let life = self.settings.outbox.processor.settled_marker_life;
+        if let Err(error) = self.streams.expire_markers(&markers.take_due(), life).await {
+            tracing::debug!(%error, "markers of settled batches keep their full life");
+        }
+    }
+
+    async fn take_part(&self, membership: &mut Membership, markers: &Markers) -> Result<(), SessionError> {
         tokio::select! {
             ready = self.wait_for_redis(membership) => ready?,
             () = self.stopped() => return Ok(()),
@@ -102,7 +120,7 @@ impl Relay {
             }
             let (change, is_paused) = (Notify::new(), membership.is_paused());
             tokio::select! {
-                worked = self.work(lease, is_paused, connections.take(), &change) => connections = worked?,
+                worked = self.work(lease, is_paused, connections.take(), markers, &change) => connections = worked?,
                 error = membership.keep(&change) => return Err(error),
             }
         }
@@ -129,6 +147,7 @@ impl Relay {
         lease: Lease,
         is_paused: bool,
         connections: Option<Connections>,
+        markers: &Markers,
         change: &Notify,
     ) -> Result<Option<Connections>, SessionError> {
         self.reporter.state(RelayState::Recovering);
@@ -150,6 +169,7 @@ impl Relay {
             lease,
             predecessors,
             looked_up,
+            markers: markers.clone(),
             window: self.window(),
         };
         let until = async {

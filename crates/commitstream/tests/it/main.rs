@@ -33,6 +33,7 @@ mod python;
 mod relay;
 mod relay_faults;
 mod relay_process;
+mod relay_timing;
 mod schema;
 mod sentinel;
 mod sharing;
