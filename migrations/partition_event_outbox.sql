@@ -84,6 +84,14 @@ BEGIN
     EXECUTE format('ALTER TABLE event_outbox RENAME TO %s', first);
     EXECUTE format('CREATE TABLE event_outbox (LIKE %s INCLUDING ALL EXCLUDING INDEXES) PARTITION BY RANGE (id)', first);
 
+    -- What is not validated there must not count as validated here: neither the rows were read, nor could it be attached.
+    FOR statement IN
+        SELECT format('ALTER TABLE event_outbox DROP CONSTRAINT %I, ADD CONSTRAINT %1$I %s', conname, pg_get_constraintdef(oid))
+        FROM pg_constraint WHERE conrelid = outbox AND contype = 'c' AND NOT convalidated
+    LOOP
+        EXECUTE statement;
+    END LOOP;
+
     -- seq goes on where it was.
     sequence := pg_get_serial_sequence(first, 'seq');
     EXECUTE format('SELECT last_value, is_called FROM %s', sequence) INTO position;

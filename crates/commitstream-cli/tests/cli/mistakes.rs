@@ -115,6 +115,7 @@ fn events() -> Result<()> {
         (6, "", &["aggregate_id is empty"]),
         (6, &long, &["aggregate_id has 256 bytes", "at most 255"]),
         (4, "a{b}", &["a{b}", "brace"]),
+        (4, "user:dead", &["user:dead", "dead letters"]),
     ] {
         let mut args = PUBLISH;
         args[at] = value;

@@ -47,7 +47,8 @@ const RECENT: &str = "
 
 /// One statement, one transaction: the events of these partitions (`$2`) in the batches (`$1`) are unsent again, and the batches
 /// say so. Of a batch, only those of partitions that it does not name as lost yet: the others were published again since. Rows that an
-/// operator has changed meanwhile are left alone. `status || ''` keeps the planner on the key.
+/// operator has changed meanwhile are left alone. `status || ''` keeps the planner on the key. An aggregate type that ends in `:dead`, of a
+/// time when the table took it, may only wait (migration V8).
 const REQUEUE: &str = "
 WITH found AS MATERIALIZED (
     SELECT batch_id, partitions & $2 & ~lost AS partitions FROM {s}.outbox_batch
@@ -57,7 +58,8 @@ WITH found AS MATERIALIZED (
     WHERE b.batch_id = found.batch_id
     RETURNING b.event_ids[1:b.appended] AS ids, found.partitions
 ), again AS (
-    UPDATE {s}.event_outbox e SET status = 'PENDING', published_at = NULL
+    UPDATE {s}.event_outbox e SET status = 'PENDING', published_at = NULL,
+        next_retry_at = CASE WHEN e.aggregate_type LIKE '%:dead' THEN statement_timestamp() ELSE e.next_retry_at END
     FROM (SELECT unnest(ids) AS id, partitions FROM lost) AS l
     WHERE e.id = l.id AND e.status || '' = 'PUBLISHED'
       AND (l.partitions >> e.partition_no::int) & 1 = 1

@@ -9,8 +9,9 @@ use super::retry;
 use super::status::Reporter;
 use crate::backoff::Backoff;
 use crate::config::Settings;
+use crate::event::EventError;
 use crate::outbox::{Batch, OutboxEvent, Refusal};
-use crate::streams::{Appended, Marker, Streams, StreamsError};
+use crate::streams::{Appended, DEAD, Marker, Streams, StreamsError};
 
 /// How an append ended.
 pub enum Ended {
@@ -39,6 +40,10 @@ pub async fn append(streams: Streams, settings: Arc<Settings>, reporter: Reporte
 }
 
 async fn run(streams: Streams, settings: Arc<Settings>, reporter: Reporter, batch: Batch, behind: Behind) -> Ended {
+    if batch.aggregate_type.ends_with(DEAD) {
+        let refusals = never_to_be_sent(&batch);
+        return Ended::Known { batch, appended: 0, last_entry: None, refusals };
+    }
     // What cannot be sent ends the batch there, so that what the marker counts stays a prefix.
     let sendable = batch.events.iter().take_while(|e| e.payload.is_some()).count();
     let outcome = if sendable == 0 {
@@ -137,6 +142,15 @@ fn refusals(events: &[OutboxEvent], error: impl Fn(&OutboxEvent) -> String, sett
         retry_after: retry::after_refusal(e.retry_count, &settings.outbox.processor),
     };
     events.iter().map(refusal).collect()
+}
+
+/// Of rows that were there before the table refused them (migration V8): in their stream they would pass for dead letters of another type.
+fn never_to_be_sent(batch: &Batch) -> Vec<Refusal> {
+    let error = format!(
+        "{}; UPDATE its row in event_outbox with another aggregate_type, then retry it, or discard it",
+        EventError::Dead(batch.aggregate_type.clone())
+    );
+    batch.events.iter().map(|e| Refusal { event_id: e.id, error: error.clone(), retry_after: None }).collect()
 }
 
 fn too_large(event: &OutboxEvent, max: usize) -> String {

@@ -144,6 +144,30 @@ async fn columns_and_tables_that_are_gone_are_found() -> Result<()> {
     Ok(())
 }
 
+/// It is not validated by the migration, which would have to read the table.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_constraint_may_be_validated_and_is_mended_without_reading_the_table() -> Result<()> {
+    for form in Form::BOTH {
+        let world = World::of(form).await?;
+        let name = "event_outbox_aggregate_type_does_not_end_in_dead";
+        world.database.psql(&format!("ALTER TABLE event_outbox VALIDATE CONSTRAINT {name};"))?;
+        passes(&examine(&world).await, "schema");
+        world.database.psql(&format!("ALTER TABLE event_outbox DROP CONSTRAINT {name};"))?;
+        world.database.psql(
+            "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload) VALUES ('E', 'user:dead', '1', '{}');",
+        )?;
+        let report = examine(&world).await;
+        let seen = format!("the constraint event_outbox.{name} is missing");
+        mend(&world.settings, only(&report, "schema", Severity::Error, &seen))?;
+        passes(&examine(&world).await, "schema");
+        let relay = world.relay()?;
+        eventually("what came meanwhile to fail", async || Ok(world.stats().await?.failed == 1)).await?;
+        relay.stop().await?;
+        assert_eq!(world.audit().await?, 0);
+    }
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pause_and_a_clean_up_that_is_switched_off_are_found() -> Result<()> {
     for (form, days) in [(Form::Whole, 1), (Form::ByDay, 2)] {

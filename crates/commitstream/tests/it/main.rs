@@ -11,6 +11,7 @@ mod consumer_transaction;
 mod crash_windows;
 mod days;
 mod dead;
+mod dead_type;
 mod docs;
 mod doctor;
 mod doctor_explain;

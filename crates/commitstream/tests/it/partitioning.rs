@@ -10,11 +10,13 @@ use tokio::task::JoinSet;
 use crate::days::{count, partitions};
 use crate::support::{Form, World};
 
-const MIGRATIONS: [&str; 4] = [
+const MIGRATIONS: [&str; 6] = [
     include_str!("../../../../migrations/V3__create_outbox_table.sql"),
     include_str!("../../../../migrations/V4__share_outbox_among_relays.sql"),
     include_str!("../../../../migrations/V5__create_event_inbox.sql"),
     include_str!("../../../../migrations/V6__keep_the_claim_on_its_indexes.sql"),
+    include_str!("../../../../migrations/V7__audit_operators_and_pause_relays.sql"),
+    include_str!("../../../../migrations/V8__refuse_types_that_name_dead_letters.sql"),
 ];
 
 const PARTITION: &str = include_str!("../../../../migrations/partition_event_outbox.sql");
@@ -65,6 +67,9 @@ async fn partitioning_keeps_rows_definitions_and_grants() -> Result<()> {
     let owners =
         "SELECT DISTINCT pg_get_userbyid(relowner) FROM pg_class WHERE relname LIKE 'event_outbox%' AND relkind IN ('r', 'p');";
     assert_eq!(world.database.psql(owners)?, format!("{owner}\n"));
+    let checks = "SELECT DISTINCT count(*) FROM pg_constraint JOIN pg_class c ON c.oid = conrelid
+                  WHERE contype = 'c' AND relname LIKE 'event_outbox%' GROUP BY c.oid;";
+    assert_eq!(world.database.psql(checks)?.lines().count(), 1, "each has all constraints");
     // Parameters of the storage are each partition's own.
     let parameters = "SELECT DISTINCT reloptions FROM pg_class WHERE relname LIKE 'event_outbox_%' AND relkind = 'r';";
     assert_eq!(world.database.psql(parameters)?.lines().count(), 1);

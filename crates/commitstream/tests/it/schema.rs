@@ -8,15 +8,19 @@ use sqlx::PgConnection;
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
-use crate::support::World;
+use crate::support::{Form, World};
 
-const V3: &str = include_str!("../../../../migrations/V3__create_outbox_table.sql");
-const V4: &str = include_str!("../../../../migrations/V4__share_outbox_among_relays.sql");
-const V5: &str = include_str!("../../../../migrations/V5__create_event_inbox.sql");
-const V6: &str = include_str!("../../../../migrations/V6__keep_the_claim_on_its_indexes.sql");
-const V7: &str = include_str!("../../../../migrations/V7__audit_operators_and_pause_relays.sql");
-const FRESH: Migrated = Migrated { from: None, to: 7 };
-const UNCHANGED: Migrated = Migrated { from: Some(7), to: 7 };
+/// V3 and those after it.
+const MIGRATIONS: [&str; 6] = [
+    include_str!("../../../../migrations/V3__create_outbox_table.sql"),
+    include_str!("../../../../migrations/V4__share_outbox_among_relays.sql"),
+    include_str!("../../../../migrations/V5__create_event_inbox.sql"),
+    include_str!("../../../../migrations/V6__keep_the_claim_on_its_indexes.sql"),
+    include_str!("../../../../migrations/V7__audit_operators_and_pause_relays.sql"),
+    include_str!("../../../../migrations/V8__refuse_types_that_name_dead_letters.sql"),
+];
+const FRESH: Migrated = Migrated { from: None, to: 8 };
+const UNCHANGED: Migrated = Migrated { from: Some(8), to: 8 };
 
 #[tokio::test(flavor = "multi_thread")]
 async fn migrating_again_changes_nothing_and_keeps_what_is_there() -> Result<()> {
@@ -136,14 +140,12 @@ async fn a_migration_that_fails_leaves_nothing_behind() -> Result<()> {
 async fn the_files_applied_by_other_tools_are_the_same_migration() -> Result<()> {
     let world = World::unmigrated()?;
     let mut connection = world.connect().await?;
-    world.database.psql(V3)?;
-    world.database.psql(V4)?;
-    world.database.psql(V5)?;
-    world.database.psql(V6)?;
-    world.database.psql(V7)?;
+    for file in MIGRATIONS {
+        world.database.psql(file)?;
+    }
     assert_eq!(world.outbox.migrate(&mut connection).await?, UNCHANGED);
     // As Flyway does: in a transaction, with the schema first in the search_path.
-    let files = [V3, V4, V5, V6, V7].map(|file| format!("BEGIN; {file} COMMIT;")).concat();
+    let files = MIGRATIONS.map(|file| format!("BEGIN; {file} COMMIT;")).concat();
     world.database.psql(&format!("CREATE SCHEMA flyway; SET search_path TO flyway, public; {files}"))?;
     let outbox = OutboxRepository::new("flyway");
     assert_eq!(outbox.migrate(&mut connection).await?, UNCHANGED);
@@ -159,8 +161,6 @@ async fn the_files_applied_by_other_tools_are_the_same_migration() -> Result<()>
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_table_refuses_what_cannot_be_sent_and_says_why() -> Result<()> {
-    let world = World::new().await?;
-    let mut connection = world.connect().await?;
     let long = format!("repeat('x', {})", 256);
     let umlauts = "repeat('\u{e4}', 128)";
     let cases = [
@@ -172,6 +172,8 @@ async fn the_table_refuses_what_cannot_be_sent_and_says_why() -> Result<()> {
         ("aggregate_type", umlauts, "event_outbox_aggregate_type_has_1_to_255_bytes"),
         ("aggregate_type", "'a{b'", "event_outbox_aggregate_type_has_no_brace"),
         ("aggregate_type", "'}'", "event_outbox_aggregate_type_has_no_brace"),
+        ("aggregate_type", "'user:dead'", "event_outbox_aggregate_type_does_not_end_in_dead"),
+        ("aggregate_type", "':dead'", "event_outbox_aggregate_type_does_not_end_in_dead"),
         ("aggregate_id", "''", "event_outbox_aggregate_id_has_1_to_255_bytes"),
         ("aggregate_id", &long, "event_outbox_aggregate_id_has_1_to_255_bytes"),
         ("headers", "'[]'", "event_outbox_headers_is_an_object"),
@@ -183,19 +185,32 @@ async fn the_table_refuses_what_cannot_be_sent_and_says_why() -> Result<()> {
         ("occurred_at", "'0044-03-15 BC'", "event_outbox_times_have_four_digit_years"),
         ("created_at", "'infinity'", "event_outbox_times_have_four_digit_years"),
     ];
-    for (column, value, constraint) in cases {
-        let refused = insert_with(&mut connection, column, value).await;
-        let error = refused.err().with_context(|| format!("{column} = {value} was taken"))?;
-        let named = error.as_database_error().and_then(|e| e.constraint());
-        assert_eq!(named, Some(constraint), "{column} = {value}: {error}");
-    }
-    for column in ["event_type", "aggregate_type", "aggregate_id", "payload", "headers", "status", "retry_count", "created_at"] {
-        let refused = insert_with(&mut connection, column, "NULL").await;
-        let error = refused.err().with_context(|| format!("{column} NULL was taken"))?;
-        assert_eq!(error.as_database_error().and_then(|e| e.code()).as_deref(), Some("23502"), "{column}: {error}");
-    }
-    for (column, value) in [("event_type", "repeat('x', 255)"), ("aggregate_id", "'{}'"), ("occurred_at", "'0001-01-02Z'")] {
-        insert_with(&mut connection, column, value).await.with_context(|| format!("{column} = {value}"))?;
+    for form in Form::BOTH {
+        let world = World::of(form).await?;
+        let mut connection = world.connect().await?;
+        for (column, value, constraint) in cases {
+            let refused = insert_with(&mut connection, column, value).await;
+            let error = refused.err().with_context(|| format!("{column} = {value} was taken"))?;
+            let named = error.as_database_error().and_then(|e| e.constraint());
+            assert_eq!(named, Some(constraint), "{column} = {value}: {error}");
+        }
+        for column in
+            ["event_type", "aggregate_type", "aggregate_id", "payload", "headers", "status", "retry_count", "created_at"]
+        {
+            let refused = insert_with(&mut connection, column, "NULL").await;
+            let error = refused.err().with_context(|| format!("{column} NULL was taken"))?;
+            assert_eq!(error.as_database_error().and_then(|e| e.code()).as_deref(), Some("23502"), "{column}: {error}");
+        }
+        for (column, value) in [
+            ("event_type", "repeat('x', 255)"),
+            ("aggregate_type", "'user:deadline'"),
+            ("aggregate_type", "'dead'"),
+            ("aggregate_id", "'{}'"),
+            ("aggregate_id", "'user:dead'"),
+            ("occurred_at", "'0001-01-02Z'"),
+        ] {
+            insert_with(&mut connection, column, value).await.with_context(|| format!("{column} = {value}"))?;
+        }
     }
     Ok(())
 }
@@ -273,12 +288,10 @@ fn columns(world: &World, schema: &str) -> Result<String> {
 /// An outbox of an earlier build, with events and a batch that was left open, goes on where it was.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_outbox_of_an_earlier_version_is_carried_on() -> Result<()> {
-    for (version, files) in
-        [(3, V3.to_owned()), (4, [V3, V4].concat()), (5, [V3, V4, V5].concat()), (6, [V3, V4, V5, V6].concat())]
-    {
+    for (version, files) in (3..).zip(1..MIGRATIONS.len()) {
         let world = World::unmigrated()?;
         let mut connection = world.connect().await?;
-        world.database.psql(&files)?;
+        world.database.psql(&MIGRATIONS[..files].concat())?;
         world.insert(1_000, 20).await?;
         world.database.psql(&format!(
             "INSERT INTO outbox_batch (batch_id, relay_id, stream, event_ids)
@@ -286,7 +299,7 @@ async fn an_outbox_of_an_earlier_version_is_carried_on() -> Result<()> {
             world.user_stream()
         ))?;
         assert!(world.outbox.check_migrated(&mut connection).await.is_err_and(|e| e.is_not_migrated()));
-        assert_eq!(world.outbox.migrate(&mut connection).await?, Migrated { from: Some(version), to: 7 });
+        assert_eq!(world.outbox.migrate(&mut connection).await?, Migrated { from: Some(version), to: 8 });
         let relay = world.relay()?;
         world.insert(1_000, 20).await?;
         world.drained().await?;
