@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use axum::Router;
@@ -19,7 +20,7 @@ use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::{AbortHandle, JoinHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 
 use super::Shared;
@@ -27,7 +28,8 @@ use crate::console;
 
 const KEY: &str = "app.http.listen";
 
-/// Connections at a time; more wait to be accepted.
+/// Connections at a time. The last place is kept free: whoever sent no whole request for longest makes room, so that nobody shuts out a
+/// probe by being silent or slow.
 const MAX_CONNECTIONS: usize = 64;
 /// Bytes of the head of a request, and fields in it.
 const MAX_HEAD: usize = 16 << 10;
@@ -121,17 +123,26 @@ async fn serve(listener: TcpListener, routes: Router, mut stopped: watch::Receiv
     http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_headers(MAX_FIELDS).max_buf_size(MAX_HEAD);
     let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
+    // Each with the number of its latest request, or of its beginning.
+    let mut open: Vec<(AbortHandle, Arc<AtomicU64>)> = Vec::new();
+    let numbers = Arc::new(AtomicU64::new(0));
     loop {
         tokio::select! {
             accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
                 Ok((stream, client)) => {
                     let routes = TowerToHyperService::new(routes.clone());
+                    let latest = Arc::new(AtomicU64::new(numbers.fetch_add(1, Relaxed)));
+                    let (numbers, heard) = (Arc::clone(&numbers), Arc::clone(&latest));
                     let service = service_fn(move |mut request| {
+                        heard.store(numbers.fetch_add(1, Relaxed), Relaxed);
                         request.extensions_mut().insert(ConnectInfo(client));
                         routes.call(request)
                     });
                     let connection = http.serve_connection(TokioIo::new(stream), service);
-                    connections.spawn(graceful.watch(connection));
+                    let task = connections.spawn(graceful.watch(connection));
+                    open.retain(|(task, _)| !task.is_finished());
+                    open.push((task, latest));
+                    make_room(&open);
                 }
                 Err(error) => {
                     tracing::warn!("cannot accept a connection: {error}");
@@ -141,6 +152,7 @@ async fn serve(listener: TcpListener, routes: Router, mut stopped: watch::Receiv
             Some(ended) = connections.join_next() => match ended {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::debug!("a connection ended: {error}"),
+                Err(error) if error.is_cancelled() => tracing::debug!("a connection made room for others"),
                 Err(error) => tracing::error!("a connection failed: {error}; this is a defect"),
             },
             _ = stopped.changed() => break,
@@ -151,4 +163,12 @@ async fn serve(listener: TcpListener, routes: Router, mut stopped: watch::Receiv
         tracing::debug!(connections = connections.len(), "connections are cut off");
     }
     // Dropping `connections` ends what is left.
+}
+
+/// Ends the connection that was heard of least lately when all places are taken.
+fn make_room(open: &[(AbortHandle, Arc<AtomicU64>)]) {
+    let longest = open.iter().min_by_key(|(_, latest)| latest.load(Relaxed));
+    if let Some((task, _)) = longest.filter(|_| open.len() >= MAX_CONNECTIONS) {
+        task.abort();
+    }
 }

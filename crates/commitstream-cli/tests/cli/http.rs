@@ -1,9 +1,9 @@
 //! What the daemon serves over HTTP.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixDatagram;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use commitstream_sandbox::Redis;
@@ -101,6 +101,72 @@ fn a_connection_that_says_nothing_holds_no_stop_up() -> Result<()> {
     daemon.end()?;
     assert!(began.elapsed() < PATIENCE / 4, "{:?}", began.elapsed());
     Ok(())
+}
+
+/// Who reaches the port needs no login to open as many connections as there are.
+#[test]
+fn health_is_answered_beside_connections_that_say_nothing_or_little() -> Result<()> {
+    let world = World::new()?;
+    let daemon = Daemon::start(&world)?;
+    let answers = || -> Result<()> {
+        let began = Instant::now();
+        assert_eq!(daemon.health("/livez")?.0, 200);
+        assert_eq!(daemon.get("/metrics")?.0, 200);
+        // A probe of Kubernetes waits for 5 s here.
+        ensure!(began.elapsed() < Duration::from_secs(5), "it took {:?}", began.elapsed());
+        Ok(())
+    };
+    let mut in_use = Keeping::alive(&daemon)?;
+    let mut silent = Vec::new();
+    for number in 0..200 {
+        silent.push(TcpStream::connect(&daemon.address)?);
+        if number % 20 == 0 {
+            in_use.ask()?;
+        }
+    }
+    in_use.ask().context("a connection that is used stays")?;
+    answers()?;
+
+    let mut slow = Vec::new();
+    for number in 0..200 {
+        let mut stream = TcpStream::connect(&daemon.address)?;
+        let begun = if number % 2 == 0 { "GET /livez HTTP/1.1\r\nX: " } else { LOGIN };
+        // One that already made room hears of it here.
+        stream.write_all(begun.as_bytes()).ok();
+        slow.push(stream);
+    }
+    for _ in 0..20 {
+        slow.retain_mut(|stream| stream.write_all(b"x").is_ok());
+        answers()?;
+    }
+    ensure!(!slow.is_empty(), "some are still there");
+    daemon.end()
+}
+
+const LOGIN: &str = "POST /console/login HTTP/1.1\r\nHost: relay\r\nContent-Type: application/x-www-form-urlencoded\r\nContent-Length: 1000\r\n\r\n";
+
+/// A connection with one request after the other.
+struct Keeping(BufReader<TcpStream>);
+
+impl Keeping {
+    fn alive(daemon: &Daemon) -> Result<Self> {
+        let stream = TcpStream::connect(&daemon.address)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        Ok(Self(BufReader::new(stream)))
+    }
+
+    fn ask(&mut self) -> Result<()> {
+        self.0.get_mut().write_all(b"GET /livez HTTP/1.1\r\nHost: relay\r\n\r\n")?;
+        let (mut size, mut line) = (0, String::new());
+        while line != "\r\n" {
+            line.clear();
+            ensure!(self.0.read_line(&mut line)? > 0, "it was closed");
+            if let Some(length) = line.strip_prefix("content-length: ") {
+                size = length.trim().parse()?;
+            }
+        }
+        Ok(self.0.read_exact(&mut vec![0; size])?)
+    }
 }
 
 #[test]
