@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::streams::examine::Place;
+
 /// A word of a command line, such that a shell takes it as it is.
 pub fn quoted(word: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,@%+".contains(c);
@@ -29,17 +31,26 @@ pub fn literal(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
 }
 
-/// A command for the server of this name.
-pub fn redis_cli(server: &str, words: &[&str]) -> String {
-    let address = server.rsplit_once(':').filter(|(_, port)| port.parse::<u16>().is_ok());
-    let address = address.map_or_else(String::new, |(host, port)| format!(" -h {} -p {port}", quoted(host)));
-    let words: String = words.iter().map(|word| format!(" {}", quoted(word))).collect();
-    format!("redis-cli{address}{words}")
+/// Commands for a server, as the user of the URL. Where the URL does not lead there, its password has to be given as well.
+pub fn redis_cli(place: Option<&Place>, commands: &[&[&str]]) -> String {
+    let way = place.map_or_else(|| " -u \"$REDIS_URL\"".to_owned(), way);
+    let password = if place.is_some_and(|place| place.has_password) { "with its password in REDISCLI_AUTH: " } else { "" };
+    let words = |words: &&[&str]| words.iter().map(|word| format!(" {}", quoted(word))).collect::<String>();
+    let commands: Vec<String> = commands.iter().map(|command| format!("redis-cli{way}{}", words(command))).collect();
+    format!("{password}{}", commands.join(" && "))
+}
+
+fn way(place: &Place) -> String {
+    let user = place.user.as_ref().map_or_else(String::new, |user| format!(" --user {}", quoted(user)));
+    let tls = if place.tls { " --tls" } else { "" };
+    // It follows keys to the node that has them.
+    let cluster = if place.of_cluster { " -c" } else { "" };
+    format!(" -h {} -p {}{user}{tls}{cluster}", quoted(&place.host), place.port)
 }
 
 /// Changes a setting of a server, now and in its file.
-pub fn config_set(server: &str, name: &str, value: &str) -> String {
-    format!("{} && {}", redis_cli(server, &["CONFIG", "SET", name, value]), redis_cli(server, &["CONFIG", "REWRITE"]))
+pub fn config_set(place: Option<&Place>, name: &str, value: &str) -> String {
+    redis_cli(place, &[&["CONFIG", "SET", name, value], &["CONFIG", "REWRITE"]])
 }
 
 /// `2h 10m`, `1day 3h`: two units at most.

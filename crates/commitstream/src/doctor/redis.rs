@@ -53,6 +53,7 @@ fn unreachable(settings: &Settings, why: &StreamsError) -> Finding {
             "see what it is busy with: redis-cli -u \"$REDIS_URL\" SLOWLOG GET 10",
         );
     }
+    let has_several = url.contains("-sentinel://") || url.contains("-cluster://");
     let mend = match why {
         StreamsError::Url(_) => "export REDIS_URL=redis://user:password@host:6379/0",
         StreamsError::Unavailable { source, .. }
@@ -60,6 +61,7 @@ fn unreachable(settings: &Settings, why: &StreamsError) -> Finding {
         {
             "check the user and the password in REDIS_URL"
         }
+        _ if has_several => "see whether its servers run and where, each of them: redis-cli -h host -p port PING",
         _ => "see whether it runs and where: redis-cli -u \"$REDIS_URL\" PING",
     };
     error(format!("{url}: {}", chain(why)), "nothing can be published to streams; nothing else of Redis was examined", mend)
@@ -74,8 +76,8 @@ fn silent(server: &ServerFacts) -> Vec<Finding> {
             format!(
                 "run doctor as a user that may, or: {}",
                 redis_cli(
-                    &server.name,
-                    &["ACL", "SETUSER", "the_user", &format!("+{}", command.to_lowercase().replace(' ', "|"))]
+                    server.place.as_ref(),
+                    &[&["ACL", "SETUSER", "the_user", &format!("+{}", command.to_lowercase().replace(' ', "|"))]]
                 )
             ),
         )
@@ -113,10 +115,10 @@ fn unwritable(server: &ServerFacts) -> Option<Finding> {
     let mend = match why {
         why if why.contains("OOM") => "give it memory (see redis-memory), or trim: commitstream cleanup".to_owned(),
         why if why.contains("MISCONF") => {
-            format!("give its disk space and rights, then: {}", redis_cli(&server.name, &["BGSAVE"]))
+            format!("give its disk space and rights, then: {}", redis_cli(server.place.as_ref(), &[&["BGSAVE"]]))
         }
         why if why.contains("NOREPLICAS") => {
-            format!("start its replicas; who is there: {}", redis_cli(&server.name, &["INFO", "replication"]))
+            format!("start its replicas; who is there: {}", redis_cli(server.place.as_ref(), &[&["INFO", "replication"]]))
         }
         // READONLY of one that does not say whose replica it is.
         _ => of_the_master("host:6379"),
@@ -154,7 +156,7 @@ fn denied(server: &ServerFacts) -> Option<Finding> {
             "events are FAILED with NOPERM, or streams are not trimmed",
             format!(
                 "{} (as an administrator, with the user of REDIS_URL, and rights on the keys ~<prefix>* and ~{{<prefix>*); then: commitstream failed retry --all",
-                redis_cli(&server.name, &words)
+                redis_cli(server.place.as_ref(), &[&words])
             ),
         )
     })
@@ -162,7 +164,7 @@ fn denied(server: &ServerFacts) -> Option<Finding> {
 
 fn eviction(server: &ServerFacts) -> Option<Finding> {
     let policy = server.field("maxmemory_policy").filter(|policy| *policy != "noeviction")?;
-    let mend = config_set(&server.name, "maxmemory-policy", "noeviction");
+    let mend = config_set(server.place.as_ref(), "maxmemory-policy", "noeviction");
     let seen = format!("maxmemory-policy of Redis at {} is {policy}", server.name);
     Some(if server.number("maxmemory").unwrap_or(0) > 0 {
         let why =
@@ -175,10 +177,10 @@ fn eviction(server: &ServerFacts) -> Option<Finding> {
 
 fn persistence(server: &ServerFacts) -> Vec<Finding> {
     let config = |name: &str| server.config.as_ref().ok().and_then(|config| config.get(name)).map(String::as_str);
-    let name = &server.name;
-    let at = format!("Redis at {name}");
+    let place = server.place.as_ref();
+    let at = format!("Redis at {}", server.name);
     let mut found = Vec::new();
-    let aof = config_set(name, "appendonly", "yes");
+    let aof = config_set(place, "appendonly", "yes");
     if server.field("aof_enabled") == Some("0") {
         let snapshots = config("save").is_none_or(|save| !save.is_empty());
         let lost = "after a crash the relay publishes again what it settled within the last minutes only";
@@ -202,7 +204,7 @@ fn persistence(server: &ServerFacts) -> Vec<Finding> {
         found.push(warning(
             format!("{at} leaves it to the system when its append-only file comes to disk (appendfsync no)"),
             why,
-            config_set(name, "appendfsync", "everysec"),
+            config_set(place, "appendfsync", "everysec"),
         ));
     }
     if server.field("aof_last_write_status") == Some("err") {
@@ -217,7 +219,7 @@ fn persistence(server: &ServerFacts) -> Vec<Finding> {
         found.push(error(
             format!("the last snapshot of {at} failed"),
             why,
-            format!("give its disk space and rights, then: {}", redis_cli(name, &["BGSAVE"])),
+            format!("give its disk space and rights, then: {}", redis_cli(place, &[&["BGSAVE"]])),
         ));
     }
     found
@@ -240,7 +242,10 @@ fn memory(server: &ServerFacts) -> Option<Finding> {
         severity,
         format!("Redis at {} uses {} of {} ({share} % of {what})", server.name, size(used), size(most)),
         "when memory is full Redis takes no more events: they wait in the outbox, and those that go straight to streams fail",
-        format!("commitstream cleanup (trims what is read); then more memory: {}", config_set(&server.name, "maxmemory", &more)),
+        format!(
+            "commitstream cleanup (trims what is read); then more memory: {}",
+            config_set(server.place.as_ref(), "maxmemory", &more)
+        ),
     ))
 }
 

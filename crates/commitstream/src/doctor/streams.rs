@@ -1,10 +1,10 @@
 //! The streams and who reads them.
 
-use super::advice::{age, quoted};
+use super::advice::{age, quoted, redis_cli};
 use super::{Finding, Report, note, warning};
 use crate::config::Settings;
 use crate::streams::GroupInfo;
-use crate::streams::examine::{KeyFacts, RedisFacts, StreamFacts};
+use crate::streams::examine::{KeyFacts, Place, RedisFacts, StreamFacts};
 
 /// An entry may be in hand for so long.
 const OLD_ENTRY_MS: u64 = 10 * 60 * 1_000;
@@ -12,28 +12,31 @@ const OLD_ENTRY_MS: u64 = 10 * 60 * 1_000;
 const DAY_MS: u64 = 24 * 60 * 60 * 1_000;
 
 pub(super) fn judge(report: &mut Report, settings: &Settings, facts: &RedisFacts) {
+    // Of a cluster, any server leads to the others.
+    let place = facts.servers.first().and_then(|server| server.place.as_ref());
     match &facts.keys {
-        Ok(keys) => report.check("stream-keys", foreign(settings, keys)),
+        Ok(keys) => report.check("stream-keys", foreign(settings, place, keys)),
         // Which streams there are is not known then.
         Err(error) => return report.unknown("stream-keys", error),
     }
     match &facts.streams {
         Ok(streams) => {
-            report.check("consumer-groups", streams.iter().flat_map(|stream| &stream.groups).flat_map(group));
+            report.check("consumer-groups", streams.iter().flat_map(|stream| &stream.groups).flat_map(|of| group(place, of)));
             if settings.streams.trim {
-                report.check("trimming", streams.iter().filter_map(|stream| untrimmed(settings, stream)));
+                report.check("trimming", streams.iter().filter_map(|stream| untrimmed(settings, place, stream)));
             }
         }
         Err(error) => report.unknown("consumer-groups", error),
     }
 }
 
-fn foreign(settings: &Settings, keys: &KeyFacts) -> Vec<Finding> {
+fn foreign(settings: &Settings, place: Option<&Place>, keys: &KeyFacts) -> Vec<Finding> {
     let foreign = keys.foreign.iter().map(|(key, kind)| {
         warning(
             format!("the key {key} is a {kind}, not a stream"),
             "events of this aggregate type are refused (WRONGTYPE) and FAILED; if the key belongs to another program, choose another redis.streamPrefix",
-            format!("redis-cli -u \"$REDIS_URL\" RENAME {} {} && commitstream failed retry --all", quoted(key), quoted(&format!("was-{key}"))),
+            // The braces keep it in its slot.
+            redis_cli(place, &[&["RENAME", key, &format!("was-{{{key}}}")]]) + " && commitstream failed retry --all",
         )
     });
     let prefix = &settings.redis.stream_prefix;
@@ -47,7 +50,7 @@ fn foreign(settings: &Settings, keys: &KeyFacts) -> Vec<Finding> {
     foreign.chain(some).collect()
 }
 
-fn group(group: &GroupInfo) -> Vec<Finding> {
+fn group(place: Option<&Place>, group: &GroupInfo) -> Vec<Finding> {
     let named = format!("the group {} of {}", group.group, group.stream);
     let mut found = Vec::new();
     if group.is_deserted() && (group.pending > 0 || group.behind != Some(0)) {
@@ -56,9 +59,8 @@ fn group(group: &GroupInfo) -> Vec<Finding> {
             format!("{named} has no living consumer; {} entries are pending, {behind} not delivered", group.pending),
             "its events wait, and the stream keeps everything from there on",
             format!(
-                "start its consumer; if nobody needs it any more: redis-cli -u \"$REDIS_URL\" XGROUP DESTROY {} {}",
-                quoted(&group.stream),
-                quoted(&group.group)
+                "start its consumer; if nobody needs it any more: {}",
+                redis_cli(place, &[&["XGROUP", "DESTROY", &group.stream, &group.group]])
             ),
         ));
     } else if let Some(oldest) = group.oldest_pending_age_ms.filter(|millis| group.pending > 0 && *millis >= OLD_ENTRY_MS) {
@@ -80,7 +82,7 @@ fn group(group: &GroupInfo) -> Vec<Finding> {
 }
 
 /// Of a stream that should not go back so far. A group that stands still is told among the groups.
-fn untrimmed(settings: &Settings, facts: &StreamFacts) -> Option<Finding> {
+fn untrimmed(settings: &Settings, place: Option<&Place>, facts: &StreamFacts) -> Option<Finding> {
     let retention = u64::from(settings.streams.retention_days) * DAY_MS;
     let first = facts.first_age_ms.filter(|millis| *millis > retention + DAY_MS)?;
     let seen = format!(
@@ -101,11 +103,7 @@ fn untrimmed(settings: &Settings, facts: &StreamFacts) -> Option<Finding> {
         Some(group) => warning(
             seen,
             format!("the group {} has not acknowledged its beginning, so nothing from there on is trimmed", group.group),
-            format!(
-                "start its consumer, or: redis-cli -u \"$REDIS_URL\" XGROUP DESTROY {} {}",
-                quoted(&facts.stream),
-                quoted(&group.group)
-            ),
+            format!("start its consumer, or: {}", redis_cli(place, &[&["XGROUP", "DESTROY", &facts.stream, &group.group]])),
         ),
         None => warning(
             seen,

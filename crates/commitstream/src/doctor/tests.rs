@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::*;
 use crate::outbox::examine::{DirectFacts, Holder, HolderKind, Recorded, ServerFacts, SizeFacts, TableFacts};
-use crate::streams::examine::{KeyFacts, ServerFacts as RedisServer};
+use crate::streams::examine::{KeyFacts, Place, ServerFacts as RedisServer};
 
 fn server() -> ServerFacts {
     ServerFacts {
@@ -40,6 +40,7 @@ fn redis(info: &[(&str, &str)], clock: Clock) -> RedisFacts {
     let info: BTreeMap<_, _> = info.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
     let server = RedisServer {
         name: "cache:6379".into(),
+        place: None,
         clock: Ok(clock),
         info: Ok(info),
         config: Ok(BTreeMap::new()),
@@ -197,9 +198,18 @@ fn every_check_is_described() {
 fn commands_survive_a_shell_and_sql() {
     assert_eq!(advice::psql(&["SELECT 'a$(b)'"]), r#"psql "$DATABASE_URL" -c 'SELECT '\''a$(b)'\'''"#);
     assert_eq!(advice::identifier("odd\"name"), "\"odd\"\"name\"");
-    assert_eq!(advice::redis_cli("cache:6379", &["GET", "a b"]), "redis-cli -h cache -p 6379 GET 'a b'");
-    assert_eq!(advice::redis_cli("mymaster (sentinels a:1 b:2)", &["PING"]), "redis-cli PING");
+    assert_eq!(advice::redis_cli(None, &[&["GET", "a b"]]), r#"redis-cli -u "$REDIS_URL" GET 'a b'"#);
     assert_eq!([advice::age(52), advice::age(90_061_000)], ["52ms", "1day 1h"]);
+}
+
+#[test]
+fn a_server_that_others_named_is_reached_with_the_login_of_the_url() {
+    let mut place =
+        Place { host: "::1".into(), port: 6380, tls: true, user: Some("it's".into()), has_password: true, of_cluster: true };
+    let expected = r"with its password in REDISCLI_AUTH: redis-cli -h ::1 -p 6380 --user 'it'\''s' --tls -c A && redis-cli -h ::1 -p 6380 --user 'it'\''s' --tls -c B";
+    assert_eq!(advice::redis_cli(Some(&place), &[&["A"], &["B"]]), expected);
+    (place.tls, place.user, place.has_password, place.of_cluster) = (false, None, false, false);
+    assert_eq!(advice::redis_cli(Some(&place), &[&["A"]]), "redis-cli -h ::1 -p 6380 A");
 }
 
 /// A server that shows the findings runs this in a task.

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
-use redis::{Cmd, RedisError, Value};
+use redis::{Cmd, ConnectionAddr, RedisError, Value};
 
 use super::node::{Node, Request};
 use super::read::escape_glob;
+use super::server::split;
 use super::{GroupInfo, Streams, StreamsError};
 use crate::doctor::Clock;
 
@@ -42,6 +43,8 @@ pub struct RedisFacts {
 pub struct ServerFacts {
     /// `host:port`, or the name of the master and its sentinels.
     pub name: String,
+    /// `None` where the URL is that of this server.
+    pub place: Option<Place>,
     pub clock: Result<Clock, StreamsError>,
     /// `INFO`.
     pub info: Result<BTreeMap<String, String>, StreamsError>,
@@ -53,6 +56,18 @@ pub struct ServerFacts {
     pub unknown: Vec<String>,
     /// Why nothing can be written at the moment.
     pub unable: Option<String>,
+}
+
+/// Where a server is that others named: one of a cluster, or the master of sentinels.
+#[derive(Debug, Clone)]
+pub struct Place {
+    pub host: String,
+    pub port: u16,
+    pub tls: bool,
+    /// `None` for the default user.
+    pub user: Option<String>,
+    pub has_password: bool,
+    pub of_cluster: bool,
 }
 
 /// The keys under the prefix.
@@ -109,6 +124,7 @@ impl Streams {
         let info: Result<String, _> = node.query(DOING, &redis::cmd("INFO")).await;
         let mut facts = ServerFacts {
             name: node.name.to_string(),
+            place: self.place(node).await,
             clock: clock(node).await,
             info: info.map(|text| fields(&text)),
             config: config(node).await,
@@ -118,6 +134,24 @@ impl Streams {
         };
         self.try_commands(node, &mut facts).await;
         facts
+    }
+
+    async fn place(&self, node: &Node) -> Option<Place> {
+        let of_cluster = self.is_cluster();
+        if node.is_direct() && !of_cluster {
+            return None;
+        }
+        let info = node.place().await.ok()?;
+        let (host, port) = split(&info.addr().to_string())?;
+        let login = info.redis_settings();
+        Some(Place {
+            host,
+            port,
+            tls: matches!(info.addr(), ConnectionAddr::TcpTls { .. }),
+            user: login.username().map(str::to_owned),
+            has_password: login.password().is_some(),
+            of_cluster,
+        })
     }
 
     /// Runs each command of the relay where it changes nothing, on keys that do not exist: only that says for certain, with any version of Redis,

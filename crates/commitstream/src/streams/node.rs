@@ -117,7 +117,7 @@ impl Node {
             }
             let connection = match &self.way {
                 Way::Direct(info) => self.limits.open(info.as_ref().clone()).await?,
-                Way::Sentinels(sentinels) => sentinels.master(self.limits).await?,
+                Way::Sentinels(sentinels) => sentinels.master(self.limits).await?.0,
             };
             slot.generation += 1;
             slot.connection = Some(connection.clone());
@@ -126,6 +126,19 @@ impl Node {
         let timed_out = || RedisError::from((ErrorKind::Io, "timed out while connecting"));
         let connected = tokio::time::timeout(self.limits.connect, connect).await.unwrap_or_else(|_| Err(timed_out()));
         connected.map_err(|source: RedisError| StreamsError::Unavailable { server: self.name.to_string(), doing, source })
+    }
+
+    /// Nobody has to be asked where it is.
+    pub fn is_direct(&self) -> bool {
+        matches!(self.way, Way::Direct(_))
+    }
+
+    /// Where it is at the moment, and the login there.
+    pub async fn place(&self) -> RedisResult<ConnectionInfo> {
+        match &self.way {
+            Way::Direct(info) => Ok(info.as_ref().clone()),
+            Way::Sentinels(sentinels) => Ok(sentinels.master(self.limits).await?.1),
+        }
     }
 
     /// Gives the connection up: the next call opens another, which may lead to another server.

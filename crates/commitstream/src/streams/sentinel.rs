@@ -30,24 +30,25 @@ impl fmt::Display for Sentinels {
 }
 
 impl Sentinels {
-    /// A new connection to the master.
-    pub async fn master(&self, limits: Limits) -> RedisResult<MultiplexedConnection> {
+    /// A new connection to the master, and where that is.
+    pub async fn master(&self, limits: Limits) -> RedisResult<(MultiplexedConnection, ConnectionInfo)> {
         let ways = self.sentinels.iter().map(|sentinel| Box::pin(self.master_by(sentinel, limits)));
-        let (connection, _) = select_ok(ways).await?;
-        Ok(connection)
+        let (master, _) = select_ok(ways).await?;
+        Ok(master)
     }
 
     /// What one sentinel says is checked: for a while after a failover it may name a server that is the master no more.
-    async fn master_by(&self, sentinel: &ConnectionInfo, limits: Limits) -> RedisResult<MultiplexedConnection> {
+    async fn master_by(&self, sentinel: &ConnectionInfo, limits: Limits) -> RedisResult<(MultiplexedConnection, ConnectionInfo)> {
         let mut asked = limits.open(sentinel.clone()).await?;
         let address: Option<(String, u16)> =
             redis::cmd("SENTINEL").arg("GET-MASTER-ADDR-BY-NAME").arg(&self.name).query_async(&mut asked).await?;
         let unknown = || RedisError::from((ErrorKind::MasterNameNotFoundBySentinel, "the sentinels know no master of this name"));
         let (host, port) = address.ok_or_else(unknown)?;
-        let mut master = limits.open(elsewhere(&self.data, &host, port)).await?;
+        let place = elsewhere(&self.data, &host, port);
+        let mut master = limits.open(place.clone()).await?;
         let role: Vec<Value> = redis::cmd("ROLE").query_async(&mut master).await?;
         match role.first() {
-            Some(Value::BulkString(role)) if role == b"master" => Ok(master),
+            Some(Value::BulkString(role)) if role == b"master" => Ok((master, place)),
             _ => {
                 let what = "the sentinels still name a server that is not the master";
                 Err(RedisError::from((ErrorKind::Io, what, format!("{host}:{port}"))))

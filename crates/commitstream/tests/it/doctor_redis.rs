@@ -190,7 +190,19 @@ async fn every_master_of_a_cluster_is_examined() -> Result<()> {
         passes(&report, check);
     }
     assert_eq!(found(&report, "redis-replicas").len(), 3, "each master has a replica that is not waited for");
-    assert_eq!(found(&report, "redis-persistence").len(), 3, "appendfsync is off in the sandbox");
+    let told = found(&report, "redis-persistence");
+    assert_eq!(told.len(), 3, "appendfsync is off in the sandbox");
+    told.into_iter().try_for_each(|finding| mend(&world.settings, finding))?;
+    for key in ["events:a", "events:b", "events:c", "events:d"] {
+        let node = &cluster.nodes()[cluster.master_of(key)?];
+        run(&self::world(node)?, &format!("SET {key} x")).await?;
+    }
+    let report = examine(&world).await;
+    passes(&report, "redis-persistence");
+    let told = found(&report, "stream-keys");
+    assert_eq!(told.len(), 4, "{told:#?}");
+    told.into_iter().try_for_each(|finding| mend(&world.settings, finding))?;
+    passes(&examine(&world).await, "stream-keys");
     Ok(())
 }
 
@@ -203,5 +215,7 @@ async fn the_master_that_sentinels_name_is_examined() -> Result<()> {
     for check in ["redis-reachable", "redis-permissions", "redis-writable", "redis-replicas", "redis-eviction"] {
         passes(&report, check);
     }
+    mend(&world.settings, only(&report, "redis-persistence", Severity::Warning, "(appendfsync no)"))?;
+    passes(&examine(&world).await, "redis-persistence");
     Ok(())
 }

@@ -96,16 +96,19 @@ pub fn mend(settings: &Settings, finding: &Finding) -> Result<()> {
 pub fn mend_for(settings: &Settings, user: &str, finding: &Finding) -> Result<()> {
     let command = command(&finding.mend).with_context(|| format!("a command in {finding:?}"))?.replace("the_user", user);
     let url = settings.redis.url.as_deref().unwrap_or_default();
-    let password = url.rsplit_once('@').and_then(|(login, _)| login.rsplit_once(':')).map_or("", |(_, password)| password);
-    let ran = Command::new("sh")
-        .args(["-c", &command])
-        .env("DATABASE_URL", settings.database.url.as_deref().unwrap_or_default())
-        .env("REDIS_URL", url)
-        .env("REDISCLI_AUTH", password)
-        .output()?;
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &command]).env("DATABASE_URL", settings.database.url.as_deref().unwrap_or_default()).env("REDIS_URL", url);
+    shell.env_remove("REDISCLI_AUTH");
+    if finding.mend.contains("with its password in REDISCLI_AUTH: redis-cli ") {
+        let login = url.rsplit_once('@').and_then(|(login, _)| login.rsplit_once(':'));
+        shell.env("REDISCLI_AUTH", login.context("a password")?.1);
+    }
+    let ran = shell.output()?;
     let (said, error) = (String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
     // redis-cli ends well whatever the server says.
-    let refused = said.lines().any(|line| ["ERR", "NOPERM", "NOAUTH", "MISCONF"].iter().any(|code| line.starts_with(code)));
+    let refused = said.lines().any(|line| {
+        ["ERR", "NOPERM", "NOAUTH", "WRONGPASS", "MISCONF", "MOVED", "CROSSSLOT"].iter().any(|code| line.starts_with(code))
+    });
     ensure!(ran.status.success() && !refused, "{command}: {said}{error}");
     Ok(())
 }
