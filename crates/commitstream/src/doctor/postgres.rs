@@ -34,6 +34,12 @@ pub(super) fn judge(report: &mut Report, settings: &Settings, facts: Option<&Res
         Ok(holders) => report.check("vacuum-held-back", holders.iter().filter_map(held_back)),
         Err(error) => report.unknown("vacuum-held-back", error),
     }
+    match &facts.rights {
+        // Without tables of ours there is nothing to have rights on.
+        Ok(_) if matches!(facts.recorded, Ok(Recorded::Nothing | Recorded::Foreign)) => {}
+        Ok(rights) => report.check("privileges", schema::privileges(settings, rights)),
+        Err(error) => report.unknown("privileges", error),
+    }
     match &facts.recorded {
         Ok(recorded) => report.check("migration", schema::migration(settings, *recorded)),
         Err(error) => report.unknown("migration", error),

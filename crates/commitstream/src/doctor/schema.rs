@@ -3,7 +3,7 @@
 use super::advice::{age, identifier, psql, size};
 use super::{Finding, Report, Severity, error, finding, note, warning};
 use crate::config::Settings;
-use crate::outbox::examine::{Difference, OutboxFacts, Recorded, SchemaFacts, SizeFacts};
+use crate::outbox::examine::{Difference, OutboxFacts, Recorded, Rights, SchemaFacts, SizeFacts};
 use crate::outbox::{LATEST_VERSION, PARTITIONS};
 
 /// Fewer dead rows than this are no trouble.
@@ -56,7 +56,6 @@ pub(super) fn judge(report: &mut Report, settings: &Settings, is_of_this_build: 
                 report.check("indexes", indexes(settings, found));
             }
             report.check("leases", leases(settings, found.leases));
-            report.check("privileges", privileges(settings, found));
         }
         Err(error) => report.unknown("schema", error),
     }
@@ -154,27 +153,31 @@ fn leases(settings: &Settings, leases: i64) -> Option<Finding> {
     })
 }
 
-fn privileges(settings: &Settings, facts: &SchemaFacts) -> Vec<Finding> {
+pub(super) fn privileges(settings: &Settings, rights: &Rights) -> Vec<Finding> {
     let lacks = |severity: Severity, denied: &[String], why: &str| {
         let grant = |denied: &String| {
             let (table, privileges) = denied.split_once(": ")?;
-            Some(format!("GRANT {privileges} ON {} TO {}", qualified(settings, table), identifier(&facts.user)))
+            let on = match table {
+                "schema" => format!("SCHEMA {}", identifier(&settings.database.schema)),
+                table => qualified(settings, table),
+            };
+            Some(format!("GRANT {privileges} ON {on} TO {}", identifier(&rights.user)))
         };
         let grants: Vec<String> = denied.iter().filter_map(grant).collect();
         (!grants.is_empty()).then(|| {
             finding(
                 severity,
-                format!("the user {} lacks rights on the outbox tables ({})", facts.user, denied.join("; ")),
+                format!("the user {} lacks rights on the outbox tables ({})", rights.user, denied.join("; ")),
                 why,
                 psql(&grants.iter().map(String::as_str).collect::<Vec<_>>()) + " (as their owner)",
             )
         })
     };
-    let relay = lacks(Severity::Error, &facts.denied, "a relay that connects as this user cannot work");
+    let relay = lacks(Severity::Error, &rights.denied, "a relay that connects as this user cannot work");
     // A relay by itself has no need of them.
     let severity = if settings.console.enabled { Severity::Warning } else { Severity::Note };
     let why = "operators who use this user, in the console or with commands, can neither retry, discard, pause nor see who did";
-    relay.into_iter().chain(lacks(severity, &facts.denied_to_operators, why)).collect()
+    relay.into_iter().chain(lacks(severity, &rights.denied_to_operators, why)).collect()
 }
 
 pub(super) fn bloat(settings: &Settings, sizes: &SizeFacts) -> Vec<Finding> {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::*;
-use crate::outbox::examine::{DirectFacts, Holder, HolderKind, Recorded, ServerFacts, SizeFacts, TableFacts};
+use crate::outbox::examine::{DirectFacts, Holder, HolderKind, Recorded, Rights, ServerFacts, SizeFacts, TableFacts};
 use crate::streams::examine::{KeyFacts, Place, ServerFacts as RedisServer};
 
 fn server() -> ServerFacts {
@@ -32,8 +32,9 @@ fn in_step() -> Clock {
 }
 
 fn postgres(server: ServerFacts, horizon: Vec<Holder>, clock: Clock) -> PostgresFacts {
-    let (clock, server, horizon) = (Ok(clock), Ok(server), Ok(horizon));
-    PostgresFacts::Direct(Box::new(DirectFacts { clock, server, horizon, recorded: Ok(Recorded::Nothing), outbox: None }))
+    let rights = Rights { user: "app".into(), denied: Vec::new(), denied_to_operators: Vec::new() };
+    let (clock, server, horizon, rights) = (Ok(clock), Ok(server), Ok(horizon), Ok(rights));
+    PostgresFacts::Direct(Box::new(DirectFacts { clock, server, horizon, rights, recorded: Ok(Recorded::Nothing), outbox: None }))
 }
 
 fn redis(info: &[(&str, &str)], clock: Clock) -> RedisFacts {

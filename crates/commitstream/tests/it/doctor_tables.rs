@@ -40,6 +40,52 @@ async fn a_user_without_rights_is_told_which_to_give() -> Result<()> {
     Ok(())
 }
 
+/// Nothing can be read then, not even which migration there is, and the one finding about it says all.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_without_any_right_is_told_exactly_what_to_grant() -> Result<()> {
+    for reads_the_version in [false, true] {
+        let mut world = World::new().await?;
+        let (role, schema) = (format!("s_{}", world.database.name()), "our \"events\"");
+        let name = r#""our ""events""""#;
+        world.settings.database.schema = schema.to_owned();
+        let migrated = commitstream::outbox::OutboxRepository::new(schema);
+        migrated.migrate(&mut world.connect().await?).await?;
+        world.database.psql(&format!("CREATE ROLE {role} LOGIN PASSWORD 'p';"))?;
+        if reads_the_version {
+            world
+                .database
+                .psql(&format!("GRANT USAGE ON SCHEMA {name} TO {role}; GRANT SELECT ON {name}.outbox_migration TO {role};"))?;
+        }
+        let mut settings = world.settings.clone();
+        let (_, place) = world.database.url().rsplit_once('@').context("a login")?;
+        settings.database.url = Some(format!("postgres://{role}:p@{place}"));
+        let report = doctor::examine(&settings).await;
+        let told = found(&report, "privileges");
+        let severities: Vec<_> = told.iter().map(|finding| finding.severity).collect();
+        assert_eq!(severities, [Severity::Error, Severity::Warning], "{told:#?}");
+        assert!(!report.findings.iter().any(|finding| finding.seen.contains("denied")), "{report:#?}");
+        let first = if reads_the_version {
+            "event_inbox: SELECT, DELETE; event_outbox: SELECT, "
+        } else {
+            "schema: USAGE; event_inbox: "
+        };
+        assert!(told[0].seen.contains(&format!("({first}")), "{told:#?}");
+        // A relay works with these, and whoever uses the console with the others.
+        mend(&world.settings, told[0])?;
+        let report = doctor::examine(&settings).await;
+        mend(
+            &world.settings,
+            only(&report, "privileges", Severity::Warning, "lacks rights on the outbox tables (outbox_audit: "),
+        )?;
+        let report = doctor::examine(&settings).await;
+        ["privileges", "migration", "schema", "leases", "failed-events", "pause"]
+            .into_iter()
+            .for_each(|check| passes(&report, check));
+        world.database.psql(&format!("DROP OWNED BY {role}; DROP ROLE {role};"))?;
+    }
+    Ok(())
+}
+
 /// A look that takes too long is a finding, and all others are there.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_table_that_is_locked_is_a_finding_of_its_own() -> Result<()> {

@@ -16,7 +16,7 @@ use sqlx::{Connection, Executor, PgConnection, Postgres, Transaction};
 
 pub use backlog::{Backlog, FailedFacts, History, OpenFacts};
 pub use horizon::{Holder, HolderKind};
-pub use schema::{Difference, Recorded, SchemaFacts};
+pub use schema::{Difference, Recorded, Rights, SchemaFacts};
 pub use server::ServerFacts;
 pub use tables::{SizeFacts, TableFacts};
 
@@ -45,6 +45,7 @@ pub struct DirectFacts {
     pub clock: Result<Clock, OutboxError>,
     pub server: Result<ServerFacts, OutboxError>,
     pub horizon: Result<Vec<Holder>, OutboxError>,
+    pub rights: Result<Rights, OutboxError>,
     pub recorded: Result<Recorded, OutboxError>,
     /// `None` without a current outbox to ask.
     pub outbox: Option<OutboxFacts>,
@@ -88,6 +89,7 @@ impl OutboxRepository {
 
     /// The same on a session that there is.
     pub async fn examine_by(&self, connection: &mut PgConnection) -> DirectFacts {
+        let rights = self.rights(connection).await;
         let recorded = self.recorded(connection).await;
         let is_there = matches!(&recorded, Ok(recorded) if recorded.is_current_or_newer());
         DirectFacts {
@@ -95,6 +97,7 @@ impl OutboxRepository {
             server: self.server_facts(connection).await,
             horizon: self.horizon(connection).await,
             outbox: if is_there { Some(self.outbox_facts(connection).await) } else { None },
+            rights,
             recorded,
         }
     }

@@ -47,19 +47,21 @@ WHERE NOT (x.indisvalid AND x.indisready)
        OR x.indrelid IN (SELECT inhrelid FROM pg_inherits WHERE inhparent = to_regclass($1)))
 ORDER BY 1 LIMIT 20";
 
-/// What a relay needs, and what an operator needs besides.
+/// What a relay needs, and what an operator needs besides. It is asked of the catalogs alone, which every user may read.
 const PRIVILEGES: &str = "
+SELECT true, 'schema: USAGE' FROM pg_namespace WHERE nspname = $1 AND NOT has_schema_privilege(oid, 'USAGE')
+UNION ALL (
 SELECT of_relay, t.name || ': ' || string_agg(privilege, ', ' ORDER BY place)
 FROM (VALUES (true, 'event_outbox', ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']),
              (true, 'outbox_batch', ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']),
              (true, 'outbox_relay', ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']),
              (true, 'outbox_lease', ARRAY['SELECT', 'UPDATE']), (true, 'event_inbox', ARRAY['SELECT', 'DELETE']),
-             (true, 'outbox_pause', ARRAY['SELECT']),
+             (true, 'outbox_pause', ARRAY['SELECT']), (true, 'outbox_migration', ARRAY['SELECT']),
              (false, 'outbox_pause', ARRAY['INSERT', 'DELETE']), (false, 'outbox_audit', ARRAY['SELECT', 'INSERT', 'UPDATE'])
      ) AS needed (of_relay, name, privileges)
 CROSS JOIN LATERAL unnest(privileges) WITH ORDINALITY AS p (privilege, place)
 JOIN (SELECT relname::text AS name, c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace WHERE nspname = $1) AS t USING (name)
-WHERE NOT has_table_privilege(t.oid, privilege) GROUP BY of_relay, t.name ORDER BY t.name";
+WHERE NOT has_table_privilege(t.oid, privilege) GROUP BY of_relay, t.name ORDER BY t.name)";
 
 /// Which migration is recorded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,12 +88,17 @@ pub struct SchemaFacts {
     pub invalid: Vec<String>,
     /// Rows of `outbox_lease`.
     pub leases: i64,
-    /// What a relay needs and this user may not do, each as `table: SELECT, UPDATE`.
-    pub denied: Vec<String>,
-    /// The same of what an operator needs, in the console or with commands.
-    pub denied_to_operators: Vec<String>,
-    pub user: String,
     pub is_partitioned: bool,
+}
+
+/// What this user may not do with the tables that there are.
+#[derive(Debug, Clone)]
+pub struct Rights {
+    pub user: String,
+    /// What a relay needs, each as `table: SELECT, UPDATE` or `schema: USAGE`.
+    pub denied: Vec<String>,
+    /// The same of what an operator needs besides, in the console or with commands.
+    pub denied_to_operators: Vec<String>,
 }
 
 /// A part of the outbox that is missing or another one.
@@ -115,6 +122,17 @@ impl OutboxRepository {
         })
     }
 
+    pub(super) async fn rights(&self, connection: &mut PgConnection) -> Result<Rights, OutboxError> {
+        let doing = "looking at the rights of this user";
+        let mut tx = self.looking(doing, connection).await?;
+        let user = sqlx::query_scalar("SELECT current_user::text").fetch_one(&mut *tx).await.map_err(self.error(doing))?;
+        let denied: Vec<(bool, String)> =
+            sqlx::query_as(PRIVILEGES).bind(&self.schema).fetch_all(&mut *tx).await.map_err(self.error(doing))?;
+        let (relay, operators): (Vec<_>, Vec<_>) = denied.into_iter().partition(|(of_relay, _)| *of_relay);
+        let names = |denied: Vec<(bool, String)>| denied.into_iter().map(|(_, name)| name).collect();
+        Ok(Rights { user, denied: names(relay), denied_to_operators: names(operators) })
+    }
+
     pub(super) async fn schema_facts(&self, connection: &mut PgConnection) -> Result<SchemaFacts, OutboxError> {
         let doing = "comparing the outbox tables with the migrations";
         let mut tx = self.looking(doing, connection).await?;
@@ -122,19 +140,11 @@ impl OutboxRepository {
         let tables = ["event_outbox", "outbox_batch", "event_inbox"].map(|name| format!("{}.{name}", self.quoted));
         let [outbox, batch, inbox] = &tables;
         let invalid = sqlx::query_scalar(INVALID).bind(outbox).bind(batch).bind(inbox).fetch_all(&mut *tx).await;
-        let denied: Vec<(bool, String)> =
-            sqlx::query_as(PRIVILEGES).bind(&self.schema).fetch_all(&mut *tx).await.map_err(self.error(doing))?;
-        let (relay, operators): (Vec<_>, Vec<_>) = denied.into_iter().partition(|(of_relay, _)| *of_relay);
-        let names = |denied: Vec<(bool, String)>| denied.into_iter().map(|(_, name)| name).collect();
-        let user = sqlx::query_scalar("SELECT current_user::text").fetch_one(&mut *tx).await;
         let leases = sqlx::query_scalar(self.sql("SELECT count(*) FROM {s}.outbox_lease")).fetch_one(&mut *tx).await;
         Ok(SchemaFacts {
             differences: differences(found),
             invalid: invalid.map_err(self.error(doing))?,
             leases: leases.map_err(self.error(doing))?,
-            denied: names(relay),
-            denied_to_operators: names(operators),
-            user: user.map_err(self.error(doing))?,
             is_partitioned: self.is_partitioned(&mut tx).await?,
         })
     }
