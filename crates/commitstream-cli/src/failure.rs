@@ -87,8 +87,10 @@ fn messages(error: &anyhow::Error) -> Vec<String> {
         if !messages.iter().any(|said| said.contains(&message)) {
             messages.push(message);
         }
-        // The reason is in the message; what a parser said about it adds nothing.
-        if matches!(cause.downcast_ref(), Some(ConfigError::Value { .. })) {
+        // The reason is in the message; what a parser or the driver says about it adds nothing.
+        if matches!(cause.downcast_ref(), Some(ConfigError::Value { .. }))
+            || matches!(cause.downcast_ref(), Some(sqlx::Error::Database(_)))
+        {
             break;
         }
     }
@@ -174,9 +176,9 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
             Some("check the user, the password and the name of the database in DATABASE_URL")
         }
         // insufficient_privilege
-        (Some(error), _) if sqlstate(error).as_deref() == Some("42501") => {
-            Some("give this user the rights on the outbox tables, or connect as the user that owns them")
-        }
+        (Some(error), _) if sqlstate(error).as_deref() == Some("42501") => Some(
+            "`commitstream doctor` says which rights this user lacks and how to give them; or connect as the user that owns the tables",
+        ),
         (_, Some(error)) if is_refused_by_redis(error) => Some("check the user and the password in REDIS_URL"),
         _ => None,
     }

@@ -2,14 +2,20 @@
 
 /// The error and its causes on one line, without repeating what is said already.
 pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let message = error.to_string();
-        if !text.contains(&message) {
+    let mut text = String::new();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let (message, cause) = match error.downcast_ref() {
+            // In PostgreSQL's own words: the driver adds the line of the server's source code, and below it is only the same again.
+            Some(sqlx::Error::Database(refusal)) => (refusal.message().to_owned(), None),
+            _ => (error.to_string(), error.source()),
+        };
+        if text.is_empty() {
+            text = message;
+        } else if !text.contains(&message) {
             text = format!("{text}: {message}");
         }
-        cause = error.source();
+        next = cause;
     }
     text
 }

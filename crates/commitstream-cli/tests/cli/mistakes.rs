@@ -4,7 +4,7 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::support::{Answer, World, bare_command, finish};
 
@@ -142,6 +142,24 @@ fn a_database_without_tables() -> Result<()> {
     }
     world.database.psql("CREATE TABLE event_outbox (id int)")?;
     check("a foreign table", &world.run(&["migrate"])?, 1, &["nothing was changed", "did not create"]);
+    Ok(())
+}
+
+/// Once, and in PostgreSQL's own words.
+#[test]
+fn a_user_without_rights() -> Result<()> {
+    let world = World::new()?;
+    let role = format!("m_{}", world.database.name());
+    world.database.psql(&format!("CREATE ROLE {role} LOGIN PASSWORD 'p';"))?;
+    let (_, place) = world.database.url().rsplit_once('@').context("a login")?;
+    for args in [["stats"].as_slice(), &["failed", "list"], &["relays"], &PUBLISH] {
+        let mut command = world.command(args);
+        command.env("DATABASE_URL", format!("postgres://{role}:p@{place}"));
+        let answer = finish(command)?;
+        check(&format!("{args:?}"), &answer, 1, &["permission denied for table ", "`commitstream doctor` says which rights"]);
+        assert!(answer.stderr.matches("permission denied").count() == 1 && !answer.stderr.contains("at line"), "{answer:?}");
+    }
+    world.database.psql(&format!("DROP ROLE {role};"))?;
     Ok(())
 }
 
