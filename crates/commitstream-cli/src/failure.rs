@@ -104,7 +104,7 @@ fn message_of(cause: &(dyn std::error::Error + 'static)) -> String {
         return error.message().to_owned() + &detail.map_or_else(String::new, |detail| format!(": {detail}"));
     }
     match cause.downcast_ref::<io::Error>() {
-        Some(error) if error.kind() == io::ErrorKind::NotFound => "there is no such file".to_owned(),
+        Some(error) if error.kind() == io::ErrorKind::NotFound => "there is no such file or directory".to_owned(),
         _ => cause.to_string(),
     }
 }
@@ -178,6 +178,9 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
         // insufficient_privilege
         (Some(error), _) if sqlstate(error).as_deref() == Some("42501") => Some(
             "`commitstream doctor` says which rights this user lacks and how to give them; or connect as the user that owns the tables",
+        ),
+        (_, Some(StreamsError::Refused { source, .. })) if source.code() == Some("WRONGTYPE") => Some(
+            "a key of that name is there and is no stream: `commitstream doctor` says how to move it, or set STREAM_PREFIX to a prefix of its own",
         ),
         (_, Some(error)) if is_refused_by_redis(error) => Some("check the user and the password in REDIS_URL"),
         _ => None,

@@ -8,6 +8,9 @@ const GAP: &str = "  ";
 /// The last column is not cut below this.
 const LEAST_LAST: usize = 20;
 
+/// In a file or a pipe it is cut there: what a server said of an error may fill pages, and --json has it whole.
+const MOST_LAST: usize = 300;
+
 /// Rows under a header, in columns that line up.
 #[derive(Debug)]
 pub struct Table {
@@ -24,7 +27,7 @@ impl Table {
         self.rows.push(cells.into_iter().map(|cell| printable(&cell)).collect());
     }
 
-    /// The table as lines. On a terminal, the last column is cut to fit.
+    /// The table as lines. The last column is cut: on a terminal, to fit.
     pub fn render(&self, output: &Output) -> String {
         let header: Vec<String> = self.header.iter().map(|&name| name.to_owned()).collect();
         let mut widths = vec![0; header.len()];
@@ -34,7 +37,7 @@ impl Table {
             }
         }
         let before_last: usize = widths.iter().rev().skip(1).map(|width| width + GAP.len()).sum();
-        let last = output.width.map_or(usize::MAX, |width| width.saturating_sub(before_last).max(LEAST_LAST));
+        let last = output.width.map_or(MOST_LAST, |width| width.saturating_sub(before_last).max(LEAST_LAST));
         let line = |row: &[String]| {
             let mut cells = Vec::new();
             for (i, (cell, &width)) in row.iter().zip(&widths).enumerate() {
@@ -65,5 +68,11 @@ mod tests {
         日本         a long explanation of what…
         longer name  short\n
         ");
+        table.row(["endless".to_owned(), "x".repeat(20_000)]);
+        let text = table.render(&Output { width: None, ..output });
+        assert!(
+            text.ends_with(&format!("endless      {}…\n", "x".repeat(MOST_LAST - 1))) && text.contains("what went wrong\n"),
+            "{text}"
+        );
     }
 }

@@ -64,6 +64,15 @@ fn failed_events_are_listed() -> Result<()> {
     assert_eq!(world.json(&["failed", "list", "--type", "Other"])?, json!([]));
     let one = world.ok(&["failed", "list", "--limit", "1"])?;
     assert!(one.contains(&ids[2]) && !one.contains(&ids[1]) && one.contains("and more"), "{one}");
+    // What Redis said of a script may fill pages.
+    world.database.psql("UPDATE event_outbox SET last_error = repeat('x', 18000);")?;
+    for args in [["stats"].as_slice(), &["failed", "list"]] {
+        let text = world.ok(args)?;
+        let longest = text.lines().map(str::len).max();
+        assert!(text.matches("x…\n").count() == 3 && longest < Some(500), "{text}");
+    }
+    let whole = world.json(&["failed", "list", "--limit", "1"])?;
+    assert_eq!(whole[0]["last_error"].as_str().map(str::len), Some(18_000));
     Ok(())
 }
 

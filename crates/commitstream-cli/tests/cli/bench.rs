@@ -117,6 +117,24 @@ fn a_wrong_name_and_a_page_without_a_place_are_wrong_use() -> Result<()> {
     let answer = finish(bare_command(&["bench", "--markdown", &page.to_string_lossy()]))?;
     ensure!(answer.code == Some(2) && answer.stderr.contains("no place for the table"), "{answer:?}");
     ensure!(fs::read_to_string(&page)? == "# Not ours\n");
+    for names in [["publish", "idle"].as_slice(), &["held"]] {
+        let answer = finish(bare_command(&[&["bench", "--retention", "0"], names].concat()))?;
+        ensure!(answer.code == Some(2) && answer.stderr.contains("--retention is for drain"), "{answer:?}");
+    }
+    Ok(())
+}
+
+/// It may take forty minutes until there is something to write.
+#[test]
+fn a_file_that_cannot_be_written_is_told_before_anything_is_measured() -> Result<()> {
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).to_string_lossy();
+    for option in ["--markdown", "--svg"] {
+        for file in [&format!("{directory}/absent/x.md"), &*directory] {
+            let answer = finish(with_path(&["bench", "idle", "--events", "100", "--rounds", "1", option, file]))?;
+            ensure!(answer.code == Some(1) && answer.stderr.contains(file), "{answer:?}");
+            ensure!(!answer.stderr.contains("a private PostgreSQL"), "{answer:?}");
+        }
+    }
     Ok(())
 }
 

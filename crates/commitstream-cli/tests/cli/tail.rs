@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use commitstream_sandbox::Redis;
 use serde_json::Value;
 
@@ -131,6 +131,19 @@ fn a_closed_pipe_ends_it_quietly() -> Result<()> {
     BufReader::new(tail.stdout.take().context("standard output is piped")?).read_line(&mut line)?;
     let stderr = std::io::read_to_string(tail.stderr.take().context("standard error is piped")?)?;
     assert_eq!((wait(&mut tail)?.code(), stderr.as_str()), (Some(0), ""));
+    Ok(())
+}
+
+#[test]
+fn a_key_that_is_no_stream_is_explained() -> Result<()> {
+    let world = World::unmigrated()?;
+    redis::cmd("SET").arg(world.user_stream()).arg("x").exec(&mut world.redis()?)?;
+    for args in [["tail", "user"].as_slice(), &["tail", "user", "--no-follow", "--from-start"], &["tail", "user", "--last", "0"]]
+    {
+        let answer = world.run(args)?;
+        let is_explained = ["WRONGTYPE", "user", "hint: ", "commitstream doctor"].iter().all(|text| answer.stderr.contains(text));
+        ensure!(answer.code == Some(1) && is_explained, "{args:?}: {answer:?}");
+    }
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 //! The table in a Markdown file, between two marks; what stands around them is written by people.
 
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
@@ -42,6 +42,16 @@ impl Page {
 
 pub fn write(path: &Path, text: &str) -> anyhow::Result<()> {
     fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Before anything is measured, too. It leaves everything as it is.
+pub fn try_to_write(path: &Path) -> anyhow::Result<()> {
+    let tried = match OpenOptions::new().write(true).create_new(true).open(path) {
+        Ok(_) => fs::remove_file(path),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => OpenOptions::new().write(true).open(path).map(drop),
+        Err(error) => Err(error),
+    };
+    tried.with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// What stands before the first mark and after the second.

@@ -35,9 +35,10 @@ use commitstream::config::Settings;
 use super::interrupt::{INTERRUPTED, Interrupt};
 use super::servers::{Purpose, Servers};
 use crate::context::Context;
+use crate::failure::WrongUse;
 use figure::Measured;
 use machine::Machine;
-use markdown::{Page, write};
+use markdown::{Page, try_to_write, write};
 use report::Report;
 use stage::{KEPT, MOST_ROUNDS, Scale, Stage};
 
@@ -144,8 +145,12 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
     let output = context.output;
     let configured = context.settings()?;
     let configured = servers_of(configured);
+    if args.retention.is_some() && !args.names().contains(&Name::Drain) {
+        return Err(WrongUse::new("--retention is for drain, which is not among the benchmarks to run").into());
+    }
     let page = args.markdown.as_deref().map(Page::open).transpose()?;
     let svg = args.svg.clone();
+    [&args.markdown, &args.svg].into_iter().flatten().try_for_each(|file| try_to_write(file))?;
     let interrupt = Interrupt::listen()?;
     let servers = tokio::select! {
         servers = Servers::obtain(&configured, &PURPOSE) => servers?,
