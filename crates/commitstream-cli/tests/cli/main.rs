@@ -6,6 +6,7 @@ mod config;
 mod console;
 mod daemon;
 mod dead;
+mod deploy;
 mod doctor;
 mod doctor_mends;
 mod flow;
