@@ -32,7 +32,7 @@ fn settings_from_the_environment() -> Result<()> {
         ("OUTBOX_BATCH_SIZE", "0", ["app.outbox.processor.batchSize", "OUTBOX_BATCH_SIZE", "1 to 10,000"].as_slice()),
         ("OUTBOX_BATCH_SIZE", "many", &["batchSize = many", "not a whole number"]),
         ("OUTBOX_RETENTION_DAYS", "-1", &["retentionDays = -1", "0 to 36,500"]),
-        ("OUTBOX_POLL_INTERVAL", "5", &["pollInterval = 5", "needs a unit", "500ms"]),
+        ("OUTBOX_POLL_INTERVAL", "5", &["pollInterval = 5", "needs a unit", "HOCON would take milliseconds", "500ms"]),
         ("OUTBOX_POLL_INTERVAL", "5 parsecs", &["5 parsecs", "500ms"]),
         ("EVENT_PUBLISHING_STRATEGY", "both", &["both", "hybrid, outbox, streams"]),
         ("STREAM_PREFIX", "{a}", &["streamPrefix", "Redis Cluster"]),

@@ -7,7 +7,7 @@ use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use super::redact::HIDDEN;
-use super::units::{parse_size, print_duration, print_number, print_size};
+use super::units::{parse_duration, parse_size, print_duration, print_number, print_size};
 use super::{AfterFailure, Route, Settings, StartFrom, Strategy, UnknownEvents, redact_url};
 
 /// Where in [`Settings`] a value lives.
@@ -209,9 +209,12 @@ fn parse_count(word: &str, range: &RangeInclusive<u32>) -> Result<u32, Refusal> 
 fn parse_time(word: &str, range: &RangeInclusive<Duration>) -> Result<Duration, Refusal> {
     const EXAMPLES: &str = "write for example 500ms, 1s, 5m or 1h";
     if !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_digit()) {
-        return Err(Refusal::new(format!("a duration needs a unit: {EXAMPLES}; {}", times(range))));
+        return Err(Refusal::new(format!(
+            "a duration needs a unit (HOCON would take milliseconds): {EXAMPLES}; {}",
+            times(range)
+        )));
     }
-    humantime::parse_duration(word).map_err(|cause| Refusal {
+    parse_duration(word).map_err(|cause| Refusal {
         reason: format!("{:?} is not a duration: {EXAMPLES}", harmless(word)),
         cause: Some(cause.into()),
     })

@@ -13,6 +13,14 @@ const TIMES: &[(&str, u128)] = &[
     ("ns", 1),
 ];
 
+/// The names of units that HOCON knows and humantime does not, by the one that both know.
+/// <https://github.com/lightbend/config/blob/main/HOCON.md#duration-format>
+const HOCON_NAMES: &[(&str, &[&str])] = &[
+    ("ns", &["nano", "nanos", "nanosecond", "nanoseconds"]),
+    ("us", &["micro", "micros", "microsecond", "microseconds"]),
+    ("ms", &["milli", "millis", "millisecond", "milliseconds"]),
+];
+
 /// Bytes per unit, largest first.
 const SIZES: &[(&str, u128)] = &[("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("", 1)];
 
@@ -30,6 +38,15 @@ pub(super) fn print_size(bytes: usize) -> String {
 fn print(amount: u128, units: &[(&str, u128)]) -> String {
     let unit = units.iter().find(|(_, size)| amount.is_multiple_of(*size));
     unit.map_or_else(|| amount.to_string(), |(name, size)| format!("{}{name}", amount / size))
+}
+
+/// A number with any of HOCON's units, or what humantime reads: `1m 30s`, `2 weeks`.
+pub(super) fn parse_duration(text: &str) -> Result<Duration, humantime::DurationError> {
+    let (number, unit) = text.split_at(text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len()));
+    match HOCON_NAMES.iter().find(|(_, names)| names.contains(&unit)) {
+        Some((known, _)) => humantime::parse_duration(&format!("{number}{known}")),
+        None => humantime::parse_duration(text),
+    }
 }
 
 /// A number of bytes, bare or with `KiB`, `MiB` or `GiB`.
@@ -62,7 +79,7 @@ mod tests {
         {
             let duration = Duration::from_millis(millis);
             assert_eq!(print_duration(duration), printed);
-            assert_eq!(humantime::parse_duration(printed).unwrap(), duration);
+            assert_eq!(parse_duration(printed).unwrap(), duration);
         }
         for (bytes, printed) in
             [(0, "0"), (1_000, "1000"), (1_024, "1KiB"), (1_536, "1536"), (16 << 20, "16MiB"), (1 << 30, "1GiB")]
@@ -73,6 +90,31 @@ mod tests {
         assert_eq!(parse_size("16 MiB"), Some(16 << 20));
         for wrong in ["", "MiB", "-1", "1.5MiB", "99999999999999999999999999999999999GiB", "12MB"] {
             assert_eq!(parse_size(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn every_name_that_hocon_has_for_a_unit_is_read() {
+        let names = [
+            (1, "ns nano nanos nanosecond nanoseconds"),
+            (1_000, "us micro micros microsecond microseconds"),
+            (1_000_000, "ms milli millis millisecond milliseconds"),
+            (1_000_000_000, "s second seconds"),
+            (60_000_000_000, "m minute minutes"),
+            (3_600_000_000_000, "h hour hours"),
+            (86_400_000_000_000, "d day days"),
+        ];
+        for (nanos, names) in names {
+            for name in names.split(' ') {
+                for written in [format!("3{name}"), format!("3 {name}")] {
+                    assert_eq!(parse_duration(&written).ok(), Some(Duration::from_nanos(3 * nanos)), "{written}");
+                }
+            }
+        }
+        assert_eq!(parse_duration("1.5 milliseconds").ok(), Some(Duration::from_micros(1_500)));
+        assert_eq!(parse_duration("1m 30s").ok(), Some(Duration::from_secs(90)));
+        for wrong in ["milliseconds", "1 Milliseconds", "1 millisecondss", "-1 millis", "1 µ", "99999999999999999999 micros"] {
+            assert!(parse_duration(wrong).is_err(), "{wrong}");
         }
     }
 

@@ -44,6 +44,26 @@ fn the_reference_file_is_read() {
 }
 
 #[test]
+fn durations_have_the_units_of_hocon_wherever_they_are_written() {
+    let cases = [
+        ("500 milliseconds", Duration::from_millis(500)),
+        ("1 millisecond", Duration::from_millis(1)),
+        ("500 milli", Duration::from_millis(500)),
+        ("100000 micros", Duration::from_millis(100)),
+        ("2000000 nanoseconds", Duration::from_millis(2)),
+        ("1.5 seconds", Duration::from_millis(1_500)),
+        ("2 hours", Duration::from_secs(7_200)),
+    ];
+    for (text, expected) in cases {
+        for file in [format!("pollInterval = {text}"), format!("pollInterval = \"{text}\"")] {
+            assert_eq!(settings(&format!("app.outbox.processor.{file}")).outbox.processor.poll_interval, expected, "{file}");
+        }
+        let from_env = load("", &[("OUTBOX_POLL_INTERVAL", text)], &[]).unwrap().settings;
+        assert_eq!(from_env.outbox.processor.poll_interval, expected, "{text}");
+    }
+}
+
+#[test]
 fn environment_covers_the_file_and_flags_cover_both() {
     let file = "app.outbox.processor { batchSize = 1, maxRetries = 1, pollInterval = 1m }";
     let env = [("OUTBOX_BATCH_SIZE", "2"), ("OUTBOX_MAX_RETRIES", "2"), ("OUTBOX_RETENTION_DAYS", "")];

@@ -56,7 +56,10 @@ fn durations_that_are_none() {
     let cases = [
         ("5 parsecs", "\"5 parsecs\" is not a duration: write for example 500ms, 1s, 5m or 1h"),
         ("5parsecs", "\"5parsecs\" is not a duration: write for example 500ms, 1s, 5m or 1h"),
-        ("1000", "a duration needs a unit: write for example 500ms, 1s, 5m or 1h; allowed are 1ms to 1d"),
+        (
+            "1000",
+            "a duration needs a unit (HOCON would take milliseconds): write for example 500ms, 1s, 5m or 1h; allowed are 1ms to 1d",
+        ),
         ("0", "a duration needs a unit"),
         ("", "\"\" is not a duration"),
         ("-1s", "\"-1s\" is not a duration"),
