@@ -32,7 +32,7 @@ Settings come from the settings file, then the environment, then the options; th
 `commitstream config` shows what is in force. Prefer DATABASE_URL and REDIS_URL to the options: \
 a command line can be seen by other users of this computer.
 
-Exit codes: 0 done, 1 the work failed, 2 wrong use (options, settings, fields of an event); \
+Exit codes: 0 done, 1 the work failed in whole or in part, 2 wrong use (options, settings, fields of an event); \
 doctor: 3 warnings, 4 errors.";
 
 #[derive(Parser)]

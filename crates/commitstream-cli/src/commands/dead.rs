@@ -24,7 +24,8 @@ use select::{Filter, Id, position, visit, visit_all};
 /// List, retry or discard what consumers gave up
 ///
 /// An event is a dead letter when a consumer group failed to handle it as often as maxDeliveries allows. Other groups are not
-/// concerned. It keeps the event and the history of its failures until somebody decides what becomes of it. Where DATABASE_URL is set, the audit says who that was.
+/// concerned. It keeps the event and the history of its failures until somebody decides what becomes of it. Where DATABASE_URL is set, the
+/// audit says who that was. Exit code 1 when it could not be done for every dead letter that was meant.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -175,6 +176,7 @@ async fn change(context: &Context, which: &Which, change: Change) -> anyhow::Res
         }
         for id in missing {
             context.output.remark(&format!("{id}: there is no dead letter with this id"))?;
+            work.left += 1;
         }
     }
     let Work { changed, left, audit, .. } = work;
@@ -186,7 +188,7 @@ async fn change(context: &Context, which: &Which, change: Change) -> anyhow::Res
     } else if changed > 0 || left == 0 {
         context.output.line(&outcome(change, changed))?;
     }
-    Ok(if left > 0 || (changed == 0 && !which.all) { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    Ok(if left > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 /// The audit is in PostgreSQL, which consumers and this command can do without.
@@ -207,6 +209,7 @@ struct Work<'a> {
     prefix: &'a str,
     audit: Option<(OutboxRepository, PgConnection)>,
     changed: u64,
+    /// Meant, but not there or left as they are.
     left: u64,
 }
 

@@ -18,7 +18,7 @@ use crate::output::plural;
 /// List, retry or discard events that failed
 ///
 /// An event is FAILED when Redis refused it more often than maxRetries allows. It stays in the table, with the last error,
-/// until somebody decides what becomes of it.
+/// until somebody decides what becomes of it. Exit code 1 when it could not be done for every event that was named.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -141,7 +141,9 @@ async fn change(context: &Context, which: &Which, remedy: Remedy) -> anyhow::Res
     } else {
         context.output.line(&outcome(remedy, changed))?;
     }
-    Ok(if changed == 0 && !which.all { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    // An id may be given twice.
+    let named: HashSet<&Uuid> = which.ids.iter().collect();
+    Ok(if changed < u64::try_from(named.len())? { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 /// What is named at once, all that match in steps; each step is one transaction with its row in the audit. Returns how many were changed.
