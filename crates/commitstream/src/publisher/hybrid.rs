@@ -2,6 +2,8 @@ use futures_util::future::{BoxFuture, FutureExt};
 use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
+use super::routing::leads_to_streams;
+use super::streams::REDIS_URL;
 use super::{
     DomainEventPublisher, PostgresOutboxPublisher, PublishError, RedisStreamsPublisher, UnitOfWork, envelopes_of, ids_of, route,
 };
@@ -18,19 +20,21 @@ use crate::streams::NotPublished;
 pub struct HybridEventPublisher {
     settings: Settings,
     pub(super) outbox: PostgresOutboxPublisher,
-    pub(super) streams: RedisStreamsPublisher,
+    /// `None` where the settings send nothing to streams.
+    streams: Option<RedisStreamsPublisher>,
     pub(super) waker: Option<RelayWaker>,
 }
 
 impl HybridEventPublisher {
-    /// A publisher after the settings. Connects to Redis when it first needs it.
+    /// A publisher after the settings. Connects to Redis when it first needs it. Where strategy and overrides leave everything to the
+    /// outbox, no Redis URL is needed.
     ///
     /// # Errors
-    /// There is no Redis URL, or it is malformed.
+    /// Some event may go to streams, and there is no Redis URL, or it is malformed.
     pub fn new(settings: &Settings) -> Result<Self, PublishError> {
         Ok(Self {
             outbox: PostgresOutboxPublisher::new(settings),
-            streams: RedisStreamsPublisher::new(settings)?,
+            streams: leads_to_streams(settings).then(|| RedisStreamsPublisher::new(settings)).transpose()?,
             settings: settings.clone(),
             waker: None,
         })
@@ -71,9 +75,13 @@ impl HybridEventPublisher {
         Ok(sorted)
     }
 
+    pub(super) fn streams(&self) -> Result<&RedisStreamsPublisher, PublishError> {
+        self.streams.as_ref().ok_or(PublishError::MissingUrl(REDIS_URL))
+    }
+
     /// Publishes to streams; on an outage, into the outbox if the settings say so.
     async fn stream_or_fall_back(&self, connection: &mut PgConnection, envelopes: &[EventEnvelope]) -> Result<(), PublishError> {
-        match self.streams.send(envelopes).await {
+        match self.streams()?.send(envelopes).await {
             Err(outage) if self.falls_back(&outage) => self.outbox.insert(connection, &outage.unconfirmed).await,
             sent => Ok(sent.map_err(|not_published| not_published.error)?),
         }

@@ -11,6 +11,9 @@ use crate::event::{DomainEvent, EventEnvelope};
 use crate::metrics::{Events, Outcome};
 use crate::streams::{NotPublished, Streams};
 
+/// What is missing where there is no URL.
+pub(super) const REDIS_URL: &str = "REDIS_URL (app.redis.url)";
+
 /// Appends events straight to Redis Streams. Injected on its own, it forces streams even for a critical event.
 ///
 /// There is no transaction: an event is in its stream when the call returns, whatever becomes of the caller's data. When
@@ -28,7 +31,7 @@ impl RedisStreamsPublisher {
     /// # Errors
     /// There is no Redis URL, or it is malformed.
     pub fn new(settings: &Settings) -> Result<Self, PublishError> {
-        let url = settings.redis.url.as_deref().ok_or(PublishError::MissingUrl("REDIS_URL (app.redis.url)"))?;
+        let url = settings.redis.url.as_deref().ok_or(PublishError::MissingUrl(REDIS_URL))?;
         Ok(Self {
             streams: Streams::new(url, &settings.redis)?,
             max_payload_bytes: settings.publishing.max_payload_bytes,

@@ -94,7 +94,11 @@ impl<'a> UnitOfWork<'a> {
         if held.is_empty() {
             return Ok(());
         }
-        match publisher.streams.send(&held).await {
+        let streams = match publisher.streams() {
+            Ok(streams) => streams,
+            Err(source) => return Err(CommitError::NotSent { events: held, source }),
+        };
+        match streams.send(&held).await {
             Ok(()) => Ok(()),
             Err(outage) if publisher.falls_back(&outage) => {
                 let events = outage.unconfirmed;

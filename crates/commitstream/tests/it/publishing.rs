@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use commitstream::config::{Route, Strategy};
-use commitstream::publisher::{DomainEventPublisher, PostgresOutboxPublisher, PublishError, RedisStreamsPublisher};
+use commitstream::publisher::{
+    DomainEventPublisher, HybridEventPublisher, PostgresOutboxPublisher, PublishError, RedisStreamsPublisher,
+};
 use commitstream::streams::StreamsError;
 use commitstream::{DomainEvent, EventEnvelope};
 use serde_json::{Value, json};
@@ -143,6 +145,25 @@ async fn the_settings_decide_the_way() -> Result<()> {
         assert_eq!(world.rows().await?, in_outbox, "{what}");
         assert_eq!(world.streamed().await?, in_streams, "{what}");
     }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_nothing_goes_to_streams_no_redis_is_needed() -> Result<()> {
+    let mut world = World::new().await?;
+    world.settings.redis.url = None;
+    assert!(matches!(HybridEventPublisher::new(&world.settings), Err(PublishError::MissingUrl(_))), "hybrid");
+    world.settings.publishing.default_strategy = Strategy::Outbox;
+    world.settings.publishing.overrides.insert("UserCreated".into(), Route::Outbox);
+    let (publisher, pool) = (world.publisher()?, world.pool().await?);
+    publisher.publish_all(&mut world.connect().await?, &[&user(1), &session(1)]).await?;
+    let mut work = publisher.begin(&pool).await?;
+    work.publish_all(&[&user(2), &session(2)]).await?;
+    work.commit().await?;
+    let rows = ["UserCreated user/1", "SessionStarted session/1", "UserCreated user/2", "SessionStarted session/2"];
+    assert_eq!(world.rows().await?, rows);
+    world.settings.publishing.overrides.insert("SessionStarted".into(), Route::Streams);
+    assert!(matches!(HybridEventPublisher::new(&world.settings), Err(PublishError::MissingUrl(_))), "an override");
     Ok(())
 }
 
