@@ -118,7 +118,7 @@ fn is_wrong_use(cause: &(dyn std::error::Error + 'static)) -> bool {
         || cause.is::<ConfigError>()
         || cause.is::<EventError>()
         || matches!(cause.downcast_ref(), Some(PublishError::Event(_) | PublishError::MissingUrl(_)))
-        || matches!(cause.downcast_ref(), Some(RelayError::Config(_) | RelayError::MissingUrl(_)))
+        || matches!(cause.downcast_ref(), Some(RelayError::Config(_) | RelayError::OutboxDisabled | RelayError::MissingUrl(_)))
         || outbox_error(cause).is_some_and(|error| matches!(error, OutboxError::Url(_)) || refuses_value(error))
         || matches!(streams_error(cause), Some(StreamsError::Url(_)))
 }
@@ -167,6 +167,11 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
     }
     if cause.is::<ListenError>() {
         return Some("end what listens there, or set HTTP_LISTEN (app.http.listen) to another address of this host, or to off");
+    }
+    if matches!(cause.downcast_ref(), Some(RelayError::MissingUrl(_))) {
+        return Some(
+            "set DATABASE_URL=postgres://user:password@host:5432/database and REDIS_URL=redis://:password@host:6379, or app.database.url and app.redis.url in application.conf, or give --database-url and --redis-url",
+        );
     }
     match (outbox_error(cause), streams_error(cause)) {
         (Some(OutboxError::Url(_)), _) | (_, Some(StreamsError::Url(_))) => {

@@ -55,7 +55,7 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
     ];
     let loaded = context.load(&flags)?;
     let settings = loaded.settings.clone();
-    check_enabled(&settings)?;
+    let processor = OutboxProcessor::new(settings.clone())?;
     announce(&settings)?;
     if settings.console.enabled
         && let Some(address) = settings.http.listen.filter(|_| !args.until_empty)
@@ -65,21 +65,22 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
     let listener = if args.until_empty { None } else { http::listen(&loaded).await? };
     check_servers(&settings, args.until_empty).await?;
     let spans = Spans::start(&settings)?;
-    let ended = relay(&settings, listener, args.until_empty, context).await;
+    let ended = relay(&processor, &settings, listener, args.until_empty, context).await;
     spans.stop();
     ended
 }
 
 async fn relay(
+    processor: &OutboxProcessor,
     settings: &Settings,
     listener: Option<TcpListener>,
     until_empty: bool,
     context: &Context,
 ) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::new()?;
-    // Before the relay is made: it looks its metrics up once.
+    // Before the relay starts: it looks its metrics up once.
     let metrics = listener.is_some().then(http::record_metrics).transpose()?;
-    let mut relay = OutboxProcessor::new(settings.clone())?.start();
+    let mut relay = processor.start();
     let status = relay.watch();
     let monitor = if until_empty { None } else { Monitor::start(settings, status.clone(), metrics.clone())? };
     let server = match (listener, metrics, &monitor) {
@@ -114,14 +115,6 @@ async fn relay(
     };
     tracing::info!(published, failed, "events of this run");
     Ok(ExitCode::SUCCESS)
-}
-
-fn check_enabled(settings: &Settings) -> Result<(), WrongUse> {
-    if !settings.outbox.enabled {
-        let message = "the outbox is disabled (app.outbox.enabled or OUTBOX_ENABLED is false): no event goes through it, so there is nothing to relay";
-        return Err(WrongUse::with_hint(message, "set OUTBOX_ENABLED=true, or do not run a relay"));
-    }
-    Ok(())
 }
 
 /// What waiting cannot mend is refused before the relay starts. A server that is down is no such thing: a daemon waits for it.

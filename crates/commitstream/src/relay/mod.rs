@@ -77,6 +77,11 @@ pub use status::{RelayState, RelayStatus};
 pub enum RelayError {
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// No event goes through the outbox of these settings.
+    #[error(
+        "the outbox is disabled (app.outbox.enabled or OUTBOX_ENABLED is false), so there is nothing to relay: set OUTBOX_ENABLED=true, or do not start a relay"
+    )]
+    OutboxDisabled,
     #[error("no {0} is set")]
     MissingUrl(&'static str),
     #[error(transparent)]
@@ -100,9 +105,12 @@ impl OutboxProcessor {
     /// Checks the settings and both URLs. Nothing is connected yet.
     ///
     /// # Errors
-    /// A setting is out of its range, or a URL is missing or malformed.
+    /// A setting is out of its range, the outbox is disabled, or a URL is missing or malformed.
     pub fn new(settings: Settings) -> Result<Self, RelayError> {
         settings.validate()?;
+        if !settings.outbox.enabled {
+            return Err(RelayError::OutboxDisabled);
+        }
         let url = settings.database.url.clone().ok_or(RelayError::MissingUrl("DATABASE_URL (app.database.url)"))?;
         let redis = settings.redis.url.as_deref().ok_or(RelayError::MissingUrl("REDIS_URL (app.redis.url)"))?;
         let streams = Streams::new(redis, &settings.redis)?;

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use commitstream::outbox::{Deed, FailureFilter, FailurePlace, Partitions, Remedy};
-use commitstream::relay::{RelayState, cleanup};
+use commitstream::relay::{OutboxProcessor, RelayError, RelayState, cleanup};
 use sqlx::Connection;
 
 use crate::support::{Form, World, eventually};
@@ -21,6 +21,18 @@ async fn a_backlog_of_100_000_rows_by_plain_sql_is_drained_once_and_in_order() -
     println!("drained 100,000 rows in {seconds:.2} s: {:.0} events/s", 100_000.0 / seconds);
     relay.stop().await?;
     assert_eq!(world.audit().await?, 100_000);
+    Ok(())
+}
+
+#[test]
+fn a_relay_of_a_disabled_outbox_is_refused() -> Result<()> {
+    let mut world = World::unmigrated()?;
+    world.settings.outbox.enabled = false;
+    let refused = OutboxProcessor::new(world.settings.clone()).err().context("it must be refused")?;
+    assert!(matches!(refused, RelayError::OutboxDisabled), "{refused:?}");
+    assert!(refused.to_string().contains("set OUTBOX_ENABLED=true"), "{refused}");
+    world.settings.outbox.enabled = true;
+    OutboxProcessor::new(world.settings)?;
     Ok(())
 }
 
