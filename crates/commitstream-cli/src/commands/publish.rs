@@ -29,8 +29,8 @@ Examples:
     --aggregate-id 42 --payload '{\"name\":\"Ada\"}'
   jq -c .order order.json | commitstream publish --type OrderPlaced \\
     --aggregate-type order --aggregate-id 7 --payload -
-  commitstream publish --type SessionStarted --aggregate-type session \\
-    --aggregate-id s1 --lane high-frequency --header source=shell")]
+  commitstream publish --type PageViewed --aggregate-type page \\
+    --aggregate-id home --lane high-frequency --header source=shell")]
 pub struct Args {
     /// Name of the event, for example UserCreated
     #[arg(long = "type", value_name = "EVENT_TYPE", visible_alias = "event-type")]
@@ -53,9 +53,10 @@ pub struct Args {
     /// When it happened, for example 2026-01-31T12:00:00Z [default: now]
     #[arg(long, value_name = "RFC3339", value_parser = time)]
     occurred_at: Option<DateTime<Utc>>,
-    /// The event's lane, as its DomainEvent would have it
-    #[arg(long, default_value = "critical")]
-    lane: LaneName,
+    /// The event's lane, as its DomainEvent would have it [default: high-frequency for SessionStarted and MetricUpdated,
+    /// critical for every other type]
+    #[arg(long)]
+    lane: Option<LaneName>,
 }
 
 #[derive(ValueEnum, Clone, Copy)]
@@ -67,8 +68,9 @@ enum LaneName {
 pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
     let settings = context.settings()?;
     let lane = match args.lane {
-        LaneName::Critical => Lane::Critical,
-        LaneName::HighFrequency => Lane::HighFrequency,
+        Some(LaneName::Critical) => Lane::Critical,
+        Some(LaneName::HighFrequency) => Lane::HighFrequency,
+        None => usual_lane(&args.event_type),
     };
     let event = envelope(args, &settings)?;
     // Before anything is connected: a mistake in the event is not a matter of servers.
@@ -108,6 +110,14 @@ fn envelope(args: Args, settings: &Settings) -> anyhow::Result<EventEnvelope> {
         headers: serde_json::Map::new(),
     };
     Ok(args.headers.into_iter().fold(envelope, |envelope, (name, value)| envelope.with_header(name, value)))
+}
+
+/// Sessions start and metrics change hundreds of times a second.
+fn usual_lane(event_type: &str) -> Lane {
+    match event_type {
+        "SessionStarted" | "MetricUpdated" => Lane::HighFrequency,
+        _ => Lane::Critical,
+    }
 }
 
 fn header(text: &str) -> Result<(String, String), String> {

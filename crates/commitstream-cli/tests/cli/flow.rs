@@ -124,7 +124,7 @@ fn the_relay_says_what_it_drained() -> Result<()> {
 #[test]
 fn the_way_follows_lane_and_settings() -> Result<()> {
     let world = World::new()?;
-    let args = ["publish", "--type", "MetricUpdated", "--aggregate-type", "metric", "--aggregate-id", "m", "--json"];
+    let args = ["publish", "--type", "ValueRead", "--aggregate-type", "metric", "--aggregate-id", "m", "--json"];
     let fast = [args.as_slice(), &["--lane", "high-frequency"]].concat();
 
     assert_eq!(world.json(&args[..7])?["route"], "outbox");
@@ -132,6 +132,25 @@ fn the_way_follows_lane_and_settings() -> Result<()> {
     assert_eq!(sent["route"], "streams");
     let seen: Value = serde_json::from_str(&world.ok(&["tail", "metric", "--no-follow", "--json"])?)?;
     assert_eq!(seen["id"], sent["id"]);
+
+    for (event_type, lane, route) in [
+        ("SessionStarted", None, "streams"),
+        ("MetricUpdated", None, "streams"),
+        ("UserCreated", None, "outbox"),
+        ("MetricUpdated", Some("critical"), "outbox"),
+        ("UserCreated", Some("high-frequency"), "streams"),
+    ] {
+        let mut args = vec!["publish", "--type", event_type, "--aggregate-type", "any", "--aggregate-id", "1"];
+        args.extend(lane.into_iter().flat_map(|lane| ["--lane", lane]));
+        assert_eq!(world.json(&args)?["route"], route, "{event_type} {lane:?}");
+    }
+    let settings = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}.conf", world.database.name()));
+    std::fs::write(&settings, "app.eventPublishing.overrides { MetricUpdated = outbox }")?;
+    let metric = ["publish", "--type", "MetricUpdated", "--aggregate-type", "any", "--aggregate-id", "1"];
+    let overridden = world.json(&[metric.as_slice(), &["--config", &settings.to_string_lossy()]].concat())?;
+    assert_eq!(overridden["route"], "outbox", "an override");
+    std::fs::remove_file(&settings)?;
+    assert_eq!(world.stats()?["pending"], 4);
 
     for (variable, value, args, route) in [
         ("EVENT_PUBLISHING_STRATEGY", "outbox", fast.as_slice(), "outbox"),
@@ -142,7 +161,7 @@ fn the_way_follows_lane_and_settings() -> Result<()> {
         command.env(variable, value);
         assert_eq!(finish(command)?.json()?["route"], route, "{variable}={value}");
     }
-    assert_eq!(world.stats()?["pending"], 2);
+    assert_eq!(world.stats()?["pending"], 5);
     Ok(())
 }
 
