@@ -166,6 +166,19 @@ fn a_user_without_rights() -> Result<()> {
 }
 
 #[test]
+fn a_database_with_tables_of_an_earlier_version() -> Result<()> {
+    let world = World::unmigrated()?;
+    world.database.psql(include_str!("../../../../migrations/V3__create_outbox_table.sql"))?;
+    for args in [["relay"].as_slice(), &["relay", "--until-empty"], &["stats"], &["failed", "list"]] {
+        let mentions = ["\"public\" have version 3, and this build needs ", "run `commitstream migrate`"];
+        check(&format!("{args:?}"), &world.run(args)?, 1, &mentions);
+    }
+    world.ok(&["migrate"])?;
+    world.ok(&["stats"])?;
+    Ok(())
+}
+
+#[test]
 fn a_missing_url() -> Result<()> {
     let commands = [["migrate"].as_slice(), &["relay"], &PUBLISH, &["stats"], &["failed", "list"], &["cleanup"]]
         .map(|args| (args, "DATABASE_URL"));

@@ -14,6 +14,11 @@ pub enum OutboxError {
     },
 
     #[error(
+        "the outbox tables in schema \"{schema}\" have version {found}, and this build needs {needed}: stop the relays, then run `commitstream migrate`, or apply the files of migrations/ that are missing"
+    )]
+    Outdated { schema: String, found: i32, needed: i32 },
+
+    #[error(
         "schema \"{schema}\" holds an event_outbox that this migration did not create: move it away (CREATE SCHEMA old; ALTER TABLE event_outbox SET SCHEMA old), migrate, then copy its unsent rows"
     )]
     ForeignTable { schema: String },
@@ -76,10 +81,10 @@ impl OutboxError {
         }
     }
 
-    /// True when the tables are missing, which waiting does not mend.
+    /// True when the tables are missing or too old, which waiting does not mend.
     #[must_use]
     pub fn is_not_migrated(&self) -> bool {
-        matches!(self, Self::NotMigrated { .. })
+        matches!(self, Self::NotMigrated { .. } | Self::Outdated { .. })
     }
 }
 

@@ -74,11 +74,12 @@ impl OutboxRepository {
     }
 
     /// # Errors
-    /// [`OutboxError::NotMigrated`] unless the tables are those of this build or newer.
+    /// [`OutboxError::NotMigrated`] or [`OutboxError::Outdated`] unless the tables are those of this build or newer.
     pub async fn check_migrated(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
         match self.version(connection).await? {
             Some(version) if version >= LATEST_VERSION => Ok(()),
-            _ => Err(OutboxError::NotMigrated { schema: self.schema.clone(), source: None }),
+            Some(found) => Err(OutboxError::Outdated { schema: self.schema.clone(), found, needed: LATEST_VERSION }),
+            None => Err(OutboxError::NotMigrated { schema: self.schema.clone(), source: None }),
         }
     }
 
