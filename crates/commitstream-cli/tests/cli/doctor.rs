@@ -35,7 +35,7 @@ fn programs_get_everything_and_the_exit_code_is_the_worst() -> Result<()> {
     assert_eq!(json["worst"], "error");
     let relays = json["findings"].as_array().context("findings")?.iter().find(|finding| finding["check"] == "relays");
     let relays = relays.context("the finding")?;
-    assert_eq!((&relays["severity"], &relays["mend"]), (&"warning".into(), &"commitstream relay".into()));
+    assert_eq!((&relays["severity"], &relays["mend"]), (&"note".into(), &"commitstream relay".into()));
     assert!(relays["seen"].is_string() && relays["why"].is_string());
     assert!(json["passed"].as_array().context("passed")?.contains(&"schema".into()));
     Ok(())
@@ -54,12 +54,19 @@ fn where_all_is_well_it_says_so() -> Result<()> {
     };
     finish(on_own(&["migrate"]))?;
     let answer = finish(on_own(&["doctor"]))?;
-    assert_eq!(answer.code, Some(3), "no relay is a warning: {answer:?}");
-    assert!(answer.stdout.contains("\n1 warning, 1 note; 37 checks passed\n"), "{answer:?}");
+    assert_eq!(answer.code, Some(0), "with nothing to relay, no relay is a note: {answer:?}");
+    assert!(answer.stdout.starts_with("note:    no relay is alive, and nothing waits  [relays]\n"), "{answer:?}");
+    assert!(answer.stdout.contains("\n2 notes; 37 checks passed\n"), "{answer:?}");
+    finish(on_own(&["relays", "pause"]))?;
+    let answer = finish(on_own(&["doctor"]))?;
+    assert_eq!(answer.code, Some(3), "a pause is a warning: {answer:?}");
+    assert!(answer.stdout.contains("\n1 warning, 2 notes; 36 checks passed\n"), "{answer:?}");
+    finish(on_own(&["relays", "resume"]))?;
 
     let _relay = Running::new(on_own(&["relay"]))?;
-    eventually("the relay to be seen", || Ok(finish(on_own(&["doctor"]))?.code == Some(0)))?;
+    eventually("the relay to be seen", || Ok(!finish(on_own(&["doctor"]))?.stdout.contains("no relay is alive")))?;
     let answer = finish(on_own(&["doctor"]))?;
+    assert_eq!(answer.code, Some(0), "{answer:?}");
     assert!(answer.stdout.starts_with("note:    no event was ever written"), "{answer:?}");
     finish(on_own(&["publish", "--type", "A", "--aggregate-type", "user", "--aggregate-id", "1"]))?;
     let answer = finish(on_own(&["doctor"]))?;

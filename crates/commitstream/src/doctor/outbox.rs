@@ -26,7 +26,7 @@ pub(super) fn judge(report: &mut Report, settings: &Settings, facts: &OutboxFact
             report.check("relays", relays(settings, &alive, backlog));
             report.check("relay-versions", versions(&alive));
             match &facts.open {
-                Ok(open) => report.check("open-batches", orphaned(*open, !alive.is_empty())),
+                Ok(open) => report.check("open-batches", orphaned(settings, *open, !alive.is_empty())),
                 Err(error) => report.unknown("open-batches", error),
             }
             // Without a relay, or while relays are paused, that is the finding.
@@ -61,16 +61,18 @@ pub(super) fn judge(report: &mut Report, settings: &Settings, facts: &OutboxFact
 
 fn relays(settings: &Settings, alive: &[&RelayRow], backlog: Option<&Backlog>) -> Vec<Finding> {
     if alive.is_empty() {
-        let mend = "commitstream relay";
-        let waiting = backlog.filter(|backlog| backlog.events > 0);
-        return vec![match waiting {
-            Some(backlog) => {
+        let mend = start_relay(settings);
+        return vec![match backlog {
+            Some(backlog) if backlog.events > 0 => {
                 let oldest = backlog.oldest_ms.map_or_else(String::new, |millis| format!(", the oldest for {}", age(millis)));
                 let seen = format!("no relay is alive; waiting: {}{oldest}", counted(backlog.events, "event", COUNTED));
                 error(seen, "nothing is published; nothing is lost either: a relay publishes what waits", mend)
             }
-            None if settings.outbox.enabled => warning("no relay is alive", "the next event waits until there is one", mend),
-            None => note("no relay is alive, and outbox.enabled is false", "what other programs write to the outbox waits", mend),
+            _ if !settings.outbox.enabled => {
+                note("no relay is alive, and outbox.enabled is false", "what other programs write to the outbox waits", mend)
+            }
+            Some(_) => note("no relay is alive, and nothing waits", "the next event waits until there is one", mend),
+            None => warning("no relay is alive", "what is in the outbox waits until there is one", mend),
         }];
     }
     let unable: Vec<&&RelayRow> = alive.iter().filter(|relay| relay.state == "unable").collect();
@@ -85,6 +87,10 @@ fn relays(settings: &Settings, alive: &[&RelayRow], backlog: Option<&Backlog>) -
         )
     };
     unable.iter().map(tell).collect()
+}
+
+fn start_relay(settings: &Settings) -> &'static str {
+    if settings.outbox.enabled { "commitstream relay" } else { "OUTBOX_ENABLED=true commitstream relay" }
 }
 
 fn paused(pause: &Pause) -> Finding {
@@ -106,7 +112,7 @@ fn versions(alive: &[&RelayRow]) -> Option<Finding> {
     })
 }
 
-fn orphaned(open: OpenFacts, is_relay_alive: bool) -> Option<Finding> {
+fn orphaned(settings: &Settings, open: OpenFacts, is_relay_alive: bool) -> Option<Finding> {
     let oldest = open.oldest_ms.filter(|millis| open.orphaned > 0 && *millis >= OLD_BATCH_MS)?;
     let seen = format!(
         "{} of dead relays, the oldest for {}",
@@ -118,7 +124,7 @@ fn orphaned(open: OpenFacts, is_relay_alive: bool) -> Option<Finding> {
         let why = format!("{why}. A living relay should have done so by now: see what it says of itself");
         warning(seen, why, "commitstream relays")
     } else {
-        error(seen, why, "commitstream relay")
+        error(seen, why, start_relay(settings))
     })
 }
 
