@@ -1,10 +1,10 @@
 //! What doctor finds of the outbox tables beyond what `doctor.rs` provokes: rights, locks, space, and parts that were changed.
 
 use anyhow::{Context, Result};
-use commitstream::doctor::{self, Severity};
+use commitstream::doctor::{self, Report, Severity};
 use sqlx::{Connection, Executor};
 
-use crate::doctor_report::{eventually_found, eventually_mended, examine, found, mend, only, passes};
+use crate::doctor_report::{eventually_mended, examine, found, mend, only, passes};
 use crate::support::{Form, World, eventually};
 
 const V3: &str = include_str!("../../../../migrations/V3__create_outbox_table.sql");
@@ -131,12 +131,17 @@ async fn a_table_and_an_index_that_are_mostly_empty_are_found_and_mended() -> Re
     // What a session has counted is added some time after its end, and must not come on top of what VACUUM counts.
     let deleted = "SELECT sum(pg_stat_get_tuples_deleted(oid)) FROM pg_class WHERE relname IN ('event_outbox', 'event_inbox');";
     eventually("the deleted rows to be counted", async || Ok(world.database.psql(deleted)?.trim() == "69930")).await?;
-    world.database.psql("VACUUM event_outbox, event_inbox;")?;
-    let report = eventually_found(&world, "bloat").await?;
+    // Not always the first one removes them: autovacuum may be looking at the catalog of this database just then.
+    let mut report = Report::default();
+    eventually("vacuum to leave 35 of each", async || {
+        world.database.psql("VACUUM event_outbox, event_inbox;")?;
+        report = examine(&world).await;
+        let told = found(&report, "bloat");
+        Ok(told.len() == 2 && told[0].seen.ends_with(" for 35 entries") && told[1].seen.ends_with(" for 35 rows"))
+    })
+    .await?;
     let told = found(&report, "bloat");
-    assert_eq!(told.len(), 2, "{told:#?}");
     assert!(told[0].severity == Severity::Warning && told[0].seen.starts_with("the index event_inbox_pkey takes "), "{told:#?}");
-    assert!(told[0].seen.ends_with(" for 35 entries") && told[1].seen.ends_with(" for 35 rows"), "{told:#?}");
     assert!(told[1].severity == Severity::Note && told[1].seen.starts_with("the table event_outbox takes 2"), "{told:#?}");
     eventually_mended(&world, "bloat").await
 }
