@@ -1,4 +1,5 @@
 use axum::extract::{Query, State};
+use commitstream::config::AfterFailure;
 use maud::{Markup, html};
 
 use super::Console;
@@ -18,6 +19,8 @@ pub struct After {
 pub async fn list(viewer: Viewer, State(console): State<Console>, Query(after): Query<After>) -> Result<Markup, Refusal> {
     let mut session = console.servers.session().await?;
     let after = (after.aggregate_type.as_str(), after.aggregate_id.as_str());
+    // Without that, a failed event holds nothing back.
+    let holds = console.servers.settings.outbox.processor.after_failure == AfterFailure::Hold;
     let mut blocked = console.servers.outbox.blocked(&mut session.connection, after, PAGE + 1).await?;
     session.done();
     let has_more = blocked.len() > PAGE as usize || blocked.last().is_some_and(|last| last.at_least);
@@ -36,12 +39,13 @@ pub async fn list(viewer: Viewer, State(console): State<Console>, Query(after): 
                             (aggregate.aggregate_type) " " (aggregate.aggregate_id) } }
                         td.number { @if aggregate.at_least { "≥ " } (number(aggregate.waiting)) }
                         td.text { a href={ "/console/events/" (aggregate.first) } { (aggregate.event_type) } br; (time(aggregate.created_at)) }
-                        td { @match aggregate.failed {
+                        td { @match aggregate.failed.filter(|_| holds) {
                             Some(failed) => { "a failed event before it: " a href={ "/console/events/" (failed) } { "decide" } }
+                            None if aggregate.is_parked => { "itself: parked, since next_retry_at is 'infinity'" }
                             None if aggregate.retry_count <= 0 => { "itself, until its next attempt" }
                             None => { "itself, refused " (plural(aggregate.retry_count.unsigned_abs().into(), "time")) }
                         } }
-                        td { @if let Some(at) = aggregate.next_retry_at { (time(at)) } }
+                        td { @if aggregate.is_parked { "none" } @else if let Some(at) = aggregate.next_retry_at { (time(at)) } }
                         td.error { (aggregate.last_error.as_deref().unwrap_or_default()) }
                     } } }
                 } }

@@ -243,6 +243,7 @@ fn way(event: &EventDetail, whereabouts: &Result<Whereabouts, String>) -> Markup
         dl #way {
             @if let Some(at) = event.occurred_at { dt { "Happened" } dd { (moment(at)) } }
             dt { "Inserted" } dd { (moment(event.created_at)) }
+            @if event.is_parked { dt { "Next attempt" } dd #parked { "none: parked, since next_retry_at is 'infinity'" } }
             @if let Some(at) = event.next_retry_at { dt { "Next attempt" } dd { (moment(at)) } }
             @match &event.batch {
                 Some(batch) => {
@@ -252,7 +253,11 @@ fn way(event: &EventDetail, whereabouts: &Result<Whereabouts, String>) -> Markup
                 None if event.published_at.is_some() => { dt { "Batch" } dd { "no longer in the journal" } }
                 None => {}
             }
-            @if let Some(at) = event.published_at { dt { "Published" } dd { (moment(at)) } }
+            @match event.published_at {
+                Some(at) => { dt { "Published" } dd { (moment(at)) } }
+                None if event.status == EventStatus::Published => { dt { "Published" } dd { "unknown when: somebody has set published_at, or left it out" } }
+                None => {}
+            }
             @match whereabouts {
                 Err(why) => { dt { "Entry" } dd { "unknown: " (why) } }
                 Ok(found) => {

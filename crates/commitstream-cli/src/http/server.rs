@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -13,6 +14,7 @@ use axum::http::StatusCode;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use commitstream::config::{Loaded, Source};
+use futures_util::FutureExt;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -109,12 +111,22 @@ impl HttpServer {
 }
 
 fn limited(routes: Router) -> Router {
-    routes.layer(DefaultBodyLimit::max(MAX_BODY)).layer(middleware::from_fn(within_time))
+    routes.layer(DefaultBodyLimit::max(MAX_BODY)).layer(middleware::from_fn(answered))
 }
 
-async fn within_time(request: Request, next: Next) -> Result<Response, Infallible> {
-    let answer = timeout(ANSWER_TIMEOUT, next.run(request)).await;
-    Ok(answer.unwrap_or_else(|_| (StatusCode::SERVICE_UNAVAILABLE, "this took too long\n").into_response()))
+/// Within the time, and also where a defect makes it panic: the panic would end the connection without a word.
+async fn answered(request: Request, next: Next) -> Result<Response, Infallible> {
+    let path = request.uri().path().to_owned();
+    let answer = AssertUnwindSafe(next.run(request)).catch_unwind();
+    Ok(match timeout(ANSWER_TIMEOUT, answer).await {
+        Ok(Ok(answer)) => answer,
+        Ok(Err(_)) => {
+            tracing::error!("the answer to {path} panicked, as told on standard error; this is a defect");
+            let told = "this failed by a defect of commitstream: please report what its standard error says\n";
+            (StatusCode::INTERNAL_SERVER_ERROR, told).into_response()
+        }
+        Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "this took too long\n").into_response(),
+    })
 }
 
 /// Until `stopped` has no sender any more.
@@ -170,5 +182,39 @@ fn make_room(open: &[(AbortHandle, Arc<AtomicU64>)]) {
     let longest = open.iter().min_by_key(|(_, latest)| latest.load(Relaxed));
     if let Some((task, _)) = longest.filter(|_| open.len() >= MAX_CONNECTIONS) {
         task.abort();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::routing::get;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_is_answered_and_the_next_request_too() -> anyhow::Result<()> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let address = listener.local_addr()?;
+        let panics = || async {
+            if true {
+                panic!("a defect")
+            }
+        };
+        let server =
+            HttpServer::serve(listener, Router::new().route("/defect", get(panics)).route("/", get(|| async { "well" })));
+        let mut stream = TcpStream::connect(address).await?;
+        stream
+            .write_all(b"GET /defect HTTP/1.1\r\nHost: h\r\n\r\nGET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+            .await?;
+        let mut answers = String::new();
+        stream.read_to_string(&mut answers).await?;
+        assert!(
+            answers.starts_with("HTTP/1.1 500") && answers.contains("HTTP/1.1 200") && answers.ends_with("well"),
+            "{answers}"
+        );
+        server.stop().await;
+        Ok(())
     }
 }

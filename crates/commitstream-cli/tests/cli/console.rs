@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
@@ -47,7 +48,11 @@ impl Site {
     }
 
     fn start(world: &World) -> Result<Self> {
-        let mut command = world.command(&["console", "--listen", "127.0.0.1:0"]);
+        Self::with(world, &[])
+    }
+
+    fn with(world: &World, args: &[&str]) -> Result<Self> {
+        let mut command = world.command(&[&["console", "--listen", "127.0.0.1:0"], args].concat());
         command.env("CONSOLE_PASSWORD", PASSWORD).env("CONSOLE_READ_ONLY_PASSWORD", READ_ONLY);
         let mut server = Running::new(command)?;
         let line = server.prints("console on http://")?;
@@ -229,6 +234,57 @@ fn each_page_is_there_with_data_and_without() -> Result<()> {
     }
     assert_eq!(site.get(&cookie, "/events/00000000-0000-7000-8000-000000000000")?.code, 404);
     Ok(())
+}
+
+/// An operator parks an event with `infinity`; without a date, it is published nobody knows when.
+#[test]
+fn a_parked_event_is_shown_as_such_on_pages_that_work() -> Result<()> {
+    let world = World::new()?;
+    let parked = world.database.psql(
+        "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, next_retry_at)
+         VALUES ('Parked', 'user', '1', '{}', 'infinity') RETURNING id;",
+    )?;
+    let sent = world.database.psql(
+        "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, status, published_at)
+         VALUES ('Sent', 'user', '2', '{}', 'PUBLISHED', 'infinity') RETURNING id;",
+    )?;
+    let site = Site::start(&world)?;
+    let cookie = site.enter(READ_ONLY)?;
+    for path in PAGES {
+        assert_eq!(site.get(&cookie, path)?.code, 200, "{path}");
+    }
+    let event = |inserted: &str| {
+        let id = inserted.split_whitespace().next().context("an id")?;
+        Ok::<_, anyhow::Error>(site.get(&cookie, &format!("/events/{id}"))?.body)
+    };
+    assert!(event(&parked)?.contains("none: parked"), "{}", event(&parked)?);
+    assert!(event(&sent)?.contains("unknown when"), "{}", event(&sent)?);
+    let blocked = site.get(&cookie, "/blocked")?.body;
+    assert!(blocked.contains("itself: parked"), "{blocked}");
+    let doctor = world.run(&["doctor"])?;
+    assert!(matches!(doctor.code, Some(0 | 3 | 4)), "{doctor:?}");
+    Ok(())
+}
+
+/// With the default, `afterFailure = release`, a failed event holds nothing back.
+#[test]
+fn what_a_failed_event_holds_back_is_told_by_the_setting() -> Result<()> {
+    let world = World::new()?;
+    world.database.psql(
+        "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, status) VALUES ('First', 'user', '1', '{}', 'FAILED');
+         INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, next_retry_at, retry_count)
+         VALUES ('Later', 'user', '1', '{}', now() + interval '1 hour', 1);",
+    )?;
+    let settings = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}.conf", world.database.name()));
+    for (after_failure, says, says_not) in
+        [("release", "itself, refused 1 time", "decide"), ("hold", "a failed event before it", "itself, refused")]
+    {
+        std::fs::write(&settings, format!("app.outbox.processor.afterFailure = {after_failure}"))?;
+        let site = Site::with(&world, &["--config", &settings.to_string_lossy()])?;
+        let page = site.get(&site.enter(READ_ONLY)?, "/blocked")?.body;
+        assert!(page.contains(says) && !page.contains(says_not), "{after_failure}: {page}");
+    }
+    Ok(std::fs::remove_file(&settings)?)
 }
 
 #[test]

@@ -93,7 +93,7 @@ FROM found f JOIN pg_temp.audit_stream s USING (stream)"#;
 const ABSENT: &str = "
 INSERT INTO pg_temp.audit_absent (event_id, stream, aggregate_type, aggregate_id, seq, since, later)
 SELECT o.id, $1 || o.aggregate_type, o.aggregate_type, o.aggregate_id, o.seq, o.created_at,
-       COALESCE(o.published_at, o.created_at) >= $2
+       COALESCE(NULLIF(o.published_at, 'infinity'), o.created_at) >= $2
 FROM {s}.event_outbox o
 WHERE o.status = 'PUBLISHED' AND NOT EXISTS (SELECT 1 FROM pg_temp.audit_entry e WHERE e.event_id = o.id)
 UNION ALL
@@ -117,7 +117,7 @@ WITH named AS MATERIALIZED (
     SELECT s.key, s.stream, e.position, e.event_id
     FROM pg_temp.audit_stream s JOIN pg_temp.audit_entry e ON e.stream = s.stream AND e.position >= s.survivor WHERE s.trimmed
 ), horizon AS (
-    SELECT DISTINCT ON (v.stream) v.key, o.published_at
+    SELECT DISTINCT ON (v.stream) v.key, NULLIF(o.published_at, '-infinity') AS published_at
     FROM surviving v JOIN {s}.event_outbox o ON o.id = v.event_id AND o.status = 'PUBLISHED' ORDER BY v.stream, v.position
 ), reached AS (
     SELECT n.batch_id, min(n.place) AS place

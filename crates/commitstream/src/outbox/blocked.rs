@@ -4,7 +4,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
-use super::{OutboxError, OutboxRepository};
+use super::{OutboxError, OutboxRepository, dated, parked};
 
 /// Waiting events that one page looks at, at most.
 const LOOKED_AT: i64 = 10_000;
@@ -24,6 +24,8 @@ pub struct BlockedAggregate {
     pub created_at: DateTime<Utc>,
     pub retry_count: i32,
     pub next_retry_at: Option<DateTime<Utc>>,
+    /// Somebody has set `next_retry_at` to `infinity`: it is not tried.
+    pub is_parked: bool,
     pub last_error: Option<String>,
     /// The earliest event of the aggregate that is `FAILED`. With `afterFailure = hold` the others wait for what an operator decides of it.
     pub failed: Option<Uuid>,
@@ -42,7 +44,8 @@ WITH looked AS MATERIALIZED (
                                                     ORDER BY aggregate_type DESC, aggregate_id DESC LIMIT 1) AS at_least
     FROM looked GROUP BY aggregate_type, aggregate_id ORDER BY aggregate_type, aggregate_id LIMIT $3
 )
-SELECT g.*, e.event_type, e.created_at, e.retry_count, e.next_retry_at, left(e.last_error, 1000) AS last_error, f.id AS failed
+SELECT g.*, e.event_type, e.created_at, e.retry_count, {next_retry_at} AS next_retry_at, {is_parked} AS is_parked,
+       left(e.last_error, 1000) AS last_error, f.id AS failed
 FROM grouped g JOIN {s}.event_outbox e ON e.id = g.first
 LEFT JOIN LATERAL (
     SELECT id FROM {s}.event_outbox b
@@ -62,7 +65,9 @@ impl OutboxRepository {
         limit: i64,
     ) -> Result<Vec<BlockedAggregate>, OutboxError> {
         let doing = "listing blocked aggregates";
-        let rows = sqlx::query(self.sql(&BLOCKED.replace("{looked_at}", &LOOKED_AT.to_string())))
+        let sql = BLOCKED.replace("{looked_at}", &LOOKED_AT.to_string());
+        let sql = sql.replace("{next_retry_at}", &dated("e.next_retry_at")).replace("{is_parked}", &parked("e.next_retry_at"));
+        let rows = sqlx::query(self.sql(&sql))
             .bind(aggregate_type)
             .bind(aggregate_id)
             .bind(limit)
@@ -84,6 +89,7 @@ fn blocked(row: &PgRow) -> Result<BlockedAggregate, sqlx::Error> {
         created_at: row.try_get("created_at")?,
         retry_count: row.try_get("retry_count")?,
         next_retry_at: row.try_get("next_retry_at")?,
+        is_parked: row.try_get("is_parked")?,
         last_error: row.try_get("last_error")?,
         failed: row.try_get("failed")?,
     })

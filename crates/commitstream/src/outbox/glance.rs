@@ -25,9 +25,11 @@ pub struct Glance {
     pub is_paused: bool,
 }
 
+/// Rows that somebody made `PUBLISHED` with SQL may have no time, or one that is yet to come, and would stand before all others.
 const GLANCE: &str = "
 WITH latest AS MATERIALIZED (
-    SELECT created_at, published_at FROM {s}.event_outbox WHERE status = 'PUBLISHED' ORDER BY published_at DESC LIMIT 200
+    SELECT created_at, published_at FROM {s}.event_outbox
+    WHERE status = 'PUBLISHED' AND published_at > '-infinity' AND published_at <= statement_timestamp() ORDER BY published_at DESC LIMIT 200
 ), latency AS (
     SELECT percentile_cont(ARRAY[0.5, 0.99]) WITHIN GROUP (ORDER BY extract(epoch FROM published_at - created_at) * 1000) AS p
     FROM latest WHERE published_at > statement_timestamp() - interval '1 minute'

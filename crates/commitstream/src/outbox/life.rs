@@ -7,7 +7,7 @@ use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
 use super::search::EventStatus;
-use super::{OutboxError, OutboxRepository};
+use super::{OutboxError, OutboxRepository, dated, parked};
 
 /// Characters of a payload, and of headers, that are read for people.
 const SHOWN: i32 = 100_000;
@@ -24,8 +24,11 @@ pub struct EventDetail {
     pub status: EventStatus,
     pub retry_count: i32,
     pub next_retry_at: Option<DateTime<Utc>>,
+    /// Somebody has set `next_retry_at` to `infinity`: it is not tried, and holds its aggregate back.
+    pub is_parked: bool,
     pub last_error: Option<String>,
     pub created_at: DateTime<Utc>,
+    /// `None` also where it is no date.
     pub published_at: Option<DateTime<Utc>>,
     pub occurred_at: Option<DateTime<Utc>>,
     /// JSON text; the first 100,000 characters.
@@ -77,10 +80,14 @@ impl OutboxRepository {
     pub async fn event(&self, connection: &mut PgConnection, id: Uuid) -> Result<Option<EventDetail>, OutboxError> {
         let doing = "reading an event";
         let sql = format!(
-            "SELECT id, seq, event_type, aggregate_type, aggregate_id, partition_no, status, retry_count, next_retry_at, last_error,
-                    created_at, published_at, occurred_at, payload_bytes, left(jsonb_pretty(payload), {SHOWN}) AS payload_text, left(jsonb_pretty(headers), {SHOWN}) AS headers_text,
+            "SELECT id, seq, event_type, aggregate_type, aggregate_id, partition_no, status, retry_count, last_error, created_at,
+                    {} AS next_retry_at, {} AS is_parked, {} AS published_at, occurred_at, payload_bytes,
+                    left(jsonb_pretty(payload), {SHOWN}) AS payload_text, left(jsonb_pretty(headers), {SHOWN}) AS headers_text,
                     headers->>'traceparent' AS traceparent
-             FROM {{s}}.event_outbox WHERE id = $1"
+             FROM {{s}}.event_outbox WHERE id = $1",
+            dated("next_retry_at"),
+            parked("next_retry_at"),
+            dated("published_at")
         );
         let row = sqlx::query(self.sql(&sql)).bind(id).fetch_optional(&mut *connection).await.map_err(self.error(doing))?;
         let Some(row) = row else { return Ok(None) };
@@ -110,6 +117,7 @@ fn detail(row: &PgRow) -> Result<EventDetail, sqlx::Error> {
         status: EventStatus::of(row.try_get("status")?, false),
         retry_count: row.try_get("retry_count")?,
         next_retry_at: row.try_get("next_retry_at")?,
+        is_parked: row.try_get("is_parked")?,
         last_error: row.try_get("last_error")?,
         created_at: row.try_get("created_at")?,
         published_at: row.try_get("published_at")?,

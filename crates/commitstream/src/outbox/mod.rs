@@ -83,6 +83,19 @@ impl OutboxRepository {
     }
 }
 
+/// A time that people may have set with SQL, as far as it is a date: the driver cannot read `infinity`, nor all years that PostgreSQL has.
+/// `created_at` and `occurred_at` are within these bounds by constraint.
+fn dated(column: &str) -> String {
+    format!("CASE WHEN {column} BETWEEN '0001-01-02 00:00:00+00' AND '{LAST_DATE}' THEN {column} END")
+}
+
+/// Whether the next attempt at an event is after all dates: somebody has set it to `infinity`, so that it is not tried.
+fn parked(next_retry_at: &str) -> String {
+    format!("COALESCE({next_retry_at} > '{LAST_DATE}', false)")
+}
+
+const LAST_DATE: &str = "9999-12-30 00:00:00+00";
+
 /// As statements take durations.
 fn millis(duration: std::time::Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)

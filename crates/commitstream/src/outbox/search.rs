@@ -11,7 +11,7 @@ use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
 use super::failures::CAUSE;
-use super::{OutboxError, OutboxRepository};
+use super::{OutboxError, OutboxRepository, dated};
 
 /// Rows that one page looks at, at most.
 const LOOKED_AT: i64 = 20_000;
@@ -169,9 +169,10 @@ impl Walk {
     /// The rows that a page may look at.
     fn rows(&self) -> String {
         let Self { condition, order, by } = self;
+        let published_at = dated("e.published_at");
         format!(
-            "(SELECT e.id, e.seq, e.event_type, e.aggregate_type, e.aggregate_id, e.status, e.retry_count, e.created_at, e.published_at,
-                     left(e.last_error, 300) AS last_error, {by} AS by
+            "(SELECT e.id, e.seq, e.event_type, e.aggregate_type, e.aggregate_id, e.status, e.retry_count, e.created_at,
+                     {published_at} AS published_at, left(e.last_error, 300) AS last_error, {by} AS by
               FROM {{s}}.event_outbox e WHERE {condition} ORDER BY {order} LIMIT {LOOKED_AT}) AS looked"
         )
     }
