@@ -1,5 +1,6 @@
 use axum::extract::State;
 use axum::response::Redirect;
+use commitstream::outbox::{RelayBatches, RelayRow};
 use maud::{Markup, html};
 
 use super::Console;
@@ -9,6 +10,7 @@ use super::session::{Act, Viewer};
 pub async fn list(viewer: Viewer, State(console): State<Console>) -> Result<Markup, Refusal> {
     let mut session = console.servers.session().await?;
     let relays = console.servers.outbox.relays(&mut session.connection).await?;
+    let batches = console.servers.outbox.batches_of_relays(&mut session.connection).await?;
     let pause = console.servers.outbox.paused(&mut session.connection).await?;
     session.done();
     let has_reasons = relays.iter().any(|relay| relay.reason.is_some());
@@ -45,8 +47,33 @@ pub async fn list(viewer: Viewer, State(console): State<Console>) -> Result<Mark
                     } } }
                 } }
             }
+            h2 { "Open batches" }
+            (open_batches(&relays, &batches))
         },
     ))
+}
+
+fn open_batches(relays: &[RelayRow], batches: &[RelayBatches]) -> Markup {
+    let relay = |of: &RelayBatches| relays.iter().find(|relay| relay.relay_id == of.relay_id);
+    html! {
+        @if batches.is_empty() { (nothing("No batch is open: all that was claimed is settled. At work, a batch is open for some milliseconds.")) } @else {
+            div.wide { table #batches {
+                thead { tr { th { "Relay" } th { "State" } th { "Its id" } th.number { "Open batches" } th.number { "The oldest" } } }
+                tbody { @for of in batches { tr {
+                    @match relay(of) {
+                        Some(relay) => { td.text { (relay.host) " " (relay.pid) } td { span.status { (relay.state) } } }
+                        None => { td {} td { span.status { "gone" } } }
+                    }
+                    td { code { (of.relay_id) } }
+                    td.number { @if of.at_least { "≥ " } (number(of.batches)) }
+                    td.number { "claimed " (millis(of.oldest_ms)) " ago" }
+                } } }
+            } }
+            @if batches.iter().any(|of| !relay(of).is_some_and(|relay| relay.alive)) {
+                p.quiet { "Those of a relay that is gone are settled, or released, by the relay that takes its partitions over." }
+            }
+        }
+    }
 }
 
 pub async fn switch(State(console): State<Console>, act: Act) -> Result<Redirect, Refusal> {

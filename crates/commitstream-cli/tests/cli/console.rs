@@ -393,6 +393,23 @@ fn a_discard_is_of_no_more_than_was_shown() -> Result<()> {
 }
 
 #[test]
+fn open_batches_are_shown_by_relay() -> Result<()> {
+    let world = World::new()?;
+    let site = Site::start(&world)?;
+    let cookie = site.enter(READ_ONLY)?;
+    assert!(site.get(&cookie, "/relays")?.body.contains("No batch is open"));
+    world.database.psql(
+        "INSERT INTO outbox_batch (batch_id, relay_id, stream, event_ids, claimed_at)
+         VALUES (gen_random_uuid(), '00000000-0000-0000-0000-000000000007', 's', '{}', now() - interval '2 hours');",
+    )?;
+    let page = site.get(&cookie, "/relays")?.body;
+    for text in ["00000000-0000-0000-0000-000000000007", "claimed 2 h", "gone", "takes its partitions over"] {
+        assert!(page.contains(text), "{text}: {page}");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_page_of_dead_letters_is_bounded() -> Result<()> {
     let world = World::new()?;
     let mut redis = world.redis()?;

@@ -45,7 +45,7 @@ pub use lease::{Lease, Partitions};
 pub use life::{EventBatch, EventDetail};
 pub use migrations::{LATEST_VERSION, Migrated};
 pub use operators::{AuditRow, Pause};
-pub use relays::{Heartbeat, Members, RelayRow};
+pub use relays::{Heartbeat, Members, RelayBatches, RelayRow};
 pub use search::{EventPage, EventSearch, EventStatus, EventSummary, SearchPlace};
 pub use settle::{AfterPublishing, Refusal, Settlement};
 pub use stats::OutboxStats;

@@ -63,6 +63,22 @@ pub struct RelayRow {
     pub events_per_second: f32,
 }
 
+/// Open batches of one relay: claimed, and not settled yet.
+#[derive(Debug, Clone, Serialize)]
+pub struct RelayBatches {
+    /// It may have been forgotten since.
+    pub relay_id: Uuid,
+    pub batches: i64,
+    /// `batches` is the least that it can be.
+    pub at_least: bool,
+    /// Since the claim of the oldest.
+    pub oldest_ms: i64,
+}
+
+/// The oldest open batches, of all relays, that are looked at for people; and relays that they are of.
+const OPEN: i64 = 10_000;
+const MOST_RELAYS: i64 = 100;
+
 /// A relay `r` is alive: it was heard of in time, and its session is there. The start of the session tells it from a later one with
 /// the same process id; it cannot be seen by other users than the session's own.
 pub(super) const ALIVE: &str = "r.expires_at > clock_timestamp() AND EXISTS (
@@ -168,6 +184,31 @@ impl OutboxRepository {
         let rows = sqlx::query(self.sql(&sql)).fetch_all(connection).await.map_err(self.error(doing))?;
         rows.iter().map(relay_row).collect::<Result<_, _>>().map_err(self.error(doing))
     }
+
+    /// Of the 10,000 oldest open batches, how many are whose, and since when; the oldest first.
+    ///
+    /// # Errors
+    /// PostgreSQL cannot be asked.
+    pub async fn batches_of_relays(&self, connection: &mut PgConnection) -> Result<Vec<RelayBatches>, OutboxError> {
+        let doing = "listing open batches";
+        let sql = format!(
+            "SELECT relay_id, count(*) AS batches, (sum(count(*)) OVER ()) >= {OPEN} AS at_least,
+                    GREATEST(0, extract(epoch FROM clock_timestamp() - min(claimed_at)) * 1000)::bigint AS oldest_ms
+             FROM (SELECT relay_id, claimed_at FROM {{s}}.outbox_batch WHERE settled_at IS NULL ORDER BY claimed_at LIMIT {OPEN}) AS open
+             GROUP BY relay_id ORDER BY min(claimed_at), relay_id LIMIT {MOST_RELAYS}"
+        );
+        let rows = sqlx::query(self.sql(&sql)).fetch_all(connection).await.map_err(self.error(doing))?;
+        rows.iter().map(relay_batches).collect::<Result<_, _>>().map_err(self.error(doing))
+    }
+}
+
+fn relay_batches(row: &PgRow) -> Result<RelayBatches, sqlx::Error> {
+    Ok(RelayBatches {
+        relay_id: row.try_get("relay_id")?,
+        batches: row.try_get("batches")?,
+        at_least: row.try_get("at_least")?,
+        oldest_ms: row.try_get("oldest_ms")?,
+    })
 }
 
 fn relay_row(row: &PgRow) -> Result<RelayRow, sqlx::Error> {

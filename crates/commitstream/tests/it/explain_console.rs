@@ -287,6 +287,8 @@ async fn the_other_pages_read_what_they_show() -> Result<()> {
         for part in ["heartbeat_age_ms", "SELECT since, who"] {
             assert_bounded(&work(&mut connection, &[part], "").await?, &[]);
         }
+        assert_eq!(outbox.batches_of_relays(&mut connection).await?.len() as u64, OPEN);
+        assert_bounded(&work(&mut connection, &["relay_id, count(*) AS batches"], "").await?, &[(BATCHES, OPEN)]);
     }
     Ok(())
 }

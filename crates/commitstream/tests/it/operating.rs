@@ -150,6 +150,24 @@ async fn failures_are_grouped_and_retried_or_discarded_with_an_audit() -> Result
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn open_batches_are_counted_by_relay() -> Result<()> {
+    let world = World::new().await?;
+    let mut connection = world.connect().await?;
+    assert!(world.outbox.batches_of_relays(&mut connection).await?.is_empty());
+    let (one, other) = (Uuid::from_u128(1), Uuid::from_u128(2));
+    world.database.psql(&format!(
+        "INSERT INTO outbox_batch (batch_id, relay_id, stream, event_ids, claimed_at, settled_at)
+         SELECT gen_random_uuid(), '{one}', 's', '{{}}', now() - n * interval '1 minute', CASE WHEN n > 3 THEN now() END FROM generate_series(1, 5) n;
+         INSERT INTO outbox_batch (batch_id, relay_id, stream, event_ids, claimed_at)
+         VALUES (gen_random_uuid(), '{other}', 's', '{{}}', now() - interval '1 hour');"
+    ))?;
+    let open = world.outbox.batches_of_relays(&mut connection).await?;
+    let shown: Vec<_> = open.iter().map(|of| (of.relay_id, of.batches, of.at_least, of.oldest_ms / 60_000)).collect();
+    assert_eq!(shown, [(other, 1, false, 60), (one, 3, false, 3)]);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn blocked_aggregates_say_what_waits_behind_what() -> Result<()> {
     for form in Form::BOTH {
         let world = World::of(form).await?;
