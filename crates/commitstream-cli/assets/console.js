@@ -100,6 +100,7 @@ if (live && window.EventSource) {
   };
   const lost = () => {
     document.getElementById("verdict").className = "verdict warn";
+    document.getElementById("sign").textContent = "!";
     document.getElementById("sentence").textContent = "The connection to the console is lost; it is tried again.";
     // The browser does not try again by itself after a refusal: the session is over, or too many look on.
     if (source.readyState === EventSource.CLOSED) setTimeout(() => location.reload(), 5000);

@@ -5,7 +5,7 @@ use std::io::{self, BufRead, IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::ArgGroup;
-use commitstream::outbox::{Deed, FailureFilter, FailurePlace, OutboxRepository, Remedy, Selection};
+use commitstream::outbox::{Deed, FailureFilter, FailurePlace, OutboxRepository, Remedy, Selection, Snapshot};
 use serde_json::json;
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -77,6 +77,10 @@ struct Which {
 }
 
 impl Which {
+    fn filter(&self) -> FailureFilter {
+        FailureFilter { event_type: self.event_type.clone(), cause: None }
+    }
+
     fn selection(&self) -> Selection {
         if self.all { Selection::All { event_type: self.event_type.clone() } } else { Selection::Ids(self.ids.clone()) }
     }
@@ -127,12 +131,17 @@ async fn change(context: &Context, which: &Which, remedy: Remedy) -> anyhow::Res
     let settings = context.settings()?;
     let outbox = context::repository(&settings);
     let mut connection = context::migrated(&settings, "failed").await?;
-    if which.all && !which.yes && io::stdin().is_terminal() && !confirmed(&outbox, &mut connection, which, remedy).await? {
-        context.output.remark("nothing was changed")?;
-        return Ok(ExitCode::FAILURE);
+    let mut shown = None;
+    if which.all && !which.yes && io::stdin().is_terminal() {
+        // What fails while the question stands is not meant.
+        shown = Some(outbox.count_failed(&mut connection, &which.filter()).await?.snapshot);
+        if !confirmed(&outbox, &mut connection, which, remedy).await? {
+            context.output.remark("nothing was changed")?;
+            return Ok(ExitCode::FAILURE);
+        }
     }
     let missing = missing(&outbox, &mut connection, &which.ids).await?;
-    let changed = apply(&outbox, &mut connection, which, remedy).await?;
+    let changed = apply(&outbox, &mut connection, which, remedy, shown.as_ref()).await?;
     for id in &missing {
         context.output.remark(&format!("{id}: there is no failed event with this id"))?;
     }
@@ -147,7 +156,13 @@ async fn change(context: &Context, which: &Which, remedy: Remedy) -> anyhow::Res
 }
 
 /// What is named at once, all that match in steps; each step is one transaction with its row in the audit. Returns how many were changed.
-async fn apply(outbox: &OutboxRepository, connection: &mut PgConnection, which: &Which, remedy: Remedy) -> anyhow::Result<u64> {
+async fn apply(
+    outbox: &OutboxRepository,
+    connection: &mut PgConnection,
+    which: &Which,
+    remedy: Remedy,
+    shown: Option<&Snapshot>,
+) -> anyhow::Result<u64> {
     let who = context::operator();
     if !which.all {
         let about = match which.ids.len() {
@@ -157,11 +172,11 @@ async fn apply(outbox: &OutboxRepository, connection: &mut PgConnection, which: 
         let step = outbox.remedy_events(connection, Deed { who: &who, about: &about }, remedy, &which.ids).await?;
         return Ok(u64::try_from(step.changed)?);
     }
-    let filter = FailureFilter { event_type: which.event_type.clone(), cause: None };
+    let filter = which.filter();
     let about = filter.to_string();
     let (mut changed, mut place) = (0, Some(FailurePlace::default()));
     while let Some(from) = place {
-        let step = outbox.remedy_step(connection, Deed { who: &who, about: &about }, remedy, &filter, &from, i64::MAX).await?;
+        let step = outbox.remedy_step(connection, Deed { who: &who, about: &about }, remedy, &filter, &from, shown).await?;
         changed += u64::try_from(step.changed)?;
         place = step.next;
     }

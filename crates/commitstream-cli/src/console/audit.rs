@@ -1,8 +1,8 @@
-use axum::extract::{Query, State};
+use axum::extract::State;
 use maud::{Markup, html};
 
 use super::Console;
-use super::page::{Refusal, link, nothing, number, page, time};
+use super::page::{Query, Refusal, link, nothing, number, page, time};
 use super::session::Viewer;
 
 const PAGE: usize = 50;

@@ -1,9 +1,9 @@
-use axum::extract::{Query, State};
+use axum::extract::State;
 use commitstream::config::AfterFailure;
 use maud::{Markup, html};
 
 use super::Console;
-use super::page::{Refusal, link, nothing, number, page, time};
+use super::page::{Query, Refusal, link, nothing, number, page, time};
 use super::session::Viewer;
 use crate::output::plural;
 

@@ -1,9 +1,10 @@
-use axum::extract::{Query, State};
+use axum::extract::State;
+use axum::response::Redirect;
 use commitstream::streams::DeadLetter;
 use maud::{Markup, html};
 
 use super::Console;
-use super::page::{Refusal, link, nothing, page, time, token};
+use super::page::{Query, Refusal, beginning, link, nothing, page, time, token};
 use super::session::{Act, Viewer};
 use crate::dead_letters::{Audit, Change, carry_out};
 use crate::output::plural;
@@ -66,12 +67,6 @@ pub async fn list(viewer: Viewer, State(console): State<Console>, Query(asked): 
     ))
 }
 
-/// The beginning of a payload.
-fn beginning(payload: &str) -> Markup {
-    let cut = payload.char_indices().nth(SHOWN).map(|(end, _)| &payload[..end]);
-    html! { pre { (cut.unwrap_or(payload)) } @if cut.is_some() { p.quiet { "The first 4,000 characters." } } }
-}
-
 fn row(viewer: &Viewer, letter: &DeadLetter) -> Markup {
     let text = |field: &Option<String>| field.clone().unwrap_or_else(|| "?".to_owned());
     html! {
@@ -82,7 +77,7 @@ fn row(viewer: &Viewer, letter: &DeadLetter) -> Markup {
             td.text { (text(&letter.aggregate_type)) " " (text(&letter.aggregate_id)) }
             td.error {
                 (letter.reason) " " span.quiet { "after " (plural(letter.attempts.into(), "attempt")) }
-                @if let Some(payload) = &letter.payload { details { summary { "Payload" } (beginning(payload.get())) } }
+                @if let Some(payload) = &letter.payload { details { summary { "Payload" } (beginning(payload.get(), SHOWN)) } }
             }
             td.deeds {
                 @if viewer.may_act() {
@@ -99,7 +94,7 @@ fn row(viewer: &Viewer, letter: &DeadLetter) -> Markup {
     }
 }
 
-pub async fn act(State(console): State<Console>, act: Act) -> Result<Markup, Refusal> {
+pub async fn act(State(console): State<Console>, act: Act) -> Result<Redirect, Refusal> {
     let streams = &console.servers.streams;
     let (stream, dead_id) = (act.field("stream").unwrap_or_default(), act.field("dead_id").unwrap_or_default());
     let change = match act.field("action") {
@@ -122,12 +117,9 @@ pub async fn act(State(console): State<Console>, act: Act) -> Result<Markup, Ref
         }
         (None, Change::Discard) => ("good", "Deleted.".to_owned()),
     };
-    Ok(page(
-        "Dead letters",
-        &act.viewer,
-        &html! {
-            p #outcome .{ "verdict " (tone) } role="status" { (outcome) }
-            p { a href="/console/dead" { "To the dead letters" } }
-        },
-    ))
+    let outcome = html! {
+        p #outcome .{ "verdict " (tone) } role="status" { (outcome) }
+        p { a href="/console/dead" { "To the dead letters" } }
+    };
+    Ok(act.ended(&console, "Dead letters", outcome))
 }

@@ -1,6 +1,6 @@
 //! Search of events, and one event's life.
 
-use axum::extract::{Path, Query, State};
+use axum::extract::{Path, State};
 use chrono::{DateTime, Datelike, NaiveDateTime, Utc};
 use commitstream::outbox::{EventDetail, EventPage, EventSearch, EventStatus};
 use commitstream::streams::{Delivery, GroupDelivery, StreamsError};
@@ -8,7 +8,7 @@ use maud::{Markup, html};
 use uuid::Uuid;
 
 use super::Console;
-use super::page::{Refusal, link, millis, moment, nothing, page, time, token};
+use super::page::{Query, Refusal, beginning, cause_text, link, millis, moment, nothing, page, time, token};
 use super::session::Viewer;
 use crate::output::plural;
 
@@ -27,7 +27,8 @@ pub struct Form {
     aggregate_type: String,
     aggregate_id: String,
     status: String,
-    cause: String,
+    /// Empty is a cause of its own.
+    cause: Option<String>,
     from: String,
     until: String,
     after: String,
@@ -46,7 +47,7 @@ impl Form {
             aggregate_id: text(&self.aggregate_id),
             status: status.transpose()?,
             // It was cut somewhere, perhaps at a space.
-            cause: Some(self.cause.clone()).filter(|cause| !cause.is_empty()),
+            cause: self.cause.clone(),
             from: text(&self.from).map(|text| read_moment(&text)).transpose()?,
             until: text(&self.until).map(|text| read_moment(&text)).transpose()?,
         })
@@ -58,11 +59,12 @@ impl Form {
             ("aggregate_type", &self.aggregate_type),
             ("aggregate_id", &self.aggregate_id),
             ("status", &self.status),
-            ("cause", &self.cause),
             ("from", &self.from),
             ("until", &self.until),
             ("after", after),
         ];
+        let cause = self.cause.iter().map(|cause| ("cause", cause.as_str()));
+        let query: Vec<_> = query.into_iter().filter(|(_, value)| !value.is_empty()).chain(cause).collect();
         link("/console/events", &query)
     }
 }
@@ -114,8 +116,10 @@ fn search_form(form: &Form) -> Markup {
                     @for status in EventStatus::ALL { option value=(status.name()) selected[form.status == status.name()] { (status.name()) } }
                 }
             }
-            // Where a group of failures led here.
-            @if !form.cause.is_empty() { (field("cause", "Cause", "text", &form.cause)) }
+            // Where a group of failures led here. Without the tick any cause will do.
+            @if let Some(cause) = &form.cause {
+                div.tick { label for="search-cause" { "Cause" } label { input #search-cause name="cause" type="checkbox" value=(cause) checked; " " (cause_text(cause)) } }
+            }
             (field("from", "From (UTC)", "datetime-local", &form.from))
             (field("until", "Until (UTC)", "datetime-local", &form.until))
             button.main type="submit" { "Search" }
@@ -185,9 +189,9 @@ async fn show(viewer: &Viewer, console: &Console, id: Uuid) -> Result<Markup, Re
             h2 { "Its way" }
             (way(&event, &whereabouts))
             h2 { "Payload" }
-            pre #payload { (event.payload) }
+            div #payload { (beginning(&event.payload, EventDetail::SHOWN)) }
             h2 { "Headers" }
-            pre #headers { (event.headers) }
+            div #headers { (beginning(&event.headers, EventDetail::SHOWN)) }
         },
     ))
 }

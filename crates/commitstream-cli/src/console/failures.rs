@@ -2,13 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use axum::extract::{Query, State};
-use commitstream::outbox::{Counted, Deed, FailureFilter, FailureGroups, FailurePlace, Remedy};
+use axum::extract::State;
+use axum::response::Redirect;
+use commitstream::outbox::{Counted, Deed, FailureFilter, FailureGroups, FailurePlace, Remedy, Shown};
 use maud::{Markup, html};
 use uuid::Uuid;
 
 use super::Console;
-use super::page::{Refusal, counted, link, nothing, number, page, time, token};
+use super::page::{Query, Refusal, cause_text, counted, link, nothing, number, page, time, token};
 use super::session::{Act, Viewer};
 use crate::output::plural;
 
@@ -37,7 +38,7 @@ pub async fn list(viewer: Viewer, State(console): State<Console>) -> Result<Mark
                     thead { tr { th { "Type" } th { "Cause" } th.number { "Events" } th { "Oldest" } th { "Newest" } th {} } }
                     tbody { @for group in &groups { tr {
                         td.text { (group.event_type) }
-                        td.error title=(group.cause) { (group.example) }
+                        td.error title=(group.cause) { (cause_text(&group.example)) }
                         td.number { (number(group.events)) }
                         td { (time(group.oldest)) }
                         td { (time(group.newest)) }
@@ -86,17 +87,52 @@ pub struct Asked {
     count_all: bool,
 }
 
+/// What is asked about many events, and what their form brings along.
+struct Question {
+    filter: FailureFilter,
+    shown: Shown,
+}
+
+impl Question {
+    async fn ask(console: &Console, filter: FailureFilter, count_all: bool) -> Result<Self, Refusal> {
+        let outbox = &console.servers.outbox;
+        let mut session = console.servers.session().await?;
+        let shown = match count_all {
+            true => outbox.count_all_failed(&mut session.connection, &filter).await?,
+            false => outbox.count_failed(&mut session.connection, &filter).await?,
+        };
+        session.done();
+        Ok(Self { filter, shown })
+    }
+
+    fn of(act: &Act) -> Result<Self, Refusal> {
+        let filter = FailureFilter { event_type: act.field("type").map(str::to_owned), cause: act.fields.get("cause").cloned() };
+        let snapshot = act.field("snapshot").unwrap_or_default().parse().map_err(Refusal::wrong)?;
+        let events = Counted { events: act.number("shown"), at_least: act.field("at_least").is_some() };
+        Ok(Self { filter, shown: Shown { events, snapshot } })
+    }
+
+    fn fields(&self) -> Markup {
+        html! {
+            (fields(&self.filter))
+            input type="hidden" name="snapshot" value=(self.shown.snapshot);
+            input type="hidden" name="shown" value=(self.shown.events.events);
+            @if self.shown.events.at_least { input type="hidden" name="at_least" value="true"; }
+        }
+    }
+}
+
 /// What is meant, how many that are, and the button that does it.
 pub async fn confirm(viewer: Viewer, State(console): State<Console>, Query(asked): Query<Asked>) -> Result<Markup, Refusal> {
     let remedy = remedy(&asked.remedy)?;
     let filter = FailureFilter { event_type: asked.event_type, cause: asked.cause };
-    let mut session = console.servers.session().await?;
-    let found = match asked.id {
-        Some(_) => Counted { events: 1, at_least: false },
-        None if asked.count_all => console.servers.outbox.count_all_failed(&mut session.connection, &filter).await?,
-        None => console.servers.outbox.count_failed(&mut session.connection, &filter).await?,
+    let (found, brings) = match asked.id {
+        Some(id) => (Counted { events: 1, at_least: false }, html! { input type="hidden" name="id" value=(id); }),
+        None => {
+            let question = Question::ask(&console, filter.clone(), asked.count_all).await?;
+            (question.shown.events, question.fields())
+        }
     };
-    session.done();
     let events = if found.events == 1 && !found.at_least { "1 event".to_owned() } else { format!("{} events", counted(found)) };
     let is_refused = remedy == Remedy::Discard && found.at_least;
     let question = match remedy {
@@ -111,7 +147,7 @@ pub async fn confirm(viewer: Viewer, State(console): State<Console>, Query(asked
             dl {
                 @if let Some(id) = asked.id { dt { "Event" } dd { code { (id) } } }
                 @if let Some(event_type) = &filter.event_type { dt { "Type" } dd { (event_type) } }
-                @if let Some(cause) = &filter.cause { dt { "Cause" } dd { (cause) } }
+                @if let Some(cause) = &filter.cause { dt { "Cause" } dd { (cause_text(cause)) } }
             }
             div.acts {
                 @if is_refused {
@@ -123,10 +159,7 @@ pub async fn confirm(viewer: Viewer, State(console): State<Console>, Query(asked
                     p.quiet { "Not yet: " (NOT_COUNTED) "." }
                 } @else if viewer.may_act() {
                     form method="post" action="/console/failures/act" {
-                        (token(&viewer)) (fields(&filter))
-                        @if let Some(id) = asked.id { input type="hidden" name="id" value=(id); }
-                        input type="hidden" name="shown" value=(found.events);
-                        @if asked.count_all { input type="hidden" name="counted" value="all"; }
+                        (token(&viewer)) (brings)
                         @match remedy {
                             Remedy::Retry => { button.main #confirm name="remedy" value="retry" { "Retry" } }
                             Remedy::Discard => { button.danger #confirm name="remedy" value="discard" { "Delete for good" } }
@@ -146,81 +179,75 @@ fn remedy(name: &str) -> Result<Remedy, Refusal> {
         .ok_or_else(|| Refusal::wrong("retry, or discard?"))
 }
 
-/// Retries or discards one event, or what matches, in steps; after some seconds it comes back and says how far it is.
-pub async fn act(State(console): State<Console>, act: Act) -> Result<Markup, Refusal> {
+/// Retries or discards one event, or those that were shown.
+pub async fn act(State(console): State<Console>, act: Act) -> Result<Redirect, Refusal> {
     let remedy = remedy(act.field("remedy").unwrap_or_default())?;
-    let filter = FailureFilter { event_type: act.field("type").map(str::to_owned), cause: act.fields.get("cause").cloned() };
+    let outcome = match act.field("id") {
+        Some(id) => {
+            let id = id.parse().map_err(|_| Refusal::wrong("an event's id is a UUID"))?;
+            let deed = Deed { who: &act.viewer.who, about: "one event" };
+            let mut session = console.servers.session().await?;
+            let step = console.servers.outbox.remedy_events(&mut session.connection, deed, remedy, &[id]).await?;
+            session.done();
+            outcome(remedy, step.changed, &html! {})
+        }
+        None => many(&console, &act, remedy).await?,
+    };
+    Ok(act.ended(&console, "Failures", outcome))
+}
+
+/// In steps; after some seconds it comes back and says how far it is.
+async fn many(console: &Console, act: &Act, remedy: Remedy) -> Result<Markup, Refusal> {
+    let question = Question::of(act)?;
     let place = act.field("place").map(serde_json::from_str).transpose();
     let mut place: FailurePlace = place.map_err(|_| Refusal::wrong("not a place: begin anew"))?.unwrap_or_default();
-    let before: i64 = act.field("before").and_then(|number| number.parse().ok()).unwrap_or_default();
-    let shown: i64 = act.field("shown").and_then(|number| number.parse().ok()).unwrap_or_default();
-    let about = filter.to_string();
+    let about = question.filter.to_string();
     let deed = Deed { who: &act.viewer.who, about: &about };
-    let outbox = &console.servers.outbox;
+    let Shown { events: shown, snapshot } = &question.shown;
     let mut session = console.servers.session().await?;
     let begun = Instant::now();
-    let (mut changed, mut next) = (before, None);
-    if let Some(id) = act.field("id") {
-        let id = id.parse().map_err(|_| Refusal::wrong("an event's id is a UUID"))?;
-        let deed = Deed { about: "one event", ..deed };
-        changed = outbox.remedy_events(&mut session.connection, deed, remedy, &[id]).await?.changed;
-    } else {
-        if remedy == Remedy::Discard && act.field("counted").is_none() {
-            as_shown(outbox.count_failed(&mut session.connection, &filter).await?, shown)?;
+    let mut changed = act.number("before");
+    let has_more = loop {
+        let outbox = &console.servers.outbox;
+        let step = outbox.remedy_step(&mut session.connection, deed, remedy, &question.filter, &place, Some(snapshot)).await?;
+        changed += step.changed;
+        let Some(next) = step.next else { break false };
+        place = next;
+        if begun.elapsed() > LONGEST {
+            break true;
         }
-        loop {
-            let most = if remedy == Remedy::Discard { (shown - (changed - before)).max(0) } else { i64::MAX };
-            let step = outbox.remedy_step(&mut session.connection, deed, remedy, &filter, &place, most).await?;
-            changed += step.changed;
-            let Some(to) = step.next.filter(|_| step.changed < most) else { break };
-            place = to;
-            if begun.elapsed() > LONGEST {
-                next = Some(serde_json::to_string(&place).map_err(anyhow::Error::from)?);
-                break;
+    };
+    session.done();
+    let left = if has_more || shown.at_least { 0 } else { shown.events - changed };
+    let more = html! {
+        @if left > 0 { p #left { (events(left)) " of those that were shown had been changed meanwhile, and what has failed since was not shown: these are left alone." } }
+        @if has_more {
+            p { "There are more. Each step is done and written down; it goes on from here." }
+            form method="post" action="/console/failures/act" {
+                (token(&act.viewer)) (question.fields())
+                input type="hidden" name="place" value=(serde_json::to_string(&place).map_err(anyhow::Error::from)?);
+                input type="hidden" name="before" value=(changed);
+                button #go-on name="remedy" value=(remedy.name()) { "Go on" }
             }
         }
-    }
-    session.done();
-    Ok(page(
-        "Failures",
-        &act.viewer,
-        &outcome(&act, remedy, &filter, changed, next.map(|place| (place, shown - (changed - before)))),
-    ))
+    };
+    Ok(outcome(remedy, changed, &more))
 }
 
-/// What is deleted for good is not more than what was shown.
-fn as_shown(found: Counted, shown: i64) -> Result<(), Refusal> {
-    if found.at_least {
-        return Err(Refusal::wrong(NOT_COUNTED));
-    }
-    if found.events > shown {
-        let why = format!("there are more now, {}, and you were asked about {}: look again", number(found.events), number(shown));
-        return Err(Refusal::wrong(&why));
-    }
-    Ok(())
+fn events(number: i64) -> String {
+    plural(number.unsigned_abs(), "event")
 }
 
-fn outcome(act: &Act, remedy: Remedy, filter: &FailureFilter, changed: i64, next: Option<(String, i64)>) -> Markup {
+fn outcome(remedy: Remedy, changed: i64, more: &Markup) -> Markup {
     let done = match remedy {
         Remedy::Retry => "made PENDING again: the relay publishes what can be published",
         Remedy::Discard => "deleted",
     };
-    let events = if changed == 1 { "1 event".to_owned() } else { format!("{} events", number(changed)) };
     html! {
         p #outcome .{ "verdict " (if changed > 0 { "good" } else { "warn" }) } role="status" {
-            @if changed == 0 { "Nothing to do: no failed event matches." } @else { (events) " " (done) "." }
+            @if changed == 0 { "Nothing was done: no failed event is as it was shown." } @else { (events(changed)) " " (done) "." }
         }
-        @if let Some((place, shown)) = next {
-            p { "There are more. Each step is done and written down; it goes on from here." }
-            form method="post" action="/console/failures/act" {
-                (token(&act.viewer)) (fields(filter))
-                input type="hidden" name="place" value=(place);
-                input type="hidden" name="shown" value=(shown);
-                input type="hidden" name="before" value=(changed);
-                @if act.field("counted").is_some() { input type="hidden" name="counted" value="all"; }
-                button #go-on name="remedy" value=(remedy.name()) { "Go on" }
-            }
-        }
+        (more)
         p { a href="/console/failures" { "To the failures" } " · " a href="/console/audit" { "To the audit" } }
     }
 }

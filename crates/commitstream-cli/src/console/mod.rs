@@ -24,15 +24,16 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::Request;
+use axum::extract::{Request, State};
 use axum::http::header::{self, HeaderValue};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Redirect, Response};
 use axum::routing::{get, post};
 use commitstream::config::{ConsoleSettings, Settings};
 
+use page::Refusal;
 use servers::Servers;
-use session::{Doorman, Passwords};
+use session::{Doorman, Passwords, Viewer};
 
 use crate::failure::WrongUse;
 
@@ -94,13 +95,14 @@ pub fn routes(settings: &Settings, address: SocketAddr) -> anyhow::Result<(Route
         .route("/relays", get(relays::list))
         .route("/relays/switch", post(relays::switch))
         .route("/audit", get(audit::list))
+        .route("/outcome/{number}", get(session::outcome))
         .route("/assets/{name}", get(asset))
-        .with_state(console);
+        .route("/{*nowhere}", get(nowhere))
+        .with_state(console.clone());
     let home = || async { Redirect::to("/console") };
     let routes = Router::new().route("/", get(home)).route("/console/", get(home)).nest("/console", pages);
-    let routes = routes.route_layer(middleware::from_fn(guarded));
     let routes = if address.ip().is_loopback() { routes.route_layer(middleware::from_fn(local_only)) } else { routes };
-    Ok((routes, generated))
+    Ok((routes.route_layer(middleware::from_fn_with_state(console, guarded)), generated))
 }
 
 /// A console on loopback is for this host: whoever asks by another name than an address or localhost comes from a page of somebody else,
@@ -110,13 +112,13 @@ async fn local_only(request: Request, next: Next) -> Response {
     if host.is_some_and(session::is_local) {
         return next.run(request).await;
     }
-    page::Refusal::forbidden("ask for 127.0.0.1 or localhost; a proxy in front of this must send one of them as Host")
-        .into_response()
+    Refusal::forbidden("ask for 127.0.0.1 or localhost; a proxy in front of this must send one of them as Host").into_response()
 }
 
-async fn guarded(request: Request, next: Next) -> Response {
+async fn guarded(State(console): State<Console>, request: Request, next: Next) -> Response {
     let is_asset = request.uri().path().starts_with("/console/assets/");
-    let mut response = next.run(request).await;
+    let viewer = console.doorman.viewer(request.headers());
+    let mut response = page::with_refusal(next.run(request).await, viewer.as_ref());
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(CONTENT_SECURITY_POLICY));
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
@@ -127,6 +129,10 @@ async fn guarded(request: Request, next: Next) -> Response {
     response
 }
 
+async fn nowhere(_: Viewer) -> Refusal {
+    Refusal::not_found("there is no such page")
+}
+
 async fn asset(axum::extract::Path(name): axum::extract::Path<String>) -> Response {
     const JS: &str = "text/javascript; charset=utf-8";
     const CSS: &str = "text/css; charset=utf-8";
@@ -135,7 +141,7 @@ async fn asset(axum::extract::Path(name): axum::extract::Path<String>) -> Respon
         "console.css" => (CSS, include_str!("../../assets/console.css")),
         "uplot.min.js" => (JS, include_str!("../../assets/uplot.min.js")),
         "uplot.min.css" => (CSS, include_str!("../../assets/uplot.min.css")),
-        _ => return page::Refusal::not_found("there is no such file").into_response(),
+        _ => return Refusal::not_found("there is no such file").into_response(),
     };
     ([(header::CONTENT_TYPE, kind)], text).into_response()
 }

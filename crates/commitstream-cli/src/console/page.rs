@@ -2,12 +2,16 @@
 
 use std::time::Duration;
 
+use axum::Extension;
+use axum::extract::FromRequestParts;
 use axum::http::StatusCode;
+use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
 use chrono::{DateTime, SecondsFormat, Utc};
 use commitstream::outbox::{Counted, OutboxError};
 use commitstream::streams::StreamsError;
 use maud::{DOCTYPE, Markup, html};
+use serde::de::DeserializeOwned;
 
 use super::session::Viewer;
 use crate::failure::on_one_line;
@@ -126,12 +130,43 @@ pub fn nothing(text: &str) -> Markup {
     html! { p.nothing data-test="nothing" { (text) } }
 }
 
+/// The beginning of a long text.
+pub fn beginning(text: &str, most: usize) -> Markup {
+    let cut = text.char_indices().nth(most).map(|(end, _)| &text[..end]);
+    html! { pre { (cut.unwrap_or(text)) } @if cut.is_some() { p.quiet data-test="cut" { "The first " (count(most as u64)) " characters." } } }
+}
+
+/// Of a failure that SQL has made, nobody may have said why.
+pub fn cause_text(cause: &str) -> &str {
+    if cause.is_empty() { "no error is noted" } else { cause }
+}
+
 pub fn link(path: &str, query: &[(&str, &str)]) -> String {
-    let query: Vec<_> = query.iter().filter(|(_, value)| !value.is_empty()).collect();
     format!("{path}?{}", serde_urlencoded::to_string(query).unwrap_or_default())
 }
 
-/// Why there is no page.
+/// PostgreSQL has no text with a zero byte.
+pub const NO_TEXT: &str = "a text with a zero byte is in no event";
+
+/// What the address asks for, or a refusal in words.
+pub struct Query<T>(pub T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Query<T> {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
+        if parts.uri.query().is_some_and(|query| query.contains("%00")) {
+            return Err(Refusal::wrong(NO_TEXT));
+        }
+        let asked = axum::extract::Query::from_request_parts(parts, state).await;
+        let axum::extract::Query(asked) =
+            asked.map_err(|_| Refusal::wrong("the address is not one of this console's: come here by its links and forms"))?;
+        Ok(Self(asked))
+    }
+}
+
+/// Why there is no page. It becomes one where its viewer is known.
+#[derive(Clone)]
 pub struct Refusal {
     code: StatusCode,
     why: String,
@@ -177,13 +212,18 @@ impl From<StreamsError> for Refusal {
 
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
-        let body = html! {
-            main {
-                h1 { "This did not work" }
-                p.verdict.bad role="alert" data-test="problem" { (self.why) }
-                p { a href="/console" { "To the overview" } }
-            }
-        };
-        (self.code, bare("This did not work", &body)).into_response()
+        (self.code, Extension(self)).into_response()
     }
+}
+
+/// Refusals as pages, from which a viewer can go on to others.
+pub fn with_refusal(mut response: Response, viewer: Option<&Viewer>) -> Response {
+    let Some(Refusal { code, why }) = response.extensions_mut().remove() else { return response };
+    let title = "This did not work";
+    let problem = html! { p.verdict.bad role="alert" data-test="problem" { (why) } };
+    let page = match viewer {
+        Some(viewer) => page(title, viewer, &problem),
+        None => bare(title, &html! { main { h1 { (title) } (problem) p { a href="/console" { "To the overview" } } } }),
+    };
+    (code, page).into_response()
 }

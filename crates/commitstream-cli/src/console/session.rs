@@ -1,12 +1,12 @@
 //! Who may look and who may act.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Form;
-use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, Request, State};
+use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, Path, Request, State};
 use axum::http::header::{COOKIE, HOST, ORIGIN, RETRY_AFTER, SET_COOKIE};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode};
@@ -27,6 +27,8 @@ const COOKIE_NAME: &str = "commitstream_console_";
 const LIFE: Duration = Duration::from_secs(12 * 60 * 60);
 /// Sessions at a time; with one more, the oldest ends.
 const MAX_SESSIONS: usize = 100;
+/// Outcomes of acts that are kept for a session, some kilobytes each.
+const MAX_OUTCOMES: usize = 20;
 /// Wrong passwords of one address within a window; then nobody can log in from there until it is over. Sessions go on.
 const MAX_WRONG: u32 = 10;
 /// The same of all addresses together.
@@ -81,9 +83,23 @@ pub struct Doorman {
     state: Mutex<DoorState>,
 }
 
+/// What became of an act. It is a page of its own: who loads that again does nothing.
+#[derive(Clone)]
+struct Outcome {
+    number: u64,
+    title: &'static str,
+    body: Markup,
+}
+
+struct Session {
+    viewer: Viewer,
+    /// The newest ones.
+    outcomes: VecDeque<Outcome>,
+}
+
 #[derive(Default)]
 struct DoorState {
-    sessions: HashMap<String, Viewer>,
+    sessions: HashMap<String, Session>,
     /// By address; as many addresses as wrong passwords at most.
     wrong: HashMap<IpAddr, u32>,
     window: Option<Instant>,
@@ -99,9 +115,28 @@ impl Doorman {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn viewer(&self, headers: &HeaderMap) -> Option<Viewer> {
+    pub fn viewer(&self, headers: &HeaderMap) -> Option<Viewer> {
         let id = self.id(headers)?;
-        self.state().sessions.get(id).filter(|viewer| viewer.since.elapsed() < LIFE).cloned()
+        self.state().sessions.get(id).map(|session| &session.viewer).filter(|viewer| viewer.since.elapsed() < LIFE).cloned()
+    }
+
+    /// Keeps it for the session, and returns its number.
+    fn keep(&self, session: &str, title: &'static str, body: Markup) -> u64 {
+        let mut state = self.state();
+        // One that has ended has no use for it.
+        let Some(Session { outcomes, .. }) = state.sessions.get_mut(session) else { return 0 };
+        let number = outcomes.back().map_or(1, |latest| latest.number + 1);
+        outcomes.push_back(Outcome { number, title, body });
+        if outcomes.len() > MAX_OUTCOMES {
+            outcomes.pop_front();
+        }
+        number
+    }
+
+    fn outcome(&self, headers: &HeaderMap, number: &str) -> Option<Outcome> {
+        let state = self.state();
+        let number = number.parse::<u64>().ok()?;
+        state.sessions.get(self.id(headers)?)?.outcomes.iter().find(|outcome| outcome.number == number).cloned()
     }
 
     /// The seconds until this address may try again, if too many were wrong.
@@ -135,13 +170,14 @@ impl Doorman {
     fn enter(&self, who: &str, role: Role) -> anyhow::Result<String> {
         let (id, token) = (secret()?, secret()?);
         let mut state = self.state();
-        state.sessions.retain(|_, viewer| viewer.since.elapsed() < LIFE);
+        state.sessions.retain(|_, session| session.viewer.since.elapsed() < LIFE);
         if state.sessions.len() >= MAX_SESSIONS
-            && let Some(oldest) = state.sessions.iter().min_by_key(|(_, viewer)| viewer.since).map(|(id, _)| id.clone())
+            && let Some(oldest) = state.sessions.iter().min_by_key(|(_, session)| session.viewer.since).map(|(id, _)| id.clone())
         {
             state.sessions.remove(&oldest);
         }
-        state.sessions.insert(id.clone(), Viewer { who: who.to_owned(), role, token, since: Instant::now() });
+        let viewer = Viewer { who: who.to_owned(), role, token, since: Instant::now() };
+        state.sessions.insert(id.clone(), Session { viewer, outcomes: VecDeque::new() });
         Ok(self.cookie(&id, LIFE.as_secs()))
     }
 
@@ -211,12 +247,23 @@ impl FromRequestParts<Console> for Viewer {
 pub struct Act {
     pub viewer: Viewer,
     pub fields: HashMap<String, String>,
+    session: String,
 }
 
 impl Act {
     /// A field that is there and not empty.
     pub fn field(&self, name: &str) -> Option<&str> {
         self.fields.get(name).map(String::as_str).filter(|text| !text.is_empty())
+    }
+
+    /// 0 where it is none.
+    pub fn number(&self, name: &str) -> i64 {
+        self.field(name).and_then(|number| number.parse().ok()).unwrap_or_default()
+    }
+
+    /// Leads to the page of its outcome.
+    pub fn ended(&self, console: &Console, title: &'static str, outcome: Markup) -> Redirect {
+        Redirect::to(&format!("/console/outcome/{}", console.doorman.keep(&self.session, title, outcome)))
     }
 }
 
@@ -232,8 +279,23 @@ impl FromRequest<Console> for Act {
         let Form(fields) =
             Form::<HashMap<String, String>>::from_request(request, console).await.map_err(IntoResponse::into_response)?;
         check_form(&headers, &viewer, &fields).map_err(IntoResponse::into_response)?;
-        Ok(Self { viewer, fields })
+        if fields.values().any(|text| text.contains('\0')) {
+            return Err(Refusal::wrong(page::NO_TEXT).into_response());
+        }
+        Ok(Self { viewer, fields, session: console.doorman.id(&headers).unwrap_or_default().to_owned() })
     }
+}
+
+/// What became of an act.
+pub async fn outcome(
+    viewer: Viewer,
+    State(console): State<Console>,
+    headers: HeaderMap,
+    Path(number): Path<String>,
+) -> Result<Markup, Refusal> {
+    let gone = "this outcome is not kept any more: the audit says what was done";
+    let Outcome { title, body, .. } = console.doorman.outcome(&headers, &number).ok_or_else(|| Refusal::not_found(gone))?;
+    Ok(page::page(title, &viewer, &body))
 }
 
 pub async fn form() -> Markup {

@@ -52,6 +52,15 @@ fn a_discard_is_asked_about_first() -> Result<()> {
     browser.click("[data-test=discard-group]")?;
     browser.click("#confirm")?;
     assert_eq!(browser.text("#outcome")?, "3 events deleted.");
+    let requests =
+        browser.script("return performance.getEntriesByType('navigation')[0].redirectCount + ' ' + location.pathname;")?;
+    assert_eq!(requests, "1 /console/outcome/1", "it is a page of its own");
+    stage.fail_users(&["4"])?;
+    browser.script("location.reload();")?;
+    browser.until("it to be loaded again", "performance.getEntriesByType('navigation')[0].type === 'reload'")?;
+    assert_eq!(browser.text("#outcome")?, "3 events deleted.");
+    assert_eq!(stage.world.stats()?["failed"], 1, "nothing is done again");
+    stage.world.database.psql("DELETE FROM event_outbox WHERE status = 'FAILED';")?;
     assert_eq!(stage.world.stats()?["failed"], 0);
     browser.open("/audit")?;
     let deed = browser.text("#audit tbody tr")?;

@@ -57,3 +57,15 @@ fn the_overview_says_what_doctor_found() -> Result<()> {
     assert_eq!(found, Value::from(told), "{line}");
     Ok(())
 }
+
+#[test]
+fn a_lost_connection_is_no_sign_that_all_is_well() -> Result<()> {
+    let Some(stage) = Stage::new()? else { return Ok(()) };
+    let browser = &stage.browser;
+    stage.enter(PASSWORD)?;
+    browser.until("all is well", "document.querySelector('#sign').textContent === '✓' && charts[0].data[0].length >= 1")?;
+    stage.relay.signal("KILL")?;
+    browser.until("that to be told", "document.querySelector('#sentence').textContent.includes('is lost')")?;
+    assert_eq!(browser.text("#sign")?, "!");
+    Ok(())
+}

@@ -13,7 +13,7 @@ pub const PAGES: [&str; 9] = ["", "/doctor", "/events", "/failures", "/blocked",
 pub struct Stage {
     pub browser: Browser,
     pub world: World,
-    _relay: Running,
+    pub relay: Running,
 }
 
 impl Stage {
@@ -26,7 +26,7 @@ impl Stage {
     pub fn of(world: World, retries: &str) -> Result<Option<Self>> {
         let (relay, site) = relay(&world, retries)?;
         let browser = Browser::start(&site)?;
-        Ok(browser.map(|browser| Self { browser, world, _relay: relay }))
+        Ok(browser.map(|browser| Self { browser, world, relay }))
     }
 
     pub fn enter(&self, password: &str) -> Result<()> {

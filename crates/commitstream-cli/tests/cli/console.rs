@@ -5,6 +5,7 @@ use std::net::TcpStream;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use commitstream_sandbox::Redis;
 
 use crate::support::{PATIENCE, Running, World, eventually, finish};
 
@@ -33,7 +34,13 @@ impl Page {
 
     /// The value of the hidden field that every form has.
     fn token(&self) -> Result<String> {
-        let (_, rest) = self.body.split_once("name=\"token\" value=\"").context("a form with a token")?;
+        self.field("token")
+    }
+
+    /// The value of a hidden field.
+    fn field(&self, name: &str) -> Result<String> {
+        let (_, rest) =
+            self.body.split_once(&format!("name=\"{name}\" value=\"")).with_context(|| format!("a form with a {name}"))?;
         Ok(rest.split('"').next().unwrap_or_default().to_owned())
     }
 }
@@ -97,6 +104,18 @@ impl Site {
     fn post(&self, cookie: &str, path: &str, fields: &[(&str, &str)]) -> Result<Page> {
         let origin = format!("http://{}", self.address);
         self.send("POST", path, &[("Cookie", cookie), ("Origin", &origin)], &form(fields))
+    }
+}
+
+impl Site {
+    /// An act and where it leads: the page of its outcome.
+    fn act(&self, cookie: &str, path: &str, fields: &[(&str, &str)]) -> Result<Page> {
+        let led = self.post(cookie, path, fields)?;
+        ensure!(led.code == 303, "{}", led.body);
+        let outcome = led.header("location").context("a place")?.strip_prefix("/console").context("here")?;
+        let page = self.get(cookie, outcome)?;
+        ensure!(page.code == 200, "{}", page.body);
+        Ok(page)
     }
 }
 
@@ -338,8 +357,8 @@ fn only_an_operator_with_a_form_of_the_session_acts() -> Result<()> {
 
     let asked = site.get(&operator, "/failures/confirm?remedy=discard")?;
     assert!(asked.body.contains("Delete 3 events for good?"), "{}", asked.body);
-    let done = site.post(&operator, "/failures/act", &[&act[..], &[("token", &token)]].concat())?;
-    assert!(done.code == 200 && done.body.contains("1 event deleted"), "{}", done.body);
+    let done = site.act(&operator, "/failures/act", &[&act[..], &[("token", &token)]].concat())?;
+    assert!(done.body.contains("1 event deleted"), "{}", done.body);
     assert_eq!(world.stats()?["failed"], 2);
     let audit = site.get(&operator, "/audit")?.body;
     assert!(audit.contains("Ada") && audit.contains("discard") && audit.contains(&ids[0]), "{audit}");
@@ -358,20 +377,26 @@ fn a_discard_is_of_no_more_than_was_shown() -> Result<()> {
     fail("'Lines'", "one\\r\\n\\ttwo", 3)?;
     let site = Site::start(&world)?;
     let cookie = site.enter(PASSWORD)?;
-    let token = site.get(&cookie, "/failures")?.token()?;
-    let cause = "one   two";
-    let discard = |shown| {
-        let fields = [("remedy", "discard"), ("type", "Lines"), ("cause", cause), ("shown", shown), ("token", &token)];
-        site.post(&cookie, "/failures/act", &fields)
-    };
     let asked = site.get(&cookie, "/failures/confirm?remedy=discard&type=Lines&cause=one+++two")?;
-    assert!(asked.body.contains("Delete 3 events") && asked.body.contains("name=\"shown\" value=\"3\""), "{}", asked.body);
-    fail("'Lines'", "one\\r\\n\\ttwo", 1)?;
-    let refused = discard("3")?;
-    assert!(refused.code == 400 && refused.body.contains("there are more now, 4"), "{}", refused.body);
-    assert_eq!(world.stats()?["failed"], 4);
-    let done = discard("4")?;
-    assert!(done.body.contains("4 events deleted"), "{}", done.body);
+    assert!(asked.body.contains("Delete 3 events for good?"), "{}", asked.body);
+    let (token, snapshot) = (asked.token()?, asked.field("snapshot")?);
+    let discard = [("remedy", "discard"), ("type", "Lines"), ("cause", "one   two"), ("shown", "3"), ("token", &token)];
+    for snapshot in ["", "now", "5:1:"] {
+        let refused = site.post(&cookie, "/failures/act", &[&discard[..], &[("snapshot", snapshot)]].concat())?;
+        assert!(refused.code == 400 && refused.body.contains("this does not say what was shown"), "{}", refused.body);
+    }
+    // As many as were shown, of which only one was.
+    world.database.psql("UPDATE event_outbox SET status = 'PENDING' WHERE aggregate_id <> '1';")?;
+    fail("'Lines'", "one\\r\\n\\ttwo", 2)?;
+    assert_eq!(world.stats()?["failed"], 3);
+    let discard = [&discard[..], &[("snapshot", &snapshot)]].concat();
+    let done = site.act(&cookie, "/failures/act", &discard)?;
+    assert!(done.body.contains("1 event deleted") && done.body.contains("2 events of those that were shown"), "{}", done.body);
+    assert_eq!(world.stats()?["failed"], 2);
+    let again = site.act(&cookie, "/failures/act", &discard)?;
+    assert!(again.body.contains("Nothing was done"), "{}", again.body);
+    assert_eq!(world.stats()?["failed"], 2, "what was not shown");
+    world.database.psql("DELETE FROM event_outbox;")?;
 
     fail("'T' || n", "other", 205)?;
     let failures = site.get(&cookie, "/failures")?.body;
@@ -380,15 +405,112 @@ fn a_discard_is_of_no_more_than_was_shown() -> Result<()> {
     let asked = site.get(&cookie, "/failures/confirm?remedy=discard")?;
     assert!(asked.body.contains("commitstream failed discard") && !asked.body.contains("id=\"confirm\""), "{}", asked.body);
     assert!(asked.body.contains("at least 10,000") && asked.body.contains("id=\"count-all\""), "{}", asked.body);
-    let refused = site.post(&cookie, "/failures/act", &[("remedy", "discard"), ("shown", "99999"), ("token", &token)])?;
-    assert_eq!(refused.code, 400, "{}", refused.body);
     let asked = site.get(&cookie, "/failures/confirm?remedy=discard&count_all=true")?;
     assert!(asked.body.contains("Delete 20,205 events for good?"), "{}", asked.body);
     fail("'Many'", "other", 1)?;
-    let all = [("remedy", "discard"), ("shown", "20205"), ("counted", "all"), ("token", &token)];
-    let done = site.post(&cookie, "/failures/act", &all)?;
-    assert!(done.body.contains("20,205 events deleted"), "{}", done.body);
+    let snapshot = asked.field("snapshot")?;
+    let all = [("remedy", "discard"), ("shown", "20205"), ("snapshot", &snapshot), ("token", &token)];
+    let done = site.act(&cookie, "/failures/act", &all)?;
+    assert!(done.body.contains("20,205 events deleted") && !done.body.contains("id=\"left\""), "{}", done.body);
     assert_eq!(world.stats()?["failed"], 1, "one more has failed since they were counted");
+    Ok(())
+}
+
+/// Each outcome is a page of its own, for as long as it is kept, and for its session only.
+#[test]
+fn an_act_leads_to_its_outcome() -> Result<()> {
+    let world = World::new()?;
+    let site = Site::start(&world)?;
+    let (cookie, other) = (site.enter(PASSWORD)?, site.enter(PASSWORD)?);
+    let token = site.get(&cookie, "/failures")?.token()?;
+    for n in 1..=21 {
+        let fields = [("remedy", "retry"), ("id", EVENT), ("token", token.as_str())];
+        let led = site.post(&cookie, "/failures/act", &fields)?;
+        assert_eq!((led.code, led.header("location")), (303, Some(format!("/console/outcome/{n}").as_str())));
+    }
+    assert!(site.get(&cookie, "/outcome/21")?.body.contains("Nothing was done"));
+    for (cookie, number) in [(&cookie, "1"), (&cookie, "22"), (&cookie, "x"), (&other, "21")] {
+        let page = site.get(cookie, &format!("/outcome/{number}"))?;
+        assert!(page.code == 404 && page.body.contains("not kept any more"), "{number}: {}", page.body);
+    }
+    Ok(())
+}
+
+/// In words, and with the way to the other pages.
+#[test]
+fn what_cannot_be_shown_is_refused_on_a_page() -> Result<()> {
+    let redis = Redis::start()?;
+    let world = World::on(&redis)?;
+    let site = Site::start(&world)?;
+    let cookie = site.enter(PASSWORD)?;
+    let token = site.get(&cookie, "/failures")?.token()?;
+    let posted =
+        site.post(&cookie, "/failures/act", &[("remedy", "retry"), ("type", "\0"), ("snapshot", "1:1:"), ("token", &token)])?;
+    drop(redis);
+    let mut pages = vec![("a zero byte", posted, 400, "zero byte")];
+    for (path, code, says) in [
+        ("/nopage", 404, "there is no such page"),
+        ("/events/a/b", 404, "there is no such page"),
+        ("/audit?before=x", 400, "come here by its links"),
+        ("/events?type=%00", 400, "zero byte"),
+        ("/streams", 503, "Redis"),
+    ] {
+        pages.push((path, site.get(&cookie, path)?, code, says));
+    }
+    for (what, page, code, says) in pages {
+        assert_eq!(page.code, code, "{what}: {}", page.body);
+        for text in [says, "data-test=\"problem\"", "<nav", "id=\"logout\""] {
+            assert!(page.body.contains(text), "{what} has {text}: {}", page.body);
+        }
+        assert!(
+            page.header("content-security-policy").is_some() && page.header("content-type").is_some_and(|t| t.contains("html"))
+        );
+    }
+    assert_eq!(site.get("", "/nopage")?.code, 303, "nobody is told which pages there are");
+    let foreign = site.send("GET", "", &[("Cookie", &cookie), ("Host", "evil.example")], "")?;
+    assert!(foreign.code == 403 && foreign.body.contains("ask for 127.0.0.1"), "{}", foreign.body);
+    Ok(())
+}
+
+/// A group without an error leads to its own events, not to all of its type.
+#[test]
+fn events_that_failed_without_an_error_are_found_by_that() -> Result<()> {
+    let world = World::new()?;
+    world.database.psql(
+        "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, status, last_error)
+         VALUES ('T', 'user', 'silent', '{}', 'FAILED', NULL), ('T', 'user', 'told', '{}', 'FAILED', 'too large');",
+    )?;
+    let site = Site::start(&world)?;
+    let cookie = site.enter(READ_ONLY)?;
+    let groups = site.get(&cookie, "/failures")?.body;
+    let links: Vec<_> = groups.split("href=\"/console/events?").skip(1).filter_map(|rest| rest.split('"').next()).collect();
+    assert_eq!(links, ["type=T&amp;status=FAILED&amp;cause=", "type=T&amp;status=FAILED&amp;cause=too+large"]);
+    for (cause, found, not) in [("", "user silent", "user told"), ("too+large", "user told", "user silent")] {
+        let page = site.get(&cookie, &format!("/events?type=T&status=FAILED&cause={cause}"))?.body;
+        assert!(page.contains(found) && !page.contains(not) && page.contains("id=\"search-cause\""), "{page}");
+    }
+    let all = site.get(&cookie, "/events?type=T&status=FAILED")?.body;
+    assert!(all.contains("user silent") && all.contains("user told") && !all.contains("search-cause"), "{all}");
+    Ok(())
+}
+
+#[test]
+fn a_long_payload_is_cut_and_the_page_says_so() -> Result<()> {
+    let world = World::new()?;
+    let inserted = world.database.psql(
+        "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, headers)
+         SELECT 'T', 'user', '1', to_jsonb(repeat('x', size - 2)), jsonb_build_object('h', repeat('y', size)) FROM unnest(ARRAY[100000, 100001]) size
+         RETURNING id;",
+    )?;
+    let site = Site::start(&world)?;
+    let cookie = site.enter(READ_ONLY)?;
+    let ids: Vec<_> = inserted.lines().filter(|line| line.len() == 36).collect();
+    for (id, cut) in ids.iter().zip([1, 2]) {
+        let page = site.get(&cookie, &format!("/events/{id}"))?.body;
+        assert_eq!(page.matches("The first 100,000 characters.").count(), cut, "{} bytes", page.len());
+        assert!(page.len() < 210_000, "{} bytes", page.len());
+    }
+    assert_eq!(ids.len(), 2, "{inserted}");
     Ok(())
 }
 
@@ -453,12 +575,12 @@ fn what_became_of_a_dead_letter_is_said_and_written_down() -> Result<()> {
     let token = site.get(&cookie, "/dead")?.token()?;
     let retry = |dead_id| {
         let fields = [("stream", stream.as_str()), ("dead_id", dead_id), ("action", "retry"), ("token", &token)];
-        site.post(&cookie, "/dead/act", &fields)
+        site.act(&cookie, "/dead/act", &fields)
     };
     let done = retry("1-0")?;
-    assert!(done.code == 200 && done.body.contains("Delivered again"), "{}", done.body);
+    assert!(done.body.contains("Delivered again"), "{}", done.body);
     let left = retry("2-0")?;
-    assert!(left.code == 200 && left.body.contains("Left as it was: "), "{}", left.body);
+    assert!(left.body.contains("Left as it was: "), "{}", left.body);
     let deeds = world.deeds()?.join("\n");
     let expected = format!("Ada|retry dead letter|{stream}/1-0 of the group mail|1|1\n");
     assert!(deeds.starts_with(&expected), "{deeds}");
@@ -494,8 +616,10 @@ fn a_retried_failure_is_published() -> Result<()> {
     let cookie = site.enter(PASSWORD)?;
     let mut relay = Running::new(world.command(&["relay"]))?;
     relay.says("relay is active")?;
-    let token = site.get(&cookie, "/failures")?.token()?;
-    let done = site.post(&cookie, "/failures/act", &[("remedy", "retry"), ("type", "UserCreated"), ("token", &token)])?;
+    let asked = site.get(&cookie, "/failures/confirm?remedy=retry&type=UserCreated")?;
+    let (token, snapshot) = (asked.token()?, asked.field("snapshot")?);
+    let retry = [("remedy", "retry"), ("type", "UserCreated"), ("snapshot", &snapshot), ("token", &token)];
+    let done = site.act(&cookie, "/failures/act", &retry)?;
     assert!(done.body.contains("3 events made PENDING again"), "{}", done.body);
     eventually("them to be published", || Ok(world.stats()?["published"] == 3))?;
     let overview = site.get(&cookie, "")?;

@@ -2,6 +2,7 @@
 //! `outbox_audit` who did it.
 
 use std::fmt;
+use std::str::FromStr;
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
@@ -107,6 +108,43 @@ impl Remedy {
     }
 }
 
+/// What a page has shown of the failed events: their rows as they stood then. What has failed or was changed since is not among them. Text for
+/// a form, as PostgreSQL writes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot(String);
+
+impl fmt::Display for Snapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for Snapshot {
+    type Err = &'static str;
+
+    /// `xmin:xmax:xid,xid,...`, in order.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let numbers = || {
+            let (low, rest) = text.split_once(':')?;
+            let (high, active) = rest.split_once(':')?;
+            let active = active.split(',').filter(|xid| !xid.is_empty());
+            [low].into_iter().chain(active).chain([high]).map(|number| number.parse::<u64>().ok()).collect::<Option<Vec<_>>>()
+        };
+        let is_one = numbers().is_some_and(|numbers| {
+            let is_before_the_end = numbers.len() == 2 || numbers[numbers.len() - 2] < numbers[numbers.len() - 1];
+            numbers[0] > 0 && numbers.is_sorted() && is_before_the_end
+        });
+        if is_one { Ok(Self(text.to_owned())) } else { Err("this does not say what was shown: load the page before it again") }
+    }
+}
+
+/// Failed events that match, and what they were when they were counted.
+#[derive(Debug, Clone)]
+pub struct Shown {
+    pub events: Counted,
+    pub snapshot: Snapshot,
+}
+
 /// Who does something, and in which words the audit says to what.
 #[derive(Debug, Clone, Copy)]
 pub struct Deed<'a> {
@@ -134,7 +172,7 @@ pub struct RemedyStep {
 /// from the indexes of failed events: what is changed is found by key.
 const REMEDY: &str = "
 WITH looked AS MATERIALIZED ({looked}), changed AS (
-    {change} WHERE id = ANY (ARRAY(SELECT id FROM looked WHERE matches LIMIT {most})) AND COALESCE(status, '') = 'FAILED' RETURNING id
+    {change} WHERE id = ANY (ARRAY(SELECT id FROM looked WHERE matches)) AND COALESCE(status, '') = 'FAILED' RETURNING id
 ), noted AS (
     INSERT INTO {s}.outbox_audit (who, action, about, events, event_ids)
     SELECT $1, '{action}', $2, count(*), array_agg(id) FROM changed HAVING count(*) > 0
@@ -144,10 +182,14 @@ FROM (SELECT) AS one LEFT JOIN
      (SELECT aggregate_type, aggregate_id, seq FROM looked ORDER BY aggregate_type DESC, aggregate_id DESC, seq DESC LIMIT 1) AS last ON true";
 
 /// By aggregate, and in each by `seq`: so a retry of many in steps keeps the order. In the planner's words the conditions of the other
-/// indexes do not apply.
+/// indexes do not apply. A row that was written after the snapshot is another one than was shown: `xmin` is who wrote it, without the epoch, which is that
+/// of the newest transactions or the one before. (Snapshots say nothing of subtransactions: what one that was under way had written counts as shown.)
 const STEPWISE: &str = "
     SELECT id, aggregate_type, aggregate_id, seq,
-           ($6::text IS NULL OR event_type = $6) AND ($7::text IS NULL OR {cause} = $7) AS matches
+           ($6::text IS NULL OR event_type = $6) AND ($7::text IS NULL OR {cause} = $7)
+             AND ($8::text IS NULL OR pg_visible_in_snapshot(
+                 (xmin::text::bigint + (((SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint) - xmin::text::bigint) >> 32 << 32))::text::xid8,
+                 $8::text::pg_snapshot)) AS matches
     FROM {s}.event_outbox
     WHERE status || '' = 'FAILED' AND (aggregate_type, aggregate_id, seq) > ($3, $4, $5)
     ORDER BY aggregate_type, aggregate_id, seq LIMIT {step}";
@@ -182,7 +224,7 @@ impl OutboxRepository {
     ///
     /// # Errors
     /// PostgreSQL cannot be asked.
-    pub async fn count_failed(&self, connection: &mut PgConnection, filter: &FailureFilter) -> Result<Counted, OutboxError> {
+    pub async fn count_failed(&self, connection: &mut PgConnection, filter: &FailureFilter) -> Result<Shown, OutboxError> {
         self.count_newest_failed(connection, filter, LOOKED_AT).await
     }
 
@@ -190,7 +232,7 @@ impl OutboxRepository {
     ///
     /// # Errors
     /// PostgreSQL cannot be asked.
-    pub async fn count_all_failed(&self, connection: &mut PgConnection, filter: &FailureFilter) -> Result<Counted, OutboxError> {
+    pub async fn count_all_failed(&self, connection: &mut PgConnection, filter: &FailureFilter) -> Result<Shown, OutboxError> {
         self.count_newest_failed(connection, filter, ALL).await
     }
 
@@ -199,11 +241,11 @@ impl OutboxRepository {
         connection: &mut PgConnection,
         filter: &FailureFilter,
         most: i64,
-    ) -> Result<Counted, OutboxError> {
+    ) -> Result<Shown, OutboxError> {
         let doing = "counting failed events";
         let sql = format!(
             "SELECT count(*) FILTER (WHERE ($1::text IS NULL OR event_type = $1) AND ($2::text IS NULL OR {CAUSE} = $2)) AS events,
-                    count(*) >= $3 AS at_least
+                    count(*) >= $3 AS at_least, pg_current_snapshot()::text AS snapshot
              FROM (SELECT event_type, last_error FROM {{s}}.event_outbox WHERE status = 'FAILED'
                    ORDER BY created_at DESC LIMIT $3) AS looked"
         );
@@ -214,12 +256,15 @@ impl OutboxRepository {
             .fetch_one(connection)
             .await
             .map_err(self.error(doing))?;
-        let read = || Ok(Counted { events: row.try_get("events")?, at_least: row.try_get("at_least")? });
+        let read = || {
+            let events = Counted { events: row.try_get("events")?, at_least: row.try_get("at_least")? };
+            Ok(Shown { events, snapshot: Snapshot(row.try_get("snapshot")?) })
+        };
         read().map_err(self.error(doing))
     }
 
-    /// One step through the failed events that match: looks at the next 1,000 after the place, in the order of their aggregates, and
-    /// changes `most` of them at most.
+    /// One step through the failed events that match: looks at the next 1,000 after the place, in the order of their aggregates. With
+    /// a snapshot, only rows that are as they were then are changed.
     ///
     /// # Errors
     /// PostgreSQL cannot be asked; then this step did nothing.
@@ -230,15 +275,15 @@ impl OutboxRepository {
         remedy: Remedy,
         filter: &FailureFilter,
         after: &FailurePlace,
-        most: i64,
+        shown: Option<&Snapshot>,
     ) -> Result<RemedyStep, OutboxError> {
-        let sql = statement(&STEPWISE.replace("{cause}", CAUSE).replace("{step}", &STEP.to_string()), remedy, "$8");
+        let sql = statement(&STEPWISE.replace("{cause}", CAUSE).replace("{step}", &STEP.to_string()), remedy);
         let query = sqlx::query(self.sql(&sql)).bind(deed.who).bind(deed.about);
         let query = query.bind(&after.aggregate_type).bind(&after.aggregate_id).bind(after.seq);
         let row = query
             .bind(&filter.event_type)
             .bind(&filter.cause)
-            .bind(most)
+            .bind(shown.map(|snapshot| &snapshot.0))
             .fetch_one(&mut *connection)
             .await
             .map_err(self.error("changing failed events"))?;
@@ -256,7 +301,7 @@ impl OutboxRepository {
         remedy: Remedy,
         ids: &[Uuid],
     ) -> Result<RemedyStep, OutboxError> {
-        let row = sqlx::query(self.sql(&statement(NAMED, remedy, "ALL")))
+        let row = sqlx::query(self.sql(&statement(NAMED, remedy)))
             .bind(deed.who)
             .bind(deed.about)
             .bind(ids)
@@ -275,9 +320,8 @@ impl OutboxRepository {
     }
 }
 
-fn statement(looked: &str, remedy: Remedy, most: &str) -> String {
-    let statement = REMEDY.replace("{looked}", looked).replace("{change}", remedy.change()).replace("{action}", remedy.name());
-    statement.replace("{most}", most)
+fn statement(looked: &str, remedy: Remedy) -> String {
+    REMEDY.replace("{looked}", looked).replace("{change}", remedy.change()).replace("{action}", remedy.name())
 }
 
 fn step_of(row: &PgRow) -> Result<RemedyStep, sqlx::Error> {

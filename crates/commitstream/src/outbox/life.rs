@@ -9,9 +9,6 @@ use uuid::Uuid;
 use super::search::EventStatus;
 use super::{OutboxError, OutboxRepository, dated, parked};
 
-/// Characters of a payload, and of headers, that are read for people.
-const SHOWN: i32 = 100_000;
-
 /// An event with all that its row says.
 #[derive(Debug, Clone, Serialize)]
 pub struct EventDetail {
@@ -31,7 +28,7 @@ pub struct EventDetail {
     /// `None` also where it is no date.
     pub published_at: Option<DateTime<Utc>>,
     pub occurred_at: Option<DateTime<Utc>>,
-    /// JSON text; the first 100,000 characters.
+    /// JSON text; the first [`SHOWN`](Self::SHOWN) characters, and one more where there are more.
     pub payload: String,
     pub headers: String,
     /// Of payload and headers.
@@ -40,6 +37,11 @@ pub struct EventDetail {
     pub traceparent: Option<String>,
     /// The batch that carries it, or has carried it. The journal keeps a batch for an hour at least.
     pub batch: Option<EventBatch>,
+}
+
+impl EventDetail {
+    /// Characters of a payload, and of headers, that are for people.
+    pub const SHOWN: usize = 100_000;
 }
 
 /// A batch of the journal, and the place of an event in it.
@@ -82,12 +84,14 @@ impl OutboxRepository {
         let sql = format!(
             "SELECT id, seq, event_type, aggregate_type, aggregate_id, partition_no, status, retry_count, last_error, created_at,
                     {} AS next_retry_at, {} AS is_parked, {} AS published_at, occurred_at, payload_bytes,
-                    left(jsonb_pretty(payload), {SHOWN}) AS payload_text, left(jsonb_pretty(headers), {SHOWN}) AS headers_text,
+                    left(jsonb_pretty(payload), {}) AS payload_text, left(jsonb_pretty(headers), {}) AS headers_text,
                     headers->>'traceparent' AS traceparent
              FROM {{s}}.event_outbox WHERE id = $1",
             dated("next_retry_at"),
             parked("next_retry_at"),
-            dated("published_at")
+            dated("published_at"),
+            EventDetail::SHOWN + 1,
+            EventDetail::SHOWN + 1,
         );
         let row = sqlx::query(self.sql(&sql)).bind(id).fetch_optional(&mut *connection).await.map_err(self.error(doing))?;
         let Some(row) = row else { return Ok(None) };

@@ -38,7 +38,9 @@ pub use connection::{connect, for_people};
 pub use days::{Fate, Overdue};
 pub use error::OutboxError;
 pub(crate) use error::{is_outage, is_outage_code};
-pub use failures::{Counted, Deed, FailureFilter, FailureGroup, FailureGroups, FailurePlace, Remedy, RemedyStep};
+pub use failures::{
+    Counted, Deed, FailureFilter, FailureGroup, FailureGroups, FailurePlace, Remedy, RemedyStep, Shown, Snapshot,
+};
 pub use glance::Glance;
 pub use journal::{JournalBatch, OpenBatch, Requeued};
 pub use lease::{Lease, Partitions};

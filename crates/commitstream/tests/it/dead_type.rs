@@ -59,7 +59,7 @@ async fn those_that_are_there_already_fail_with_a_way_out_and_hold_up_no_other()
         let (filter, start) = (FailureFilter::default(), FailurePlace::default());
         for (first, failed) in [("", 11), ("UPDATE event_outbox SET aggregate_type = 'user-death' WHERE status = 'FAILED'", 0)] {
             world.database.psql(first)?;
-            world.outbox.remedy_step(&mut connection, deed, Remedy::Retry, &filter, &start, 100).await?;
+            world.outbox.remedy_step(&mut connection, deed, Remedy::Retry, &filter, &start, None).await?;
             world.drained().await?;
             assert_eq!(world.stats().await?.failed, failed);
         }

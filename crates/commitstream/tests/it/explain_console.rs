@@ -227,19 +227,19 @@ async fn failures_and_what_is_done_about_them_are_read_by_the_step() -> Result<(
         let (outbox, deed) = (&world.outbox, Deed { who: "ada", about: "all" });
         outbox.failure_groups(&mut connection).await?;
         let counted = outbox.count_failed(&mut connection, &FailureFilter::default()).await?;
-        assert!(counted.at_least, "{counted:?}");
+        assert!(counted.events.at_least, "{counted:?}");
         assert_bounded(&work(&mut connection, &["(array_agg(example))[1]"], "").await?, &[(TABLE, COUNTED)]);
         for values in ["NULL, NULL, 10000", "'E1', 'refused for the ####th time', 10000", "'Nothing', NULL, 10000"] {
-            assert_bounded(&work(&mut connection, &["AS at_least\n"], values).await?, &[(TABLE, COUNTED)]);
+            assert_bounded(&work(&mut connection, &["AS at_least, pg_current_snapshot"], values).await?, &[(TABLE, COUNTED)]);
         }
         let one = Uuid::now_v7();
         for (remedy, name) in [(Remedy::Retry, "'retry'"), (Remedy::Discard, "'discard'")] {
             let none = FailureFilter { event_type: Some("Nothing".to_owned()), cause: None };
-            outbox.remedy_step(&mut connection, deed, remedy, &none, &FailurePlace::default(), 1_000).await?;
+            outbox.remedy_step(&mut connection, deed, remedy, &none, &FailurePlace::default(), None).await?;
             outbox.remedy_events(&mut connection, deed, remedy, &[one]).await?;
             // The failed ones that it looks at, and again those that it changes.
             for place in ["'', '', 0", "'user', '2500', 0"] {
-                let values = format!("'ada', 'all', {place}, NULL, NULL, 1000");
+                let values = format!("'ada', 'all', {place}, NULL, NULL, '{}'", counted.snapshot);
                 let step = work(&mut connection, &["seq) > ($3, $4, $5)", name], &values).await?;
                 assert_bounded(&step, &[(TABLE, 2 * STEP)]);
             }

@@ -5,9 +5,12 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use commitstream::outbox::{Deed, EventSearch, EventStatus, EventSummary, FailureFilter, FailurePlace, Remedy, SearchPlace};
+use commitstream::outbox::{
+    Deed, EventSearch, EventStatus, EventSummary, FailureFilter, FailurePlace, Remedy, SearchPlace, Snapshot,
+};
 use commitstream::relay::RelayState;
 use commitstream::streams::Delivery;
+use sqlx::Connection;
 use uuid::Uuid;
 
 use crate::explain::{
@@ -110,7 +113,8 @@ async fn failures_are_grouped_and_retried_or_discarded_with_an_audit() -> Result
         assert_eq!((found.events.events, found.events.at_least, found.more), (3_000, false, 0));
 
         let odd = FailureFilter { event_type: Some("Odd".into()), cause: Some(cause.into()) };
-        assert_eq!(world.outbox.count_failed(&mut connection, &odd).await?.events, 1_000);
+        let asked = world.outbox.count_failed(&mut connection, &odd).await?;
+        assert_eq!((asked.events.events, asked.events.at_least), (1_000, false));
         let failed = EventSearch { status: Some(EventStatus::Failed), ..EventSearch::default() };
         for (cause, events) in [(cause, 10), ("another", 0)] {
             let of_cause = EventSearch { cause: Some(cause.into()), ..failed.clone() };
@@ -118,7 +122,8 @@ async fn failures_are_grouped_and_retried_or_discarded_with_an_audit() -> Result
         }
         let (mut place, mut changed, mut steps) = (FailurePlace::default(), 0, 0);
         loop {
-            let step = world.outbox.remedy_step(&mut connection, DEED, Remedy::Retry, &odd, &place, i64::MAX).await?;
+            let step =
+                world.outbox.remedy_step(&mut connection, DEED, Remedy::Retry, &odd, &place, Some(&asked.snapshot)).await?;
             changed += step.changed;
             steps += 1;
             let Some(next) = step.next else { break };
@@ -145,6 +150,54 @@ async fn failures_are_grouped_and_retried_or_discarded_with_an_audit() -> Result
         assert_eq!((deeds[0].action.as_str(), deeds[0].who.as_str(), &deeds[0].event_ids[..]), ("discard", "ada", &ids[..1]));
         assert_eq!(deeds.iter().filter(|d| d.action == "retry").map(|d| d.events).sum::<i64>(), 1_000);
         assert!(deeds.iter().all(|deed| usize::try_from(deed.events).is_ok_and(|events| events == deed.event_ids.len())));
+    }
+    Ok(())
+}
+
+/// Whatever number of them there is by then: others have failed, some were decided about, and one was retried and has failed again.
+#[tokio::test(flavor = "multi_thread")]
+async fn only_what_was_shown_is_changed() -> Result<()> {
+    for form in Form::BOTH {
+        let world = World::of(form).await?;
+        let mut connection = world.connect().await?;
+        let outbox = &world.outbox;
+        world.database.psql(
+            "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, status)
+             SELECT 'Shown', 'user', n::text, '{}', 'FAILED' FROM generate_series(1, 4) n;
+             INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload)
+             SELECT 'Later', 'user', n::text, '{}' FROM generate_series(1, 4) n;",
+        )?;
+        // One that fails in a transaction which is under way when the others are shown.
+        let mut under_way = world.connect().await?;
+        let mut tx = under_way.begin().await?;
+        sqlx::query("UPDATE event_outbox SET status = 'FAILED' WHERE event_type = 'Later' AND aggregate_id = '1'")
+            .execute(&mut *tx)
+            .await?;
+        let all = FailureFilter::default();
+        let shown = outbox.count_failed(&mut connection, &all).await?;
+        assert_eq!(shown.events.events, 4);
+        let snapshot = shown.snapshot.to_string().parse().map_err(anyhow::Error::msg)?;
+        assert_eq!(shown.snapshot, snapshot, "by a form");
+        tx.commit().await?;
+        world.database.psql(
+            "UPDATE event_outbox SET status = 'FAILED' WHERE event_type = 'Later';
+             UPDATE event_outbox SET status = 'PENDING' WHERE event_type = 'Shown' AND aggregate_id IN ('1', '2');
+             UPDATE event_outbox SET status = 'FAILED' WHERE event_type = 'Shown' AND aggregate_id = '1';",
+        )?;
+        let from = FailurePlace::default();
+        let step = outbox.remedy_step(&mut connection, DEED, Remedy::Discard, &all, &from, Some(&snapshot)).await?;
+        assert_eq!(step.changed, 2, "those that are as they were");
+        let left = "SELECT string_agg(event_type || ' ' || aggregate_id || ' ' || status, ',' ORDER BY seq) FROM event_outbox;";
+        let expected = "Shown 1 FAILED,Shown 2 PENDING,Later 1 FAILED,Later 2 FAILED,Later 3 FAILED,Later 4 FAILED\n";
+        assert_eq!(world.database.psql(left)?, expected);
+        let again = outbox.remedy_step(&mut connection, DEED, Remedy::Discard, &all, &from, Some(&snapshot)).await?;
+        assert_eq!(again.changed, 0);
+    }
+    for text in ["", "1", "1:2", "1:2:3", "0:1:", "3:2:", "1:5:4,3", "1:5:x", "1:5:2;"] {
+        assert!(text.parse::<Snapshot>().is_err(), "{text}");
+    }
+    for text in ["1:1:", "1:5:2,3"] {
+        assert!(text.parse::<Snapshot>().is_ok(), "{text}");
     }
     Ok(())
 }
@@ -336,7 +389,7 @@ async fn what_operators_ask_goes_by_index() -> Result<()> {
         }
         outbox.failure_groups(&mut connection).await?;
         outbox.count_failed(&mut connection, &FailureFilter::default()).await?;
-        for (part, values) in [("(array_agg(example))[1]", ""), ("AS at_least\n", "'E', NULL, 10000")] {
+        for (part, values) in [("(array_agg(example))[1]", ""), ("AS at_least, pg_current_snapshot", "'E', NULL, 10000")] {
             assert_indexes(&plans(&mut connection, part, values).await?, TABLE, &[(FAILED, "")]);
         }
         outbox.blocked(&mut connection, ("", ""), 10).await?;
@@ -351,10 +404,10 @@ async fn what_operators_ask_goes_by_index() -> Result<()> {
 
         let deed = Deed { who: "ada", about: "all" };
         let step = outbox
-            .remedy_step(&mut connection, deed, Remedy::Discard, &FailureFilter::default(), &FailurePlace::default(), 1_000)
+            .remedy_step(&mut connection, deed, Remedy::Discard, &FailureFilter::default(), &FailurePlace::default(), None)
             .await?;
         assert_eq!((step.changed, step.next), (28, None));
-        let remedy = plans(&mut connection, "'discard'", "'a', 'b', '', '', 0, NULL, NULL, 1000").await?;
+        let remedy = plans(&mut connection, "'discard'", "'a', 'b', '', '', 0, NULL, NULL, '1:9000000:'").await?;
         assert_indexes(&remedy, TABLE, &[(FAILED_AGGREGATE, "aggregate_id"), (KEY, "id = ANY")]);
     }
     Ok(())

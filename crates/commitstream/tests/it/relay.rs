@@ -213,7 +213,7 @@ async fn a_stream_key_of_another_type_stops_no_other_stream_and_is_mended_by_ret
     redis::cmd("DEL").arg(world.user_stream()).query_async::<()>(&mut redis).await?;
     let (all, from) = (FailureFilter::default(), FailurePlace::default());
     let deed = Deed { who: "ada", about: "all" };
-    assert_eq!(world.outbox.remedy_step(&mut connection, deed, Remedy::Retry, &all, &from, i64::MAX).await?.changed, 500);
+    assert_eq!(world.outbox.remedy_step(&mut connection, deed, Remedy::Retry, &all, &from, None).await?.changed, 500);
     world.drained().await?;
     relay.stop().await?;
     assert_eq!(world.audit().await?, 1_000);

@@ -210,7 +210,11 @@ impl Site {
     async fn send(&self, method: &str, path: &str, form: &str) -> anyhow::Result<Page> {
         let begun = Instant::now();
         let is_enough = |answer: &[u8]| path == "/live" && answer.windows(14).any(|bytes| bytes == b"event: figures");
-        let answer = self.visitor.send(method, &format!("/console{path}"), form, is_enough).await?;
+        let mut answer = self.visitor.send(method, &format!("/console{path}"), form, is_enough).await?;
+        // An act leads to its outcome.
+        if let Some(outcome) = answer.head.lines().find_map(|line| line.strip_prefix("location: ")) {
+            answer = self.visitor.send("GET", outcome, "", |_| false).await?;
+        }
         Ok(Page { body: answer.body, millis: begun.elapsed().as_secs_f64() * 1_000.0 })
     }
 }
