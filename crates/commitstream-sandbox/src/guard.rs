@@ -39,7 +39,7 @@ impl Guard {
     pub(crate) fn new(kind: &str, stop_signal: &str) -> Result<Guard, SandboxError> {
         let account = Account::for_servers()?;
         let name = format!("commitstream-{kind}-{}", random::hex(5)?);
-        let configured = std::env::temp_dir();
+        let configured = std::env::var_os("COMMITSTREAM_SANDBOX_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
         match Guard::spawn(configured.join(&name), stop_signal, account) {
             // A private temporary directory of root is closed to the account that the servers run as.
             Err(SandboxError::Guard { .. }) if configured != Path::new("/tmp") => {

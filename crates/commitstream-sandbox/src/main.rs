@@ -13,8 +13,9 @@ Runs a command beside a throwaway PostgreSQL and Redis.
 Usage: commitstream-sandbox exec -- COMMAND [ARGUMENT]...
 
 Both servers are made from the programs installed on this machine, listen on free
-ports of 127.0.0.1 with random passwords, and keep their data in /tmp. The command
-finds their URLs in its environment:
+ports of 127.0.0.1 with random passwords, and keep their data in /tmp, or in
+COMMITSTREAM_SANDBOX_DIR if that is set. The command finds their URLs in its
+environment:
 
   COMMITSTREAM_SANDBOX_POSTGRES   postgres://postgres:PASSWORD@127.0.0.1:PORT/postgres
   COMMITSTREAM_SANDBOX_REDIS      redis://default:PASSWORD@127.0.0.1:PORT
