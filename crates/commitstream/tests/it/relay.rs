@@ -286,7 +286,8 @@ async fn a_graceful_stop_settles_what_is_in_flight() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn clean_up_removes_what_is_old_in_small_batches() -> Result<()> {
-    let mut world = World::new().await?;
+    // By day it drops most of it as a whole.
+    let mut world = World::of(Form::Whole).await?;
     world.settings.outbox.cleanup.batch_size = 100;
     world.insert(1_000, 10).await?;
     let relay = world.relay()?;
