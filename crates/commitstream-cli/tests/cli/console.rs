@@ -1,142 +1,15 @@
-//! The web console over HTTP: who may look, who may act, and what the pages say.
+//! The web console over HTTP: who may look, and what the pages say.
 
-use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::io::Read;
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use commitstream_sandbox::Redis;
 
-use crate::support::{PATIENCE, Running, World, eventually, finish};
-
-const PASSWORD: &str = "correct horse";
-const READ_ONLY: &str = "battery staple";
-
-const EVENT: &str = "01a206d6-f98b-7780-b3c6-d07e75fbc58f";
+use crate::console_site::{PASSWORD, READ_ONLY, Site, first_figures, form};
+use crate::support::{Running, World, eventually, finish};
 
 const PAGES: [&str; 9] = ["", "/doctor", "/events", "/failures", "/blocked", "/dead", "/streams", "/relays", "/audit"];
-
-struct Site {
-    server: Running,
-    address: String,
-}
-
-struct Page {
-    code: u16,
-    head: String,
-    body: String,
-}
-
-impl Page {
-    fn header(&self, name: &str) -> Option<&str> {
-        self.head.lines().filter_map(|line| line.split_once(": ")).find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, v)| v)
-    }
-
-    /// The value of the hidden field that every form has.
-    fn token(&self) -> Result<String> {
-        self.field("token")
-    }
-
-    /// The value of a hidden field.
-    fn field(&self, name: &str) -> Result<String> {
-        let (_, rest) =
-            self.body.split_once(&format!("name=\"{name}\" value=\"")).with_context(|| format!("a form with a {name}"))?;
-        Ok(rest.split('"').next().unwrap_or_default().to_owned())
-    }
-}
-
-impl Site {
-    /// The live numbers, as they come.
-    fn live(&self, cookie: &str) -> Result<TcpStream> {
-        let mut stream = TcpStream::connect(&self.address)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        write!(stream, "GET /console/live HTTP/1.1\r\nHost: {}\r\nConnection: close\r\nCookie: {cookie}\r\n\r\n", self.address)?;
-        Ok(stream)
-    }
-
-    fn start(world: &World) -> Result<Self> {
-        Self::with(world, &[])
-    }
-
-    fn with(world: &World, args: &[&str]) -> Result<Self> {
-        let mut command = world.command(&[&["console", "--listen", "127.0.0.1:0"], args].concat());
-        command.env("CONSOLE_PASSWORD", PASSWORD).env("CONSOLE_READ_ONLY_PASSWORD", READ_ONLY);
-        let mut server = Running::new(command)?;
-        let line = server.prints("console on http://")?;
-        let address = line.trim_start_matches("console on http://").trim_end_matches("/console").to_owned();
-        Ok(Self { server, address })
-    }
-
-    fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Result<Page> {
-        let mut stream = TcpStream::connect(&self.address)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        let mut request = format!("{method} /console{path} HTTP/1.1\r\nConnection: close\r\n");
-        if !headers.iter().any(|(name, _)| *name == "Host") {
-            request += &format!("Host: {}\r\n", self.address);
-        }
-        headers.iter().for_each(|(name, value)| request += &format!("{name}: {value}\r\n"));
-        if method == "POST" {
-            request += &format!("Content-Type: application/x-www-form-urlencoded\r\nContent-Length: {}\r\n", body.len());
-        }
-        stream.write_all(format!("{request}\r\n{body}").as_bytes())?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        let (head, body) = answer.split_once("\r\n\r\n").context("an answer")?;
-        let code = head.split(' ').nth(1).context("a code")?.parse()?;
-        Ok(Page { code, head: head.to_owned(), body: body.to_owned() })
-    }
-
-    fn login(&self, password: &str) -> Result<Page> {
-        self.send("POST", "/login", &[], &form(&[("name", "Ada"), ("password", password)]))
-    }
-
-    /// The cookie of a session.
-    fn enter(&self, password: &str) -> Result<String> {
-        let page = self.login(password)?;
-        ensure!(page.code == 303, "{}", page.body);
-        Ok(page.header("set-cookie").context("a cookie")?.split(';').next().unwrap_or_default().to_owned())
-    }
-
-    fn get(&self, cookie: &str, path: &str) -> Result<Page> {
-        self.send("GET", path, &[("Cookie", cookie)], "")
-    }
-
-    fn post(&self, cookie: &str, path: &str, fields: &[(&str, &str)]) -> Result<Page> {
-        let origin = format!("http://{}", self.address);
-        self.send("POST", path, &[("Cookie", cookie), ("Origin", &origin)], &form(fields))
-    }
-}
-
-impl Site {
-    /// An act and where it leads: the page of its outcome.
-    fn act(&self, cookie: &str, path: &str, fields: &[(&str, &str)]) -> Result<Page> {
-        let led = self.post(cookie, path, fields)?;
-        ensure!(led.code == 303, "{}", led.body);
-        let outcome = led.header("location").context("a place")?.strip_prefix("/console").context("here")?;
-        let page = self.get(cookie, outcome)?;
-        ensure!(page.code == 200, "{}", page.body);
-        Ok(page)
-    }
-}
-
-fn first_figures(live: &mut TcpStream) -> Result<String> {
-    let mut seen = String::new();
-    while !(seen.contains("event: figures") && seen.contains("\"rate\"")) {
-        let mut bytes = [0; 4096];
-        let read = live.read(&mut bytes)?;
-        ensure!(read > 0, "it ended: {seen}");
-        seen += &String::from_utf8_lossy(&bytes[..read]);
-    }
-    Ok(seen)
-}
-
-fn form(fields: &[(&str, &str)]) -> String {
-    let escaped = |text: &str| -> String {
-        text.bytes().map(|b| if b.is_ascii_alphanumeric() { (b as char).to_string() } else { format!("%{b:02X}") }).collect()
-    };
-    let fields: Vec<_> = fields.iter().map(|(name, value)| format!("{}={}", escaped(name), escaped(value))).collect();
-    fields.join("&")
-}
 
 #[test]
 fn nobody_looks_without_a_password_and_wrong_ones_are_limited() -> Result<()> {
@@ -336,106 +209,6 @@ fn an_event_shows_its_life_and_what_is_in_it_stays_text() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn only_an_operator_with_a_form_of_the_session_acts() -> Result<()> {
-    let world = World::new()?;
-    let ids = world.fail_users()?;
-    let site = Site::start(&world)?;
-    let (operator, reader) = (site.enter(PASSWORD)?, site.enter(READ_ONLY)?);
-    let token = site.get(&operator, "/failures")?.token()?;
-    let act = [("remedy", "discard"), ("id", ids[0].as_str())];
-
-    assert!(!site.get(&reader, "/failures")?.body.contains("data-test=\"discard-"), "no buttons");
-    let own = site.get(&reader, "/failures")?.token()?;
-    assert_eq!(site.post(&reader, "/failures/act", &[&act[..], &[("token", &own)]].concat())?.code, 403, "read-only");
-    assert_eq!(site.post(&operator, "/failures/act", &act)?.code, 403, "no token");
-    assert_eq!(site.post(&operator, "/failures/act", &[&act[..], &[("token", &own)]].concat())?.code, 403, "another session's");
-    let elsewhere = [("Cookie", operator.as_str()), ("Origin", "https://evil.example")];
-    let stolen = form(&[&act[..], &[("token", &token)]].concat());
-    assert_eq!(site.send("POST", "/failures/act", &elsewhere, &stolen)?.code, 403, "another site");
-    assert_eq!(world.stats()?["failed"], 3);
-
-    let asked = site.get(&operator, "/failures/confirm?remedy=discard")?;
-    assert!(asked.body.contains("Delete 3 events for good?"), "{}", asked.body);
-    let done = site.act(&operator, "/failures/act", &[&act[..], &[("token", &token)]].concat())?;
-    assert!(done.body.contains("1 event deleted"), "{}", done.body);
-    assert_eq!(world.stats()?["failed"], 2);
-    let audit = site.get(&operator, "/audit")?.body;
-    assert!(audit.contains("Ada") && audit.contains("discard") && audit.contains(&ids[0]), "{audit}");
-    Ok(())
-}
-
-#[test]
-fn a_discard_is_of_no_more_than_was_shown() -> Result<()> {
-    let world = World::new()?;
-    let fail = |kind: &str, error: &str, events: u32| {
-        world.database.psql(&format!(
-            "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, status, last_error)
-             SELECT {kind}, 'user', n::text, '{{}}', 'FAILED', E'{error}' FROM generate_series(1, {events}) n;"
-        ))
-    };
-    fail("'Lines'", "one\\r\\n\\ttwo", 3)?;
-    let site = Site::start(&world)?;
-    let cookie = site.enter(PASSWORD)?;
-    let asked = site.get(&cookie, "/failures/confirm?remedy=discard&type=Lines&cause=one+++two")?;
-    assert!(asked.body.contains("Delete 3 events for good?"), "{}", asked.body);
-    let (token, snapshot) = (asked.token()?, asked.field("snapshot")?);
-    let discard = [("remedy", "discard"), ("type", "Lines"), ("cause", "one   two"), ("shown", "3"), ("token", &token)];
-    for snapshot in ["", "now", "5:1:"] {
-        let refused = site.post(&cookie, "/failures/act", &[&discard[..], &[("snapshot", snapshot)]].concat())?;
-        assert!(refused.code == 400 && refused.body.contains("this does not say what was shown"), "{}", refused.body);
-    }
-    // As many as were shown, of which only one was.
-    world.database.psql("UPDATE event_outbox SET status = 'PENDING' WHERE aggregate_id <> '1';")?;
-    fail("'Lines'", "one\\r\\n\\ttwo", 2)?;
-    assert_eq!(world.stats()?["failed"], 3);
-    let discard = [&discard[..], &[("snapshot", &snapshot)]].concat();
-    let done = site.act(&cookie, "/failures/act", &discard)?;
-    assert!(done.body.contains("1 event deleted") && done.body.contains("2 events of those that were shown"), "{}", done.body);
-    assert_eq!(world.stats()?["failed"], 2);
-    let again = site.act(&cookie, "/failures/act", &discard)?;
-    assert!(again.body.contains("Nothing was done"), "{}", again.body);
-    assert_eq!(world.stats()?["failed"], 2, "what was not shown");
-    world.database.psql("DELETE FROM event_outbox;")?;
-
-    fail("'T' || n", "other", 205)?;
-    let failures = site.get(&cookie, "/failures")?.body;
-    assert!(failures.contains("205</b> failed") && failures.contains("And 5 more groups"), "{failures}");
-    fail("'Many'", "other", 20_000)?;
-    let asked = site.get(&cookie, "/failures/confirm?remedy=discard")?;
-    assert!(asked.body.contains("commitstream failed discard") && !asked.body.contains("id=\"confirm\""), "{}", asked.body);
-    assert!(asked.body.contains("at least 10,000") && asked.body.contains("id=\"count-all\""), "{}", asked.body);
-    let asked = site.get(&cookie, "/failures/confirm?remedy=discard&count_all=true")?;
-    assert!(asked.body.contains("Delete 20,205 events for good?"), "{}", asked.body);
-    fail("'Many'", "other", 1)?;
-    let snapshot = asked.field("snapshot")?;
-    let all = [("remedy", "discard"), ("shown", "20205"), ("snapshot", &snapshot), ("token", &token)];
-    let done = site.act(&cookie, "/failures/act", &all)?;
-    assert!(done.body.contains("20,205 events deleted") && !done.body.contains("id=\"left\""), "{}", done.body);
-    assert_eq!(world.stats()?["failed"], 1, "one more has failed since they were counted");
-    Ok(())
-}
-
-/// Each outcome is a page of its own, for as long as it is kept, and for its session only.
-#[test]
-fn an_act_leads_to_its_outcome() -> Result<()> {
-    let world = World::new()?;
-    let site = Site::start(&world)?;
-    let (cookie, other) = (site.enter(PASSWORD)?, site.enter(PASSWORD)?);
-    let token = site.get(&cookie, "/failures")?.token()?;
-    for n in 1..=21 {
-        let fields = [("remedy", "retry"), ("id", EVENT), ("token", token.as_str())];
-        let led = site.post(&cookie, "/failures/act", &fields)?;
-        assert_eq!((led.code, led.header("location")), (303, Some(format!("/console/outcome/{n}").as_str())));
-    }
-    assert!(site.get(&cookie, "/outcome/21")?.body.contains("Nothing was done"));
-    for (cookie, number) in [(&cookie, "1"), (&cookie, "22"), (&cookie, "x"), (&other, "21")] {
-        let page = site.get(cookie, &format!("/outcome/{number}"))?;
-        assert!(page.code == 404 && page.body.contains("not kept any more"), "{number}: {}", page.body);
-    }
-    Ok(())
-}
-
 /// In words, and with the way to the other pages.
 #[test]
 fn what_cannot_be_shown_is_refused_on_a_page() -> Result<()> {
@@ -558,37 +331,6 @@ fn a_page_of_dead_letters_is_bounded() -> Result<()> {
 }
 
 #[test]
-fn what_became_of_a_dead_letter_is_said_and_written_down() -> Result<()> {
-    let world = World::new()?;
-    let (stream, redis) = (world.user_stream(), &mut world.redis()?);
-    for (n, group) in [("1-0", "mail"), ("2-0", "gone")] {
-        let event = ["id", EVENT, "type", "T", "aggregate_type", "user", "aggregate_id", "1", "payload", "{}"];
-        let event = [&event[..], &["occurred_at", "2026-01-31T12:00:00Z"]].concat();
-        redis::cmd("XADD").arg(&[&stream, n]).arg(&event).exec(redis)?;
-        let own =
-            ["group", group, "entry", n, "reason", "no", "attempts", "5", "history", "[]", "dead_at", "2026-01-31T12:00:05Z"];
-        redis::cmd("XADD").arg(&[&format!("{stream}:dead"), n]).arg(&event).arg(&own).exec(redis)?;
-    }
-    redis::cmd("XGROUP").arg(&["CREATE", &stream, "mail", "$"]).exec(redis)?;
-    let site = Site::start(&world)?;
-    let cookie = site.enter(PASSWORD)?;
-    let token = site.get(&cookie, "/dead")?.token()?;
-    let retry = |dead_id| {
-        let fields = [("stream", stream.as_str()), ("dead_id", dead_id), ("action", "retry"), ("token", &token)];
-        site.act(&cookie, "/dead/act", &fields)
-    };
-    let done = retry("1-0")?;
-    assert!(done.body.contains("Delivered again"), "{}", done.body);
-    let left = retry("2-0")?;
-    assert!(left.body.contains("Left as it was: "), "{}", left.body);
-    let deeds = world.deeds()?.join("\n");
-    let expected = format!("Ada|retry dead letter|{stream}/1-0 of the group mail|1|1\n");
-    assert!(deeds.starts_with(&expected), "{deeds}");
-    assert!(deeds.contains("2-0 of the group gone: left as it was: ") && deeds.ends_with("|0|0"), "{deeds}");
-    Ok(())
-}
-
-#[test]
 fn live_numbers_end_with_the_session_and_are_for_few() -> Result<()> {
     let world = World::new()?;
     let site = Site::start(&world)?;
@@ -605,36 +347,6 @@ fn live_numbers_end_with_the_session_and_are_for_few() -> Result<()> {
         viewer.read_to_end(&mut rest)?;
     }
     first_figures(&mut site.live(&site.enter(READ_ONLY)?)?)?;
-    Ok(())
-}
-
-#[test]
-fn a_retried_failure_is_published() -> Result<()> {
-    let world = World::new()?;
-    world.fail_users()?;
-    let site = Site::start(&world)?;
-    let cookie = site.enter(PASSWORD)?;
-    let mut relay = Running::new(world.command(&["relay"]))?;
-    relay.says("relay is active")?;
-    let asked = site.get(&cookie, "/failures/confirm?remedy=retry&type=UserCreated")?;
-    let (token, snapshot) = (asked.token()?, asked.field("snapshot")?);
-    let retry = [("remedy", "retry"), ("type", "UserCreated"), ("snapshot", &snapshot), ("token", &token)];
-    let done = site.act(&cookie, "/failures/act", &retry)?;
-    assert!(done.body.contains("3 events made PENDING again"), "{}", done.body);
-    eventually("them to be published", || Ok(world.stats()?["published"] == 3))?;
-    let overview = site.get(&cookie, "")?;
-    assert!(overview.body.contains("All is well"), "{}", overview.body);
-
-    let token = site.get(&cookie, "/relays")?.token()?;
-    assert_eq!(site.post(&cookie, "/relays/switch", &[("to", "pause"), ("token", &token)])?.code, 303);
-    relay.says("relay is paused by an operator")?;
-    eventually("a newer picture", || Ok(site.get(&cookie, "")?.body.contains("Publishing is paused")))?;
-    assert_eq!(site.post(&cookie, "/relays/switch", &[("to", "resume"), ("token", &token)])?.code, 303);
-    relay.says("relay is active")?;
-    let audit = site.get(&cookie, "/audit")?.body;
-    for action in ["retry", "pause", "resume"] {
-        assert!(audit.contains(action), "{audit}");
-    }
     Ok(())
 }
 

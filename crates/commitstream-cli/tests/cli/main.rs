@@ -4,6 +4,8 @@ mod admin;
 mod bench;
 mod config;
 mod console;
+mod console_deeds;
+mod console_site;
 mod daemon;
 mod dead;
 mod deploy;
