@@ -4,15 +4,7 @@
 use anyhow::Result;
 use commitstream::outbox::{Deed, FailureFilter, FailurePlace, Migrated, Remedy};
 
-use crate::support::{Form, World, eventually};
-
-const BEFORE: &str = concat!(
-    include_str!("../../../../migrations/V3__create_outbox_table.sql"),
-    include_str!("../../../../migrations/V4__share_outbox_among_relays.sql"),
-    include_str!("../../../../migrations/V5__create_event_inbox.sql"),
-    include_str!("../../../../migrations/V6__keep_the_claim_on_its_indexes.sql"),
-    include_str!("../../../../migrations/V7__audit_operators_and_pause_relays.sql"),
-);
+use crate::support::{Form, MIGRATIONS, World, eventually};
 
 /// Eleven of them, of three aggregates: new ones, one that waits for its next attempt, two that a relay had claimed before it died, and one
 /// that was published and that Redis has lost since.
@@ -31,7 +23,7 @@ const ERROR: &str = "aggregate_type \"user:dead\" ends in :dead: the streams of 
 
 async fn world_of_before(form: Form) -> Result<World> {
     let world = World::unmigrated()?;
-    world.database.psql(BEFORE)?;
+    world.database.psql(&MIGRATIONS[..5].concat())?;
     if form == Form::ByDay {
         world.partition_days_ago(10).await?;
     }

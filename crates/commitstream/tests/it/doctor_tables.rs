@@ -5,9 +5,7 @@ use commitstream::doctor::{self, Report, Severity};
 use sqlx::{Connection, Executor};
 
 use crate::doctor_report::{eventually_mended, examine, found, mend, only, passes};
-use crate::support::{Form, World, eventually};
-
-const V3: &str = include_str!("../../../../migrations/V3__create_outbox_table.sql");
+use crate::support::{Form, MIGRATIONS, World, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_user_without_rights_is_told_which_to_give() -> Result<()> {
@@ -171,7 +169,8 @@ async fn constraints_triggers_and_functions_of_others_are_found_and_mended() -> 
         assert!(told.iter().all(|finding| finding.severity == Severity::Error));
         mend(&world.settings, told[0])?;
         assert!(told[1].mend.starts_with("apply the CREATE FUNCTION outbox_wake_relay of migrations/V3"), "{:?}", told[1]);
-        let function = V3.split("CREATE FUNCTION ").find(|text| text.starts_with("outbox_wake_relay")).context("a function")?;
+        let function =
+            MIGRATIONS[0].split("CREATE FUNCTION ").find(|text| text.starts_with("outbox_wake_relay")).context("a function")?;
         let function: String = function.split_inclusive("$$").take(2).collect();
         world.database.psql(&format!("CREATE OR REPLACE FUNCTION {function};"))?;
         mend(&world.settings, told[2])?;

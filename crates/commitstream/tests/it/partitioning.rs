@@ -8,16 +8,7 @@ use commitstream::relay::{RelayState, days};
 use tokio::task::JoinSet;
 
 use crate::days::{count, partitions};
-use crate::support::{Form, World};
-
-const MIGRATIONS: [&str; 6] = [
-    include_str!("../../../../migrations/V3__create_outbox_table.sql"),
-    include_str!("../../../../migrations/V4__share_outbox_among_relays.sql"),
-    include_str!("../../../../migrations/V5__create_event_inbox.sql"),
-    include_str!("../../../../migrations/V6__keep_the_claim_on_its_indexes.sql"),
-    include_str!("../../../../migrations/V7__audit_operators_and_pause_relays.sql"),
-    include_str!("../../../../migrations/V8__refuse_types_that_name_dead_letters.sql"),
-];
+use crate::support::{Form, MIGRATIONS, World};
 
 const PARTITION: &str = include_str!("../../../../migrations/partition_event_outbox.sql");
 

@@ -47,7 +47,7 @@ async fn lives(world: &World, at_least: Duration, less_than: Duration) -> Result
     Ok(count)
 }
 
-/// DESIGN: once a batch is settled, the life of its marker is shortened. With nothing to do, and at the end.
+/// While there is nothing more to do, and at the end.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_marker_of_the_last_batch_is_shortened_too() -> Result<()> {
     let world = World::new().await?;

@@ -8,17 +8,8 @@ use sqlx::PgConnection;
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
-use crate::support::{Form, World};
+use crate::support::{Form, MIGRATIONS, World};
 
-/// V3 and those after it.
-const MIGRATIONS: [&str; 6] = [
-    include_str!("../../../../migrations/V3__create_outbox_table.sql"),
-    include_str!("../../../../migrations/V4__share_outbox_among_relays.sql"),
-    include_str!("../../../../migrations/V5__create_event_inbox.sql"),
-    include_str!("../../../../migrations/V6__keep_the_claim_on_its_indexes.sql"),
-    include_str!("../../../../migrations/V7__audit_operators_and_pause_relays.sql"),
-    include_str!("../../../../migrations/V8__refuse_types_that_name_dead_letters.sql"),
-];
 const FRESH: Migrated = Migrated { from: None, to: 8 };
 const UNCHANGED: Migrated = Migrated { from: Some(8), to: 8 };
 

@@ -17,6 +17,16 @@ use uuid::Uuid;
 /// Longest that any condition is waited for.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// V3 and those after it.
+pub const MIGRATIONS: [&str; 6] = [
+    include_str!("../../../../migrations/V3__create_outbox_table.sql"),
+    include_str!("../../../../migrations/V4__share_outbox_among_relays.sql"),
+    include_str!("../../../../migrations/V5__create_event_inbox.sql"),
+    include_str!("../../../../migrations/V6__keep_the_claim_on_its_indexes.sql"),
+    include_str!("../../../../migrations/V7__audit_operators_and_pause_relays.sql"),
+    include_str!("../../../../migrations/V8__refuse_types_that_name_dead_letters.sql"),
+];
+
 /// The two forms that `event_outbox` may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Form {
