@@ -180,8 +180,7 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
         (Some(error), _) if is_refused_login(error) => {
             Some("check the user, the password and the name of the database in DATABASE_URL")
         }
-        // insufficient_privilege
-        (Some(error), _) if sqlstate(error).as_deref() == Some("42501") => Some(
+        (Some(error), _) if error.is_denied() => Some(
             "`commitstream doctor` says which rights this user lacks and how to give them; or connect as the user that owns the tables",
         ),
         (_, Some(StreamsError::Refused { source, .. })) if source.code() == Some("WRONGTYPE") => Some(

@@ -19,6 +19,7 @@ use crate::context::{self, Context};
 use crate::dead_letters::{Audit, Change, carry_out};
 use crate::failure::WrongUse;
 use crate::output::{Table, age, plural};
+
 use select::{Filter, Id, position, visit, visit_all};
 
 /// List, retry or discard what consumers gave up

@@ -5,7 +5,7 @@ use std::io::{self, BufRead, IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::ArgGroup;
-use commitstream::outbox::{Deed, FailureFilter, FailurePlace, OutboxRepository, Remedy, Selection, Snapshot};
+use commitstream::outbox::{Counted, Deed, FailureFilter, FailurePlace, OutboxRepository, Remedy, Selection, Snapshot};
 use serde_json::json;
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -80,10 +80,6 @@ impl Which {
     fn filter(&self) -> FailureFilter {
         FailureFilter { event_type: self.event_type.clone(), cause: None }
     }
-
-    fn selection(&self) -> Selection {
-        if self.all { Selection::All { event_type: self.event_type.clone() } } else { Selection::Ids(self.ids.clone()) }
-    }
 }
 
 fn event_id(text: &str) -> Result<Uuid, String> {
@@ -133,12 +129,13 @@ async fn change(context: &Context, which: &Which, remedy: Remedy) -> anyhow::Res
     let mut connection = context::migrated(&settings, "failed").await?;
     let mut shown = None;
     if which.all && !which.yes && io::stdin().is_terminal() {
-        // What fails while the question stands is not meant.
-        shown = Some(outbox.count_failed(&mut connection, &which.filter()).await?.snapshot);
-        if !confirmed(&outbox, &mut connection, which, remedy).await? {
+        let found = outbox.count_all_failed(&mut connection, &which.filter()).await?;
+        if !confirmed(found.events, remedy).await? {
             context.output.remark("nothing was changed")?;
             return Ok(ExitCode::FAILURE);
         }
+        // What fails while the question stands is not meant.
+        shown = Some(found.snapshot);
     }
     let missing = missing(&outbox, &mut connection, &which.ids).await?;
     let changed = apply(&outbox, &mut connection, which, remedy, shown.as_ref()).await?;
@@ -202,23 +199,16 @@ async fn missing(outbox: &OutboxRepository, connection: &mut PgConnection, ids: 
     Ok(ids.iter().filter(|id| !found.contains(*id)).copied().collect())
 }
 
-/// How many events are counted one by one before the question says "more than".
-const COUNTED: u32 = 10_000;
+/// Beyond so many events the question says "more than".
+const COUNTED: u64 = 10_000;
 
 /// Shows the count and asks.
-async fn confirmed(
-    outbox: &OutboxRepository,
-    connection: &mut PgConnection,
-    which: &Which,
-    remedy: Remedy,
-) -> anyhow::Result<bool> {
-    let found = outbox.failed(connection, &which.selection(), i64::from(COUNTED) + 1).await?.len();
-    if found == 0 {
-        return Ok(true);
-    }
-    let found = match u64::try_from(found)? {
-        more if more > u64::from(COUNTED) => format!("more than {}", plural(u64::from(COUNTED), "event")),
-        found => plural(found, "event"),
+async fn confirmed(found: Counted, remedy: Remedy) -> anyhow::Result<bool> {
+    let found = match (u64::try_from(found.events)?, found.at_least) {
+        (0, false) => return Ok(true),
+        (more, _) if more > COUNTED => format!("more than {}", plural(COUNTED, "event")),
+        (found, true) => format!("at least {}", plural(found, "event")),
+        (found, false) => plural(found, "event"),
     };
     agrees(match remedy {
         Remedy::Retry => format!("Retry {found}? [y/N] "),

@@ -270,12 +270,14 @@ async fn supervise(begin: impl Fn() -> Arc<Session>, mut start: StartFrom) {
         let session = begin();
         let mut stop = session.stop.clone();
         let started = tokio::time::Instant::now();
-        let mut ended = session.join(start).await.map(|()| End::Stopped);
-        if ended.is_ok() {
-            // A group that is lost later, with all of Redis or alone, is to read what came since as well.
-            start = StartFrom::Beginning;
-            ended = session.run().await;
-        }
+        let ended = match session.join(start).await {
+            Ok(()) => {
+                // A group that is lost later, with all of Redis or alone, is to read what came since as well.
+                start = StartFrom::Beginning;
+                session.run().await
+            }
+            Err(error) => Err(error),
+        };
         match ended {
             Ok(End::Stopped) => {
                 session.reporter.in_hand((0, 0));

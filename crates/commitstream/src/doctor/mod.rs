@@ -129,21 +129,13 @@ impl Report {
     /// A check could not be carried out, which may be a symptom.
     fn unknown(&mut self, check: &'static str, error: &(dyn std::error::Error + 'static)) {
         let is_told = |check| self.findings.iter().any(|finding| finding.check == check);
-        if is_denied(error) && is_told("privileges") {
+        if error.downcast_ref().is_some_and(OutboxError::is_denied) && is_told("privileges") {
             return;
         }
         let seen = format!("this could not be examined: {}", crate::chain::chain(error));
         let why = "nobody knows whether it is in order";
         self.check(check, [warning(seen, why, "mend what is said, then run `commitstream doctor` again")]);
     }
-}
-
-/// PostgreSQL says that this user may not do it.
-fn is_denied(error: &(dyn std::error::Error + 'static)) -> bool {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    let mut refusals = causes.filter_map(|error| error.downcast_ref::<sqlx::Error>()?.as_database_error()?.code());
-    // https://www.postgresql.org/docs/current/errcodes-appendix.html: insufficient_privilege
-    refusals.any(|code| code == "42501")
 }
 
 fn finding(severity: Severity, seen: impl Into<String>, why: impl Into<String>, mend: impl Into<String>) -> Finding {

@@ -86,6 +86,14 @@ impl OutboxError {
     pub fn is_not_migrated(&self) -> bool {
         matches!(self, Self::NotMigrated { .. } | Self::Outdated { .. })
     }
+
+    /// True when PostgreSQL says that this user may not do it: `insufficient_privilege`,
+    /// <https://www.postgresql.org/docs/current/errcodes-appendix.html>.
+    #[must_use]
+    pub fn is_denied(&self) -> bool {
+        let Self::Database { source, .. } = self else { return false };
+        source.as_database_error().and_then(|error| error.code()).is_some_and(|code| code == "42501")
+    }
 }
 
 /// True when the database was away or busy, so that the same statement may succeed later; false when it is at fault itself.

@@ -3,7 +3,7 @@ use serde::Serialize;
 use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row};
 
-use super::{Counted, OutboxError, OutboxRepository};
+use super::{Counted, OutboxError, OutboxRepository, PUBLISHED};
 
 /// Unsent and failed events are counted up to so many.
 const COUNTED: i64 = 10_000;
@@ -25,11 +25,9 @@ pub struct Glance {
     pub is_paused: bool,
 }
 
-/// Rows that somebody made `PUBLISHED` with SQL may have no time, or one that is yet to come, and would stand before all others.
 const GLANCE: &str = "
 WITH latest AS MATERIALIZED (
-    SELECT created_at, published_at FROM {s}.event_outbox
-    WHERE status = 'PUBLISHED' AND published_at > '-infinity' AND published_at <= statement_timestamp() ORDER BY published_at DESC LIMIT 200
+    SELECT created_at, published_at FROM {s}.event_outbox WHERE {published} ORDER BY published_at DESC LIMIT 200
 ), latency AS (
     SELECT percentile_cont(ARRAY[0.5, 0.99]) WITHIN GROUP (ORDER BY extract(epoch FROM published_at - created_at) * 1000) AS p
     FROM latest WHERE published_at > statement_timestamp() - interval '1 minute'
@@ -51,7 +49,7 @@ impl OutboxRepository {
     /// PostgreSQL cannot be asked.
     pub async fn glance(&self, connection: &mut PgConnection) -> Result<Glance, OutboxError> {
         let doing = "looking at the outbox";
-        let sql = GLANCE.replace("{counted}", &COUNTED.to_string());
+        let sql = GLANCE.replace("{counted}", &COUNTED.to_string()).replace("{published}", PUBLISHED);
         let row = sqlx::query(self.sql(&sql)).fetch_one(connection).await.map_err(self.error(doing))?;
         glance(&row).map_err(self.error(doing))
     }

@@ -98,6 +98,10 @@ fn parked(next_retry_at: &str) -> String {
 
 const LAST_DATE: &str = "9999-12-30 00:00:00+00";
 
+/// Which rows were published by now. Those that somebody made `PUBLISHED` with SQL may have no time, or one that is no date or yet to come,
+/// and would stand before or behind all others.
+const PUBLISHED: &str = "status = 'PUBLISHED' AND published_at > '-infinity' AND published_at <= statement_timestamp()";
+
 /// As statements take durations.
 fn millis(duration: std::time::Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)

@@ -13,7 +13,7 @@ use super::append::{self, Ended};
 use super::chain::Chains;
 use super::cleanup::after_publishing;
 use super::cursor::Cursor;
-use super::markers::Markers;
+use super::markers::{self, Markers};
 use super::pipeline::{Limits, Pipeline};
 use super::repair::Predecessors;
 use super::retry::Retries;
@@ -99,7 +99,7 @@ pub(super) struct Engine {
     claim: Slot<Result<(PgConnection, Claim), OutboxError>>,
     appends: FuturesUnordered<BoxFuture<'static, Ended>>,
     settle: Slot<Result<PgConnection, SessionError>>,
-    expire: Slot<Result<(), StreamsError>>,
+    expire: Slot<()>,
     pulse: Slot<Result<(), StreamsError>>,
     markers: Markers,
 }
@@ -165,7 +165,7 @@ impl Engine {
                 claimed = finish(&mut self.claim) => self.on_claimed(claimed?)?,
                 Some(ended) = self.appends.next() => self.on_appended(ended)?,
                 settled = finish(&mut self.settle) => self.on_settled(settled?),
-                expired = finish(&mut self.expire) => self.on_expired(expired),
+                () = finish(&mut self.expire) => {}
                 alive = finish(&mut self.pulse) => self.on_pulse(alive)?,
                 done = self.sleep.progress() => {
                     done?;
@@ -218,7 +218,7 @@ impl Engine {
         if self.expire.is_none() {
             let (streams, markers) = (self.streams.clone(), self.markers.take_due());
             let life = self.settings.outbox.processor.settled_marker_life;
-            self.expire = (!markers.is_empty()).then(|| async move { streams.expire_markers(&markers, life).await }.boxed());
+            self.expire = (!markers.is_empty()).then(|| async move { markers::shorten(&markers, &streams, life).await }.boxed());
         }
     }
 
@@ -385,12 +385,6 @@ impl Engine {
             // What waited behind these is below the cursor. A sweep that is under way may have looked too early.
             self.sweep_again = true;
             self.next_sweep = now;
-        }
-    }
-
-    fn on_expired(&mut self, expired: Result<(), StreamsError>) {
-        if let Err(error) = expired {
-            tracing::debug!(%error, "markers of settled batches keep their full life");
         }
     }
 }

@@ -3,9 +3,12 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::time::Instant;
 use uuid::Uuid;
+
+use crate::streams::Streams;
 
 /// More are left to expire by themselves.
 const MOST: usize = 10_000;
@@ -47,10 +50,15 @@ impl Markers {
     }
 }
 
+/// Shortens the life of markers that are due. What cannot be shortened costs room in Redis and nothing else.
+pub(super) async fn shorten(markers: &[(String, Uuid)], streams: &Streams, life: Duration) {
+    if let Err(error) = streams.expire_markers(markers, life).await {
+        tracing::debug!(%error, "markers of settled batches keep their full life");
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]

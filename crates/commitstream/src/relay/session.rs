@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use super::cleanup;
 use super::engine::{Connections, Engine, Parts};
-use super::markers::Markers;
+use super::markers::{self, Markers};
 use super::membership::Membership;
 use super::repair::Predecessors;
 use super::sleep::{self, SleepLock};
@@ -75,7 +75,9 @@ impl Relay {
         let work_and_leave = async {
             self.take_part(&mut membership, &markers).await?;
             membership.leave().await?;
-            self.shorten(&markers).await;
+            // Leaving has brought the last settles to disk.
+            let life = self.settings.outbox.processor.settled_marker_life;
+            markers::shorten(&markers.take_due(), &self.streams, life).await;
             Ok(())
         };
         tokio::select! {
@@ -83,20 +85,11 @@ impl Relay {
             error = sleep::listen(listener, &self.wake, &news) => Err(error.into()),
             () = self.deadline() => {
                 tracing::warn!("stopped before everything in flight was settled: the next owners resolve the open batches");
-                if tokio::time::timeout(LAST_WORD, membership.leave()).await.is_ok_and(|left| left.is_ok()) {
-                    return Ok(());
+                if !matches!(tokio::time::timeout(LAST_WORD, membership.leave()).await, Ok(Ok(()))) {
+                    tracing::warn!("PostgreSQL did not answer: the others notice that this relay is gone by its sessions, or after leaseDuration");
                 }
-                tracing::warn!("PostgreSQL did not answer: the others notice that this relay is gone by its sessions, or after leaseDuration");
                 Ok(())
             }
-        }
-    }
-
-    /// The last settled batches of this session are on disk.
-    async fn shorten(&self, markers: &Markers) {
-        let life = self.settings.outbox.processor.settled_marker_life;
-        if let Err(error) = self.streams.expire_markers(&markers.take_due(), life).await {
-            tracing::debug!(%error, "markers of settled batches keep their full life");
         }
     }
 

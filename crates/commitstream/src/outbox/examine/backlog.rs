@@ -2,6 +2,7 @@ use chrono::{DateTime, Utc};
 use sqlx::{PgConnection, Row};
 
 use super::{COUNTED, OutboxError, OutboxRepository};
+use crate::outbox::PUBLISHED;
 use crate::outbox::relays::ALIVE;
 
 /// The first unsent events in the order of `seq`, at most [`COUNTED`] and one.
@@ -64,19 +65,15 @@ SELECT count(*) AS events, (SELECT count(*) FROM (SELECT DISTINCT aggregate_type
        (SELECT last_error FROM newest_failed ORDER BY created_at DESC LIMIT 1) AS newest_error
 FROM newest_failed";
 
-/// Ids are UUIDv7 mostly, so the highest one is the newest event. A time of publication that somebody has set to `infinity` is none.
+/// Ids are UUIDv7 mostly, so the highest one is the newest event.
 const HISTORY: &str = "
 SELECT clock_timestamp() AS now,
        (SELECT CASE WHEN has_sequence_privilege(q.seq::regclass, 'USAGE, SELECT') THEN pg_sequence_last_value(q.seq::regclass) IS NOT NULL END
         FROM pg_get_serial_sequence($1, 'seq') AS q (seq)) AS ever_written,
        GREATEST((SELECT created_at FROM {s}.event_outbox ORDER BY id DESC LIMIT 1),
-                (SELECT published_at FROM {s}.event_outbox
-                 WHERE status = 'PUBLISHED' AND published_at > '-infinity' AND published_at <= statement_timestamp()
-                 ORDER BY published_at DESC LIMIT 1),
+                (SELECT published_at FROM {s}.event_outbox WHERE {published} ORDER BY published_at DESC LIMIT 1),
                 (SELECT settled_at FROM {s}.outbox_batch WHERE settled_at IS NOT NULL ORDER BY settled_at DESC LIMIT 1)) AS last_write,
-       (SELECT published_at FROM {s}.event_outbox
-        WHERE status = 'PUBLISHED' AND published_at > '-infinity' AND published_at <= statement_timestamp()
-        ORDER BY published_at LIMIT 1) AS oldest_published";
+       (SELECT published_at FROM {s}.event_outbox WHERE {published} ORDER BY published_at LIMIT 1) AS oldest_published";
 
 impl OutboxRepository {
     pub(super) async fn examine_backlog(&self, connection: &mut PgConnection) -> Result<Backlog, OutboxError> {
@@ -111,7 +108,8 @@ impl OutboxRepository {
     pub(super) async fn history(&self, connection: &mut PgConnection) -> Result<History, OutboxError> {
         let doing = "looking for the newest and the oldest event";
         let mut tx = self.looking(doing, connection).await?;
-        let query = sqlx::query(self.sql(HISTORY)).bind(format!("{}.event_outbox", self.quoted));
+        let query =
+            sqlx::query(self.sql(&HISTORY.replace("{published}", PUBLISHED))).bind(format!("{}.event_outbox", self.quoted));
         let row = query.fetch_one(&mut *tx).await.map_err(self.error(doing))?;
         let read = || {
             Ok(History {
