@@ -12,11 +12,11 @@ CHAOS_OPTIONS = COMMITSTREAM_CHAOS_SECONDS=$(or $(SECONDS),60) COMMITSTREAM_CHAO
 BENCH_DOCS = $(if $(filter-out --all,$(BENCH_ARGS)),,--markdown docs/benchmarks.md --svg docs/benchmarks.svg)
 # make test TEST_ARGS="-p commitstream some_test"
 TEST_ARGS ?= --workspace
-# Tests mostly wait: for servers, for disks, for each other. Two for each processor, and the data of their servers in memory where there is plenty,
-# take a third less time.
+# Much of the tests' time goes into files that PostgreSQL makes and removes. With the data of their servers in memory, where there is plenty, and two
+# tests for each processor they take a third less.
 TEST_THREADS ?= $(shell echo $$(( 2 * $$(getconf _NPROCESSORS_ONLN) )))
-TEST_DATA ?= $(shell awk '/^MemAvailable/ && $$2 > 12582912 { exit 1 }' /proc/meminfo 2>/dev/null || { \
-	test "$$(df -Pk /dev/shm 2>/dev/null | awk 'END { print $$4 }')" -gt 8388608 && echo /dev/shm; })
+TEST_DATA ?= $(shell awk '/^MemAvailable/ { plenty = $$2 > 12582912 } END { exit !plenty }' /proc/meminfo 2>/dev/null && \
+	df -Pk /dev/shm | awk 'END { if ($$4 > 8388608) print "/dev/shm" }')
 TEST_ENVIRONMENT = RUST_TEST_THREADS=$(TEST_THREADS) $(if $(TEST_DATA),COMMITSTREAM_SANDBOX_DIR=$(TEST_DATA))
 
 .DEFAULT_GOAL := help
