@@ -126,6 +126,13 @@ impl FaultProxy {
         self.shared.changed.notify_all();
     }
 
+    /// Swallows, for ever and in both directions, all that comes on the connections open now, also the news that a side has closed:
+    /// each side sees a peer that is there and says nothing, as behind a NAT that has dropped its entry or a host that has vanished.
+    /// New connections are served. [`FaultProxy::cut`] and [`FaultProxy::refuse`] end the swallowed ones too.
+    pub fn swallow(&self) {
+        self.shared.lock().connections.values_mut().for_each(|connection| connection.swallowed = true);
+    }
+
     /// Delays each chunk (up to 16 KiB) in each direction by this much. [`Duration::ZERO`] ends it.
     pub fn slow(&self, delay: Duration) {
         self.shared.lock().delay = delay;
@@ -253,6 +260,8 @@ struct Connection {
     server: Option<Arc<TcpStream>>,
     /// What shall happen to the reply that comes next.
     fault: Option<ReplyFault>,
+    /// Nothing is passed on any more.
+    swallowed: bool,
 }
 
 impl Connection {
@@ -327,7 +336,7 @@ impl Shared {
         }
         let number = state.accepted;
         state.accepted += 1;
-        state.connections.insert(number, Connection { client: Arc::clone(client), server: None, fault: None });
+        state.connections.insert(number, Connection { client: Arc::clone(client), server: None, fault: None, swallowed: false });
         Some((number, state.upstream))
     }
 
@@ -362,6 +371,12 @@ impl Shared {
             if !self.wait_to_pass(number) {
                 return Ok(());
             }
+            if self.is_swallowed(number) {
+                if length == 0 {
+                    return Ok(());
+                }
+                continue;
+            }
             if length == 0 {
                 return server.shutdown(Shutdown::Write);
             }
@@ -378,6 +393,12 @@ impl Shared {
             let reply = fault.map(|_| rest_of_reply(server, &buffer[..length])).transpose()?;
             if !self.wait_to_pass(number) {
                 return Ok(());
+            }
+            if self.is_swallowed(number) {
+                if length == 0 {
+                    return Ok(());
+                }
+                continue;
             }
             match (fault, reply) {
                 (Some(fault), Some(reply)) => {
@@ -417,6 +438,10 @@ impl Shared {
 
     fn fault(&self, number: u64) -> Option<ReplyFault> {
         self.lock().connections.get(&number).and_then(|connection| connection.fault)
+    }
+
+    fn is_swallowed(&self, number: u64) -> bool {
+        self.lock().connections.get(&number).is_some_and(|connection| connection.swallowed)
     }
 
     /// Waits as long as a chunk must be held back. `false` if its connection was closed.

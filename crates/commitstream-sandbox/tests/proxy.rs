@@ -69,6 +69,22 @@ fn small_messages_are_not_delayed() {
 }
 
 #[test]
+fn a_swallowed_connection_stays_silent_for_ever_and_new_ones_are_served() {
+    let (proxy, url, direct) = redis_proxy();
+    let key = key();
+    let mut connection = redis_connection(&url);
+    assert_eq!(exchange(&mut connection, &format!("SET {key} before"), 5), "+OK\r\n");
+    proxy.swallow();
+    connection.write_all(format!("SET {key} after\r\n").as_bytes()).unwrap();
+    connection.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    let silence = connection.read(&mut [0; 1]).unwrap_err();
+    assert!(matches!(silence.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut), "{silence}");
+    assert!(redis_says(&url, &format!("GET {key}")).ends_with("before"), "new connections are served");
+    proxy.flow();
+    assert!(redis_says(&direct, &format!("GET {key}")).ends_with("before"), "what was swallowed never arrives");
+}
+
+#[test]
 fn a_cut_closes_what_is_open_and_new_connections_are_served() {
     let (proxy, url, _) = redis_proxy();
     let (mut first, mut second) = (redis_connection(&url), redis_connection(&url));
