@@ -8,8 +8,8 @@ use crate::support::{World, finish, finish_with_input};
 #[test]
 fn migrate_twice() -> Result<()> {
     let world = World::unmigrated()?;
-    assert_eq!(world.ok(&["migrate"])?, "created the outbox tables in schema public, version 8\n");
-    assert_eq!(world.ok(&["migrate"])?, "nothing to do: version 8 is in force in schema public\n");
+    assert_eq!(world.ok(&["migrate"])?, "created the outbox tables in schema public, version 9\n");
+    assert_eq!(world.ok(&["migrate"])?, "nothing to do: version 9 is in force in schema public\n");
     assert_eq!(world.json(&["migrate"])?, json!({ "from": 8, "to": 8 }));
     let another = World::unmigrated()?;
     assert_eq!(another.json(&["migrate"])?, json!({ "from": null, "to": 8 }));

@@ -100,7 +100,8 @@ fn part(settings: &Settings, difference: &Difference) -> Finding {
             psql(&statements)
         }
         ("function", _) => {
-            format!("apply the CREATE FUNCTION {name} of migrations/V3__create_outbox_table.sql again, with OR REPLACE")
+            let file = if *name == "outbox_wake_relay" { "V9__hold_under_faults.sql" } else { "V3__create_outbox_table.sql" };
+            format!("apply the CREATE FUNCTION {name} of migrations/{file} again, with OR REPLACE")
         }
         ("constraint", None) => psql(&[&format!("ALTER TABLE {table} ADD CONSTRAINT {short} {expected}")]),
         ("constraint", Some(_)) => {

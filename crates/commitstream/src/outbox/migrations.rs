@@ -3,16 +3,17 @@ use sqlx::{Connection, Executor, PgConnection};
 use super::{OutboxError, OutboxRepository};
 
 /// The version that this build works with.
-pub const LATEST_VERSION: i32 = 8;
+pub const LATEST_VERSION: i32 = 9;
 
 /// Migration files, oldest first. Each records its own version in `outbox_migration`, whoever applies it.
-const MIGRATIONS: [(i32, &str); 6] = [
+const MIGRATIONS: [(i32, &str); 7] = [
     (3, include_str!("../../../../migrations/V3__create_outbox_table.sql")),
     (4, include_str!("../../../../migrations/V4__share_outbox_among_relays.sql")),
     (5, include_str!("../../../../migrations/V5__create_event_inbox.sql")),
     (6, include_str!("../../../../migrations/V6__keep_the_claim_on_its_indexes.sql")),
     (7, include_str!("../../../../migrations/V7__audit_operators_and_pause_relays.sql")),
     (8, include_str!("../../../../migrations/V8__refuse_types_that_name_dead_letters.sql")),
+    (9, include_str!("../../../../migrations/V9__hold_under_faults.sql")),
 ];
 
 /// What a call of [`OutboxRepository::migrate`] did.

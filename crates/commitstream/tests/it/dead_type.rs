@@ -30,7 +30,7 @@ async fn world_of_before(form: Form) -> Result<World> {
     world.database.psql(&ROWS.replace("{stream}", &world.streams.stream_of("user:dead")))?;
     world.insert(100, 10).await?;
     let migrated = world.outbox.migrate(&mut world.connect().await?).await?;
-    assert_eq!(migrated, Migrated { from: Some(7), to: 8 }, "{form:?}");
+    assert_eq!(migrated, Migrated { from: Some(7), to: 9 }, "{form:?}");
     Ok(world)
 }
 

@@ -10,8 +10,8 @@ use uuid::Uuid;
 
 use crate::support::{Form, MIGRATIONS, World};
 
-const FRESH: Migrated = Migrated { from: None, to: 8 };
-const UNCHANGED: Migrated = Migrated { from: Some(8), to: 8 };
+const FRESH: Migrated = Migrated { from: None, to: 9 };
+const UNCHANGED: Migrated = Migrated { from: Some(9), to: 9 };
 
 #[tokio::test(flavor = "multi_thread")]
 async fn migrating_again_changes_nothing_and_keeps_what_is_there() -> Result<()> {
@@ -290,7 +290,7 @@ async fn an_outbox_of_an_earlier_version_is_carried_on() -> Result<()> {
             world.user_stream()
         ))?;
         assert!(world.outbox.check_migrated(&mut connection).await.is_err_and(|e| e.is_not_migrated()));
-        assert_eq!(world.outbox.migrate(&mut connection).await?, Migrated { from: Some(version), to: 8 });
+        assert_eq!(world.outbox.migrate(&mut connection).await?, Migrated { from: Some(version), to: 9 });
         let relay = world.relay()?;
         world.insert(1_000, 20).await?;
         world.drained().await?;

@@ -18,13 +18,14 @@ use uuid::Uuid;
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// V3 and those after it.
-pub const MIGRATIONS: [&str; 6] = [
+pub const MIGRATIONS: [&str; 7] = [
     include_str!("../../../../migrations/V3__create_outbox_table.sql"),
     include_str!("../../../../migrations/V4__share_outbox_among_relays.sql"),
     include_str!("../../../../migrations/V5__create_event_inbox.sql"),
     include_str!("../../../../migrations/V6__keep_the_claim_on_its_indexes.sql"),
     include_str!("../../../../migrations/V7__audit_operators_and_pause_relays.sql"),
     include_str!("../../../../migrations/V8__refuse_types_that_name_dead_letters.sql"),
+    include_str!("../../../../migrations/V9__hold_under_faults.sql"),
 ];
 
 /// The two forms that `event_outbox` may have.
