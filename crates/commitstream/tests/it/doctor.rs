@@ -207,11 +207,11 @@ async fn a_migration_that_is_missing_old_newer_or_of_others_is_found() -> Result
     only(&examine(&world).await, "migration", Severity::Error, "has no outbox tables");
     world.outbox.migrate(&mut world.connect().await?).await?;
     passes(&examine(&world).await, "migration");
-    world.database.psql("DELETE FROM outbox_migration WHERE version = 8;")?;
-    only(&examine(&world).await, "migration", Severity::Error, "have version 7, and this build needs 8");
-    world.database.psql("INSERT INTO outbox_migration (version) VALUES (8), (9);")?;
+    world.database.psql("DELETE FROM outbox_migration WHERE version = 9;")?;
+    only(&examine(&world).await, "migration", Severity::Error, "have version 8, and this build needs 9");
+    world.database.psql("INSERT INTO outbox_migration (version) VALUES (9), (10);")?;
     let report = examine(&world).await;
-    only(&report, "migration", Severity::Note, "have version 9");
+    only(&report, "migration", Severity::Note, "have version 10");
     assert!(!report.passed.contains(&"schema") && found(&report, "schema").is_empty(), "not compared");
     passes(&report, "leases");
     let foreign = World::unmigrated()?;
