@@ -1,5 +1,6 @@
 //! A welcome mail for every new user: an effect that no transaction can hold.
 
+use std::error::Error;
 use std::time::Duration;
 
 use commitstream::consumer::{Delivery, Handler, HandlerError, WhenUnknown};
@@ -49,7 +50,7 @@ impl WelcomeEmailConsumer {
         match tokio::time::timeout(SEND_LIMIT, self.mailer.send(mail)).await {
             Ok(Ok(_reply)) => Ok(()),
             Ok(Err(error)) => Err(verdict(error)),
-            Err(_) => Err(HandlerError::retry_later(SERVER_IS_AWAY, "the mail server did not answer in time")),
+            Err(_) => Err(HandlerError::outcome_unknown(SERVER_IS_AWAY, "the mail server did not answer in time")),
         }
     }
 }
@@ -57,7 +58,7 @@ impl WelcomeEmailConsumer {
 impl Handler<UserCreated> for WelcomeEmailConsumer {
     async fn handle(&self, event: UserCreated, delivery: &Delivery) -> Result<(), HandlerError> {
         let mail = self.mail(&event, delivery.event_id())?;
-        if delivery.once(WhenUnknown::Repeat, || self.send(mail)).await? {
+        if delivery.once("welcome mail", WhenUnknown::Repeat, || self.send(mail)).await? {
             tracing::info!(user = %event.user_id, "welcome mail sent");
         } else {
             tracing::info!(user = %event.user_id, "the welcome mail was sent already");
@@ -68,11 +69,21 @@ impl Handler<UserCreated> for WelcomeEmailConsumer {
 
 /// Codes whose second digit is 5 speak of this mail and its recipient (RFC 5321, 4.2.1): a refusal for good is a dead letter, one
 /// for now is tried `consumer.maxDeliveries` times. Everything else (no connection, a refused login) is no fault of the event: it
-/// waits until the server or our settings are mended.
+/// waits until the server or our settings are fixed. Where no answer came, the server may have taken the mail.
 fn verdict(error: lettre::transport::smtp::Error) -> HandlerError {
     match error.status() {
         Some(code) if code.category == Category::MailSystem && error.is_permanent() => HandlerError::give_up(error),
         Some(code) if code.category == Category::MailSystem => error.into(),
-        _ => HandlerError::retry_later(SERVER_IS_AWAY, error),
+        Some(_) => HandlerError::retry_later(SERVER_IS_AWAY, error),
+        None if was_not_sent(&error) => HandlerError::retry_later(SERVER_IS_AWAY, error),
+        None => HandlerError::outcome_unknown(SERVER_IS_AWAY, error),
     }
+}
+
+/// There was no connection, or no session on it, so that the server has no mail of ours.
+fn was_not_sent(error: &lettre::transport::smtp::Error) -> bool {
+    use std::io::ErrorKind::{ConnectionRefused, HostUnreachable, NetworkUnreachable};
+    let io = error.source().and_then(|source| source.downcast_ref::<std::io::Error>());
+    let no_connection = io.is_some_and(|io| matches!(io.kind(), ConnectionRefused | HostUnreachable | NetworkUnreachable));
+    no_connection || error.is_client() || error.is_tls()
 }

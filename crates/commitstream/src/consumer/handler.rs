@@ -76,6 +76,9 @@ pub enum HandlerError {
     /// Nothing is wrong with the event, something that it needs is away: tried again after so long, as often as it takes, and never
     /// a dead letter.
     RetryLater { after: Duration, reason: String },
+    /// As `RetryLater`, of an effect in [`Delivery::once`] that may have happened: no answer came in time, or the connection broke
+    /// after the request. The next delivery does what its `WhenUnknown` says.
+    OutcomeUnknown { after: Duration, reason: String },
     /// Trying again would not help: a dead letter at once.
     GiveUp { reason: String },
 }
@@ -84,6 +87,11 @@ impl HandlerError {
     /// See [`HandlerError::RetryLater`].
     pub fn retry_later(after: Duration, reason: impl fmt::Display) -> Self {
         Self::RetryLater { after, reason: reason.to_string() }
+    }
+
+    /// See [`HandlerError::OutcomeUnknown`].
+    pub fn outcome_unknown(after: Duration, reason: impl fmt::Display) -> Self {
+        Self::OutcomeUnknown { after, reason: reason.to_string() }
     }
 
     /// See [`HandlerError::GiveUp`].

@@ -81,7 +81,7 @@ impl InMemory {
             settings: consumer.settings,
             handlers: consumer.handlers.all,
             routes: consumer.handlers.routes,
-            effects: Effects::Memory(Arc::new(Mutex::new(HashMap::<Uuid, Known>::new()))),
+            effects: Effects::Memory(Arc::new(Mutex::new(HashMap::<(Uuid, String), Known>::new()))),
             published: Vec::new(),
             queue: VecDeque::new(),
             handled: Vec::new(),
@@ -147,7 +147,7 @@ impl InMemory {
                     self.handled.push(event.envelope.id);
                     return true;
                 }
-                Some(Err(HandlerError::RetryLater { .. })) => return false,
+                Some(Err(HandlerError::RetryLater { .. } | HandlerError::OutcomeUnknown { .. })) => return false,
                 Some(Err(HandlerError::GiveUp { reason })) => (reason, u32::MAX),
                 Some(Err(HandlerError::Failed(error))) => (chain(error.as_ref()), event.failures + 1),
             };

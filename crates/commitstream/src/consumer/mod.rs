@@ -14,10 +14,12 @@
 //! | `worker` | calls handlers and decides what becomes of each event | both |
 //! | `inbox` | a handler's PostgreSQL transaction, in which its effect happens once | PostgreSQL |
 //! | `effects` | effects outside PostgreSQL | Redis |
+//! | `brake` | holds dead letters back | none |
 //! | `memory` | the test kit: the same handlers without servers | none |
 //!
 //! The processes of a group share the work through scripts in Redis: `streams/members.rs`.
 
+mod brake;
 mod delivery;
 mod effects;
 mod handler;
@@ -56,6 +58,7 @@ use crate::config::{ConfigError, Settings, StartFrom};
 use crate::event::{DecodeEvent, EventEnvelope, EventKind};
 use crate::outbox::OutboxRepository;
 use crate::streams::{Member, Streams, StreamsError};
+use brake::Brake;
 use effects::Effects;
 use handler::{AnyHandler, Batch, Raw, Typed};
 use inbox::{Inbox, Transactional};
@@ -221,12 +224,13 @@ impl Consumer {
         for ((stream, routes), reporter) in streams.into_iter().zip(routes.into_values()).zip(reporters) {
             let (settings, handlers, stop) = (Arc::clone(&settings), Arc::clone(&handlers), stopped.clone());
             let (group, streams) = (Arc::<str>::from(self.group.as_str()), connection.clone());
-            let start = settings.start_from;
+            let (start, brake) = (settings.start_from, Arc::new(Brake::default()));
             let begin = move || {
                 Arc::new(Session {
                     settings: Arc::clone(&settings),
                     waiting: streams.dedicated(session::LONGEST_WAIT),
                     effects: Effects::Redis(streams.clone()),
+                    brake: Arc::clone(&brake),
                     streams: streams.clone(),
                     member: Member {
                         stream: stream.to_string(),

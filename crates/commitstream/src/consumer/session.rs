@@ -12,6 +12,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::ConsumerState;
+use super::brake::Brake;
 use super::effects::Effects;
 use super::handler::AnyHandler;
 use super::lanes::{Item, Lanes, What};
@@ -61,6 +62,7 @@ pub(super) struct Session {
     pub routes: Routes,
     pub handlers: Arc<[Arc<dyn AnyHandler>]>,
     pub effects: Effects,
+    pub brake: Arc<Brake>,
     pub reporter: Reporter,
     pub stop: watch::Receiver<bool>,
     pub lanes: Mutex<Lanes>,

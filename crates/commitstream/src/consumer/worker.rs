@@ -78,7 +78,7 @@ impl Session {
             let taken = sizes(&items);
             let outcome = match &result {
                 Ok(()) => Outcome { done: items.iter().map(|item| item.id).collect(), ..Outcome::default() },
-                Err(HandlerError::RetryLater { after, .. }) if several => {
+                Err(HandlerError::RetryLater { after, .. } | HandlerError::OutcomeUnknown { after, .. }) if several => {
                     Outcome { back: items, wait: Some(Instant::now() + (*after).min(LONGEST_LATER)), ..Outcome::default() }
                 }
                 Err(_) if several => {
@@ -138,7 +138,7 @@ impl Session {
         let back =
             |item: Item, after: Duration| Outcome { back: vec![item], wait: Some(Instant::now() + after), ..Outcome::default() };
         let error = match error {
-            HandlerError::RetryLater { after, reason } => {
+            HandlerError::RetryLater { after, reason } | HandlerError::OutcomeUnknown { after, reason } => {
                 tracing::debug!(stream = %self.stream, entry = %item.id, reason, "a handler wants to try again later");
                 let item = self.cleared(item).await;
                 return back(item, (*after).min(LONGEST_LATER));
@@ -204,8 +204,10 @@ impl Session {
         let (entry, reason) = (item.id.to_string(), cut(reason));
         let (consumer, attempts) = (name.as_str(), item.failures + 1);
         let burial = Burial { stream, group, consumer, entry: &entry, reason, attempts, history };
+        let mut when_full = false;
         loop {
-            match self.streams.bury(&burial).await {
+            let written = if when_full { self.streams.bury_when_full(&burial).await } else { self.streams.bury(&burial).await };
+            match written {
                 Ok(buried) => {
                     if buried {
                         self.reporter.dead();
@@ -216,6 +218,11 @@ impl Session {
                     }
                     return Outcome { gone: vec![item.id], ..Outcome::default() };
                 }
+                // This worker is needed for what makes room.
+                Err(error) if error.is_out_of_memory() => match self.brake.without_memory(Instant::now()) {
+                    Ok(()) => when_full = true,
+                    Err(next) => return Outcome { back: vec![item], wait: Some(next), ..Outcome::default() },
+                },
                 Err(error) if error.is_outage() => tokio::time::sleep(backoff.next()).await,
                 Err(error) => {
                     tracing::error!(stream, entry = %item.id, error = chain(&error), "could not write a dead letter; it will be tried again");

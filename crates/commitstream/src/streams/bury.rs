@@ -16,12 +16,14 @@ static BURY: LazyLock<Script> = LazyLock::new(|| {
         local pending = redis.pcall('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1)
         if pending.err then return pending end
         if #pending == 0 or pending[1][2] ~= ARGV[2] then return 0 end
+        -- Redis refuses for want of memory only what a script writes first.
+        if ARGV[4] == 'when full' then redis.call('HDEL', KEYS[3], '') end
         local entries = redis.pcall('XRANGE', KEYS[1], ARGV[3], ARGV[3])
         if entries.err then return entries end
         local add = {'XADD', KEYS[2], '*'}
         local fields = entries[1] and entries[1][2] or {}
         for i = 1, math.min(#fields, 1000) do add[#add + 1] = fields[i] end
-        for i = 4, #ARGV do add[#add + 1] = ARGV[i] end
+        for i = 5, #ARGV do add[#add + 1] = ARGV[i] end
         local added = redis.pcall(unpack(add))
         if type(added) == 'table' and added.err then return added end
         local acknowledged = redis.pcall('XACK', KEYS[1], ARGV[1], ARGV[3])
@@ -42,8 +44,9 @@ static LAY: LazyLock<Script> = LazyLock::new(|| {
         local laid = redis.pcall('GET', KEYS[2])
         if type(laid) == 'table' and laid.err then return laid end
         if laid then return laid end
+        if ARGV[2] == 'when full' then redis.call('DEL', KEYS[2]) end
         local add = {'XADD', KEYS[1], '*'}
-        for i = 2, #ARGV do add[#add + 1] = ARGV[i] end
+        for i = 3, #ARGV do add[#add + 1] = ARGV[i] end
         local added = redis.pcall(unpack(add))
         if type(added) == 'table' and added.err then return added end
         redis.call('SET', KEYS[2], added, 'PX', ARGV[1])
@@ -106,6 +109,24 @@ impl Burial<'_> {
     }
 }
 
+/// What a dead letter does where Redis has no memory.
+#[derive(Debug, Clone, Copy)]
+enum Room {
+    /// It is refused.
+    Needed,
+    /// It is written.
+    Taken,
+}
+
+impl Room {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Needed => "",
+            Self::Taken => "when full",
+        }
+    }
+}
+
 /// Key that says which dead letter an entry became, in the slot of the dead letters.
 pub(super) fn buried_key(stream: &str, group: &str, entry: &str) -> String {
     format!("{{{}}}:buried:{group}:{entry}", dead_stream(stream))
@@ -122,17 +143,27 @@ impl Streams {
     /// # Errors
     /// Redis is not reachable or refuses, also because the group is gone.
     pub async fn bury(&self, burial: &Burial<'_>) -> Result<bool, StreamsError> {
+        self.bury_with(burial, Room::Needed).await
+    }
+
+    /// As [`bury`](Self::bury), also where Redis is at its `maxmemory`: an entry that waits for its dead letter keeps what stands behind
+    /// it from being trimmed, so that there would never be room. Each adds to what is too much already: be sparing with it.
+    pub(crate) async fn bury_when_full(&self, burial: &Burial<'_>) -> Result<bool, StreamsError> {
+        self.bury_with(burial, Room::Taken).await
+    }
+
+    async fn bury_with(&self, burial: &Burial<'_>, room: Room) -> Result<bool, StreamsError> {
         if self.is_cluster() {
-            return self.bury_in_cluster(burial).await;
+            return self.bury_in_cluster(burial, room).await;
         }
         let mut call = BURY.prepare_invoke();
         call.key(burial.stream).key(dead_stream(burial.stream)).key(burial.failures());
-        call.arg(burial.group).arg(burial.consumer).arg(burial.entry);
+        call.arg(burial.group).arg(burial.consumer).arg(burial.entry).arg(room.word());
         burial.add_fields(&mut call);
         self.invoke(DOING, burial.stream, &call).await
     }
 
-    async fn bury_in_cluster(&self, burial: &Burial<'_>) -> Result<bool, StreamsError> {
+    async fn bury_in_cluster(&self, burial: &Burial<'_>, room: Room) -> Result<bool, StreamsError> {
         type Pending = Vec<(String, String, u64, u64)>;
         type Entries = Vec<(String, Vec<Vec<u8>>)>;
         let Burial { stream, group, consumer, entry, .. } = *burial;
@@ -145,7 +176,7 @@ impl Streams {
         }
         let dead = dead_stream(stream);
         let mut lay = LAY.prepare_invoke();
-        lay.key(&dead).key(buried_key(stream, group, entry)).arg(MARKER_LIFE_MS);
+        lay.key(&dead).key(buried_key(stream, group, entry)).arg(MARKER_LIFE_MS).arg(room.word());
         for value in entries.iter().flat_map(|(_, fields)| fields).take(KEPT) {
             lay.arg(value.as_slice());
         }

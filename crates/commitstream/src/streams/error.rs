@@ -111,6 +111,11 @@ impl StreamsError {
         source.redirect_node().filter(|_| is_moved).map(|(address, _)| address)
     }
 
+    /// True when Redis is at its `maxmemory`: it writes again when there is room, and goes on acknowledging meanwhile.
+    pub(crate) fn is_out_of_memory(&self) -> bool {
+        matches!(self, Self::Unavailable { source, .. } if source.code() == Some("OOM"))
+    }
+
     /// True when the same call may succeed later: an outage, not a fault of the event.
     #[must_use]
     pub fn is_outage(&self) -> bool {

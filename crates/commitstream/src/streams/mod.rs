@@ -26,6 +26,7 @@ pub use append::{Appended, Marker, StreamRefusal};
 pub use bury::Burial;
 pub use connection::Streams;
 pub use dead::{DeadLetter, RetriedAs};
+pub(crate) use effects::Effect;
 pub use error::StreamsError;
 pub(crate) use error::is_outage;
 pub use groups::{GroupConsumer, GroupInfo, GroupLag};

@@ -113,7 +113,7 @@ impl Processing {
 
     pub fn end(self, result: &Result<(), HandlerError>) {
         let failure = match result {
-            Ok(()) | Err(HandlerError::RetryLater { .. }) => None,
+            Ok(()) | Err(HandlerError::RetryLater { .. } | HandlerError::OutcomeUnknown { .. }) => None,
             Err(HandlerError::GiveUp { reason }) => Some(reason.clone()),
             Err(HandlerError::Failed(error)) => Some(chain(error.as_ref())),
         };

@@ -385,7 +385,7 @@ impl Handler<EventEnvelope> for Mailer {
             self.sent.fetch_add(1, Ordering::Relaxed);
             Ok(())
         };
-        delivery.once(self.when_unknown, send).await?;
+        delivery.once("mail", self.when_unknown, send).await?;
         Err("after the mail".into())
     }
 }
@@ -415,14 +415,14 @@ async fn an_effect_of_which_nobody_knows_whether_it_happened_is_as_the_handler_s
                     self.0.fetch_add(1, Ordering::Relaxed);
                     Ok(())
                 };
-                delivery.once(self.1, send).await.map(|_| ())
+                delivery.once("mail", self.1, send).await.map(|_| ())
             }
         }
         let group = format!("{when_unknown:?}");
         let event = world.entries(&world.user_stream()).await?[0].envelope()?.id;
         // What a process that died in the middle of the effect has left.
         let mut begun = redis::cmd("SET");
-        begun.arg(format!("{{{}}}:group:{group}:effect:{event}", world.user_stream())).arg("begun");
+        begun.arg(format!("{{{}}}:group:{group}:effect:{event}:mail", world.user_stream())).arg("begun");
         let () = begun.query_async(&mut world.redis().await?).await?;
         let sent = Arc::new(AtomicUsize::new(0));
         let consumer = Consumer::new(&group, &world.settings)?.on_any("user", Once(sent.clone(), when_unknown)).start()?;

@@ -4,7 +4,11 @@ use std::sync::LazyLock;
 
 use redis::Script;
 
+/// Redis refuses for want of memory only what a script writes first. Each script begins with a write that it allows and that changes
+/// nothing, so that a full Redis can go on with what makes room: entries are acknowledged, and trimmed then. What is written besides
+/// is little, and bounded by what members have in hand.
 const NOW: &str = r"
+local function begin_when_full(members) redis.call('ZREM', members, '') end
 local function now()
     local time = redis.call('TIME')
     return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
@@ -20,6 +24,7 @@ if (tonumber(redis.call('ZSCORE', members, me) or 0)) == 0 then return {'gone'} 
 local group_is_there = redis.pcall('XPENDING', stream, group)
 if group_is_there.err then return group_is_there end
 local time = now()
+begin_when_full(members)
 redis.call('ZADD', members, time + life, me)
 
 local resolved = {}
@@ -50,6 +55,7 @@ pub(super) static JOIN: LazyLock<Script> = LazyLock::new(|| {
     Script::new(&format!(
         "{NOW}{}",
         r"
+        begin_when_full(KEYS[2])
         local made = redis.pcall('XGROUP', 'CREATE', KEYS[1], ARGV[1], ARGV[4], 'MKSTREAM')
         if made.err and not string.find(made.err, 'BUSYGROUP', 1, true) then return made end
         redis.call('ZADD', KEYS[2], now() + tonumber(ARGV[3]), ARGV[2])
@@ -235,5 +241,6 @@ pub(super) static FAIL: LazyLock<Script> = LazyLock::new(|| {
 });
 
 /// Ends the membership at once: others take what is left. KEYS: members. ARGV: member.
-pub(super) static LEAVE: LazyLock<Script> =
-    LazyLock::new(|| Script::new("redis.call('ZADD', KEYS[1], 'XX', 0, ARGV[1]) return 1"));
+pub(super) static LEAVE: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(&format!("{NOW} begin_when_full(KEYS[1]) redis.call('ZADD', KEYS[1], 'XX', 0, ARGV[1]) return 1"))
+});
