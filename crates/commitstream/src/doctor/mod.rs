@@ -51,7 +51,7 @@ pub struct Finding {
 }
 
 /// Every check, in the order in which they are carried out.
-pub const CHECKS: [&str; 39] = [
+pub const CHECKS: [&str; 40] = [
     "postgres-reachable",
     "postgres-pooler",
     "postgres-version",
@@ -67,6 +67,7 @@ pub const CHECKS: [&str; 39] = [
     "schema",
     "indexes",
     "leases",
+    "sequences",
     "bloat",
     "partitions-ahead",
     "relays",

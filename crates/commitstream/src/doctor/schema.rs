@@ -4,7 +4,7 @@ use super::advice::{age, identifier, psql, size};
 use super::{Finding, Report, Severity, error, finding, note, warning};
 use crate::config::Settings;
 use crate::outbox::examine::{Difference, OutboxFacts, Recorded, Rights, SchemaFacts, SizeFacts};
-use crate::outbox::{LATEST_VERSION, PARTITIONS};
+use crate::outbox::{LATEST_VERSION, PARTITIONS, SequenceFacts};
 
 /// Fewer dead rows than this are no trouble.
 const MANY_DEAD: i64 = 100_000;
@@ -58,6 +58,10 @@ pub(super) fn judge(report: &mut Report, settings: &Settings, is_of_this_build: 
             report.check("leases", leases(settings, found.leases));
         }
         Err(error) => report.unknown("schema", error),
+    }
+    match &facts.sequences {
+        Ok(found) => report.check("sequences", sequences(found)),
+        Err(error) => report.unknown("sequences", error),
     }
     match &facts.sizes {
         Ok(sizes) => report.check("bloat", bloat(settings, sizes)),
@@ -152,6 +156,29 @@ fn leases(settings: &Settings, leases: i64) -> Option<Finding> {
             psql(&[&format!("INSERT INTO {table} (partition_no) SELECT generate_series(0, 63) ON CONFLICT DO NOTHING")]),
         )
     })
+}
+
+/// Where this user may not read a sequence, the relay finds out by itself.
+fn sequences(found: &[SequenceFacts]) -> Vec<Finding> {
+    let behind = found.iter().filter(|facts| facts.is_behind());
+    let tell = |facts: &SequenceFacts| {
+        let SequenceFacts { column, next, highest, .. } = facts;
+        let why = match column.as_str() {
+            "event_outbox.seq" => {
+                "events that are written now get lower numbers than older ones, and overtake those of their aggregates that are unsent; a relay \
+                 sets the sequence when it starts, if its user may"
+            }
+            "outbox_batch.batch_no" => "after a failover of Redis a relay may mistake which batch was appended last",
+            _ => "actions of operators fail, because their numbers were given before",
+        };
+        let next = next.unwrap_or_default();
+        error(
+            format!("the sequence of {column} has begun anew: the next number is {next}, and the table holds {highest}"),
+            why,
+            psql(&[&facts.statement()]) + if facts.may_set { "" } else { " (as the owner of the table)" },
+        )
+    };
+    behind.map(tell).collect()
 }
 
 pub(super) fn privileges(settings: &Settings, rights: &Rights) -> Vec<Finding> {

@@ -45,6 +45,12 @@ pub enum OutboxError {
     #[error("event_outbox was replaced by a partitioned table: what listened on the old one starts anew")]
     Replaced,
 
+    #[error(
+        "the sequence of event_outbox.seq has begun anew: the next number is {next}, and the table holds {highest}, so newer events would overtake \
+         older ones. This user may not set it; as the owner of the table, run: {statement}"
+    )]
+    SequenceBehind { next: i64, highest: i64, statement: String },
+
     #[error("the database URL is not usable: write postgres://user:password@host:5432/database")]
     Url(#[source] sqlx::Error),
 

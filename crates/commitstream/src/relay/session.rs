@@ -19,7 +19,7 @@ use super::sleep::{self, SleepLock};
 use super::status::{RelayState, Reporter};
 use crate::backoff::Backoff;
 use crate::config::Settings;
-use crate::outbox::{self, Lease, OutboxError, OutboxRepository};
+use crate::outbox::{self, Continued, Lease, OutboxError, OutboxRepository};
 use crate::streams::{Streams, StreamsError};
 
 /// The owner of this partition cleans up for all.
@@ -186,6 +186,7 @@ impl Relay {
     async fn prepare(&self, lease: Lease, connections: &mut Connections) -> Result<(Predecessors, Instant), SessionError> {
         let Connections { claims, sleep, .. } = connections;
         let mut prepare = std::pin::pin!(async {
+            self.continue_sequences(claims).await?;
             self.recover(claims, lease.partitions).await?;
             let looked_up = Instant::now();
             Ok((self.look_up(claims, lease.partitions).await?, looked_up))
@@ -196,6 +197,23 @@ impl Relay {
                 done = sleep.progress() => done?,
             }
         }
+    }
+
+    /// Nothing is claimed while newer events would get lower numbers than older ones.
+    async fn continue_sequences(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
+        let set = self.outbox.continue_sequences(connection);
+        for Continued { column, was, highest, now, unsent_below } in bounded("comparing sequences", self.timeout(), set).await? {
+            tracing::warn!(
+                column,
+                was,
+                highest,
+                now,
+                unsent_below,
+                "a sequence had begun anew and was set above what its table holds: events that were written meanwhile have numbers \
+                 below `was`, and may be published before older ones of their aggregates"
+            );
+        }
+        Ok(())
     }
 
     async fn connections(&self) -> Result<Connections, OutboxError> {

@@ -396,6 +396,22 @@ async fn recovery_and_leases_go_by_index() -> Result<()> {
     Ok(())
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn the_comparison_of_sequences_goes_by_index() -> Result<()> {
+    for case in CASES {
+        let (world, mut connection) = populated(case).await?;
+        let all = world.outbox.sequences(&mut connection).await?;
+        let highest: Vec<_> = all.iter().map(|facts| (facts.column.as_str(), facts.highest)).collect();
+        assert_eq!(highest, [("event_outbox.seq", 52_000), ("outbox_batch.batch_no", 1_001), ("outbox_audit.audit_id", 0)]);
+        assert!(all.iter().all(|facts| facts.next == Some(facts.highest + 1) && !facts.is_behind()), "{all:?}");
+        let events = plans(&mut connection, "SELECT max(seq)", "").await?;
+        assert_indexes(&events, TABLE, &[(PENDING, ""), (PUBLISHED, ""), (FAILED, ""), (KEY, "")]);
+        let batches = plans(&mut connection, "SELECT max(batch_no)", "").await?;
+        assert_indexes(&batches, "outbox_batch", &[("idx_outbox_batch_open", ""), ("idx_outbox_batch_settled", "")]);
+    }
+    Ok(())
+}
+
 /// What a daemon reads every few seconds.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_backlog_goes_by_index() -> Result<()> {

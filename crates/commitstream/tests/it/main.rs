@@ -39,6 +39,7 @@ mod relay_process;
 mod relay_timing;
 mod schema;
 mod sentinel;
+mod sequences;
 mod sharing;
 mod sql_acceptance;
 mod support;

@@ -20,7 +20,7 @@ pub use schema::{Difference, Recorded, Rights, SchemaFacts};
 pub use server::ServerFacts;
 pub use tables::{SizeFacts, TableFacts};
 
-use super::{OutboxError, OutboxRepository, Pause, RelayRow};
+use super::{OutboxError, OutboxRepository, Pause, RelayRow, SequenceFacts};
 use crate::doctor::Clock;
 
 /// Rows are counted up to this; one more means "more".
@@ -64,6 +64,7 @@ pub struct OutboxFacts {
     pub pause: Result<Option<Pause>, OutboxError>,
     /// Days without a partition; `None` when the table is not partitioned by day.
     pub missing_days: Result<Option<Vec<chrono::NaiveDate>>, OutboxError>,
+    pub sequences: Result<Vec<SequenceFacts>, OutboxError>,
 }
 
 impl OutboxRepository {
@@ -113,7 +114,13 @@ impl OutboxRepository {
             relays: self.relays(connection).await,
             pause: self.paused(connection).await,
             missing_days: self.missing_days(connection).await,
+            sequences: self.sequence_facts(connection).await,
         }
+    }
+
+    async fn sequence_facts(&self, connection: &mut PgConnection) -> Result<Vec<SequenceFacts>, OutboxError> {
+        let mut tx = self.looking("comparing sequences with their tables", connection).await?;
+        self.sequences(&mut tx).await
     }
 
     /// The server's clock against that of this machine.
