@@ -120,7 +120,7 @@ fn is_wrong_use(cause: &(dyn std::error::Error + 'static)) -> bool {
         || matches!(cause.downcast_ref(), Some(PublishError::Event(_) | PublishError::MissingUrl(_)))
         || matches!(cause.downcast_ref(), Some(RelayError::Config(_) | RelayError::OutboxDisabled | RelayError::MissingUrl(_)))
         || outbox_error(cause).is_some_and(|error| matches!(error, OutboxError::Url(_)) || refuses_value(error))
-        || matches!(streams_error(cause), Some(StreamsError::Url(_)))
+        || matches!(streams_error(cause), Some(StreamsError::Url(_) | StreamsError::Tls(_)))
 }
 
 fn outbox_error<'a>(cause: &'a (dyn std::error::Error + 'static)) -> Option<&'a OutboxError> {
@@ -186,13 +186,17 @@ fn hint(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
         (_, Some(StreamsError::Refused { source, .. })) if source.code() == Some("WRONGTYPE") => Some(
             "a key of that name is there and is no stream: `commitstream doctor` says how to move it, or set STREAM_PREFIX to a prefix of its own",
         ),
+        (_, Some(StreamsError::Unavailable { source, .. })) if source.to_string().contains("invalid peer certificate") => Some(
+            "give the CA that signed the server's certificate: REDIS_CA_FILE (app.redis.tls.caFile), and connect to a name that stands in it",
+        ),
         (_, Some(error)) if is_refused_by_redis(error) => Some("check the user and the password in REDIS_URL"),
         _ => None,
     }
 }
 
 /// URLs in messages of ours, whose password is the word "password".
-const EXAMPLES: [&str; 4] = [
+const EXAMPLES: [&str; 5] = [
+    "unix:///path/of/socket[?db=0&user=..&pass=..]",
     "postgres://user:password@host:5432/database",
     "redis://[user:password@]host:port[/db]",
     "redis-sentinel://[user:password@]host:port,host:port/[db]#master",

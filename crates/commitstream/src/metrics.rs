@@ -278,7 +278,7 @@ const POSTGRES_CLASSES: &[&str] = &["unreachable", "timeout", "refused", OTHER];
 /// Calls that fail are rare enough to be looked up each time.
 pub(crate) fn redis_failed(error: &StreamsError) {
     let class = match error {
-        StreamsError::Unavailable { .. } => "unreachable",
+        StreamsError::Unavailable { .. } | StreamsError::SentinelLogin { .. } => "unreachable",
         StreamsError::OutcomeUnknown { .. } => "unanswered",
         StreamsError::Refused { .. } | StreamsError::PartlyRefused { .. } => "refused",
         StreamsError::Lost { .. } => "lost",

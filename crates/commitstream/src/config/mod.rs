@@ -76,7 +76,7 @@ pub struct RedisSettings {
     pub stream_prefix: String,
     /// Limit of one attempt to connect. Default 2 s.
     pub connect_timeout: Duration,
-    /// Limit of one command's answer. Default 5 s.
+    /// Limit of one command's answer. Default 5 s. After half of it another connection is tried: where that answers, this one is dead.
     pub response_timeout: Duration,
     /// How many replicas must have a batch of the relay before its events are settled. With all replicas of the master, no failover
     /// loses what was settled, and the relay pauses while one is away; with fewer, one that has not confirmed may be

@@ -29,8 +29,8 @@ const PAGE: usize = 200;
 const SUSPICIOUS: u32 = 3;
 /// Aggregates whose entries are read again between two signs of life.
 const MOST_READ_AGAIN: usize = 50;
-/// Longest wait for a new entry, and between two looks for dead members.
-pub(super) const LONGEST_WAIT: Duration = Duration::from_secs(5);
+/// Longest wait for a new entry: so long, a connection that is dead is not noticed.
+pub(super) const LONGEST_WAIT: Duration = Duration::from_secs(2);
 const LONGEST_BEAT: Duration = Duration::from_secs(1);
 /// While others have too much queued up, their work is not added to.
 const CONGESTION: Duration = Duration::from_millis(20);

@@ -56,6 +56,8 @@ fn unreachable(settings: &Settings, why: &StreamsError) -> Finding {
     let has_several = url.contains("-sentinel://") || url.contains("-cluster://");
     let mend = match why {
         StreamsError::Url(_) => "export REDIS_URL=redis://user:password@host:6379/0",
+        StreamsError::Tls(_) => "check REDIS_CA_FILE, REDIS_CERT_FILE and REDIS_KEY_FILE (app.redis.tls)",
+        StreamsError::SentinelLogin { .. } => "check REDIS_SENTINEL_PASSWORD (app.redis.sentinelPassword)",
         StreamsError::Unavailable { source, .. }
             if source.kind() == ErrorKind::AuthenticationFailed || matches!(source.code(), Some("NOAUTH" | "WRONGPASS")) =>
         {

@@ -23,15 +23,16 @@ use tokio::sync::{Mutex, MutexGuard};
 use tokio::time::timeout;
 
 use super::StreamsError;
-use super::node::{Limits, Node, Way};
-use super::server::{Address, elsewhere, split};
+use super::node::{Node, Way};
+use super::open::{Access, timed_out};
+use super::server::{Address, elsewhere};
 
 /// So many nodes, at random, are asked at once for the way; the first answer counts.
 const ASKED: usize = 4;
 
 pub(super) struct Cluster {
     login: ConnectionInfo,
-    limits: Limits,
+    access: Access,
     /// Of the URL: they are asked even if the cluster does not name them.
     seeds: Vec<Address>,
     state: Mutex<State>,
@@ -56,8 +57,8 @@ struct Range {
 }
 
 impl Cluster {
-    pub fn new(login: &ConnectionInfo, seeds: &[Address], limits: Limits) -> Self {
-        Self { login: login.clone(), limits, seeds: seeds.to_vec(), state: Mutex::default() }
+    pub fn new(login: &ConnectionInfo, seeds: &[Address], access: Access) -> Self {
+        Self { login: login.clone(), access, seeds: seeds.to_vec(), state: Mutex::default() }
     }
 
     /// The master of the slot of `key`.
@@ -81,12 +82,11 @@ impl Cluster {
     }
 
     /// The node that a redirection names. Other slots may have moved, too.
-    pub async fn moved(&self, to: &str) -> Option<Arc<Node>> {
-        let address = split(to)?;
+    pub async fn moved(&self, address: Address) -> Arc<Node> {
         let mut state = self.state.lock().await;
         state.masters.clear();
         state.named = Some(address.clone());
-        Some(self.node(&mut state, &address))
+        self.node(&mut state, &address)
     }
 
     /// A node failed: another may have taken its place.
@@ -95,7 +95,8 @@ impl Cluster {
     }
 
     fn node(&self, state: &mut State, address: &Address) -> Arc<Node> {
-        let new = || Arc::new(Node::new(Way::Direct(Box::new(elsewhere(&self.login, &address.0, address.1))), self.limits));
+        let new =
+            || Arc::new(Node::new(Way::Direct(Box::new(elsewhere(&self.login, &address.0, address.1))), self.access.clone()));
         Arc::clone(state.nodes.entry(address.clone()).or_insert_with(new))
     }
 
@@ -107,10 +108,10 @@ impl Cluster {
             Ok(state)
         };
         let timed_out = || {
-            let source = RedisError::from((ErrorKind::Io, "timed out while asking for the nodes of the cluster"));
+            let source = timed_out("timed out while asking for the nodes of the cluster");
             StreamsError::Unavailable { server: self.login.addr().to_string(), doing, source }
         };
-        timeout(self.limits.connect, learn).await.unwrap_or_else(|_| Err(timed_out()))
+        timeout(self.access.connect, learn).await.unwrap_or_else(|_| Err(timed_out()))
     }
 
     /// Asks for the way if it is not known.

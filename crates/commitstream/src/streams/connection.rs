@@ -6,7 +6,8 @@ use redis::{Cmd, FromRedisValue, ScriptInvocation};
 
 use super::StreamsError;
 use super::cluster::Cluster;
-use super::node::{Limits, Node, Request, Way};
+use super::node::{Node, Request, Way};
+use super::open::Access;
 use super::replicas::Replicas;
 use super::server::Server;
 use crate::config::RedisSettings;
@@ -23,7 +24,7 @@ pub(super) const REDIRECTIONS: usize = 3;
 pub struct Streams {
     pub(super) prefix: Arc<str>,
     server: Arc<Server>,
-    limits: Limits,
+    access: Access,
     servers: Servers,
     /// What the append of a batch waits for.
     pub(super) replicas: Option<Arc<Replicas>>,
@@ -36,13 +37,13 @@ enum Servers {
 }
 
 impl Servers {
-    fn new(server: &Server, limits: Limits) -> Self {
+    fn new(server: &Server, access: Access) -> Self {
         let way = match server {
             Server::Single(info) => Way::Direct(Box::new(info.clone())),
             Server::Sentinel(sentinels) => Way::Sentinels(Arc::clone(sentinels)),
-            Server::Cluster { login, seeds } => return Self::Cluster(Arc::new(Cluster::new(login, seeds, limits))),
+            Server::Cluster { login, seeds } => return Self::Cluster(Arc::new(Cluster::new(login, seeds, access))),
         };
-        Self::One(Arc::new(Node::new(way, limits)))
+        Self::One(Arc::new(Node::new(way, access)))
     }
 }
 
@@ -58,11 +59,12 @@ impl Streams {
     /// # Errors
     /// The URL cannot be read.
     pub fn new(url: &str, settings: &RedisSettings) -> Result<Self, StreamsError> {
-        let server = Server::parse(url, settings)?;
-        let limits = Limits { connect: settings.connect_timeout, response: settings.response_timeout };
-        let servers = Servers::new(&server, limits);
+        let (server, tls) = Server::parse(url, settings)?;
+        let (connect, response) = (settings.connect_timeout, settings.response_timeout);
+        let access = Access { connect, response, block: Duration::ZERO, tls: Arc::new(tls) };
+        let servers = Servers::new(&server, access.clone());
         let prefix = settings.stream_prefix.as_str().into();
-        let mut streams = Self { prefix, server: Arc::new(server), limits, servers, replicas: None };
+        let mut streams = Self { prefix, server: Arc::new(server), access, servers, replicas: None };
         streams.replicas = Replicas::new(&streams, settings).map(Arc::new);
         Ok(streams)
     }
@@ -85,12 +87,12 @@ impl Streams {
         Ok(())
     }
 
-    /// A connection of its own to the same servers, for calls that block the connection they run on: for so long, its answers may
-    /// take longer.
+    /// A connection of its own to the same servers, for calls that block the connection they run on: for so long, its silence says
+    /// nothing. Keep it short: a connection that is dead is noticed only after it.
     #[must_use]
     pub(crate) fn dedicated(&self, longest_block: Duration) -> Self {
-        let limits = Limits { response: self.limits.response + longest_block, ..self.limits };
-        Self { limits, servers: Servers::new(&self.server, limits), ..self.clone() }
+        let access = self.access.blocking(longest_block);
+        Self { servers: Servers::new(&self.server, access.clone()), access, ..self.clone() }
     }
 
     /// True if a command can concern keys of one slot only, and so, mostly, of one stream.
@@ -130,18 +132,18 @@ impl Streams {
                 Ok(answer) => return Ok(answer),
                 Err(error) => match self.redirected(&error).await {
                     Some(other) => node = other,
-                    None => return Err(error),
+                    None => return Err(error.about(key)),
                 },
             }
         }
-        node.send(doing, request).await
+        node.send(doing, request).await.map_err(|error| error.about(key))
     }
 
     /// The node to ask instead, for what was redirected. After any other outage, the way is learnt anew before the next call.
     pub(super) async fn redirected(&self, error: &StreamsError) -> Option<Arc<Node>> {
         let Servers::Cluster(cluster) = &self.servers else { return None };
         if let Some(address) = error.moved_to() {
-            return cluster.moved(address).await;
+            return Some(cluster.moved(address).await);
         }
         if error.is_outage() {
             cluster.forget().await;

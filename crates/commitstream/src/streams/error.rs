@@ -3,6 +3,11 @@ use std::time::Duration;
 use redis::{ErrorKind, RedisError, ServerErrorKind};
 use thiserror::Error;
 
+use super::server::{Address, split};
+
+/// A command for one type of values met another.
+const WRONG_TYPE: &str = "WRONGTYPE";
+
 /// Why something on Redis did not happen.
 #[derive(Debug, Error)]
 #[non_exhaustive]
@@ -11,6 +16,18 @@ pub enum StreamsError {
     #[error("Redis at {server} is unavailable while {doing}: check that it runs, lets this user in, and has memory (REDIS_URL)")]
     Unavailable {
         server: String,
+        doing: &'static str,
+        #[source]
+        source: RedisError,
+    },
+
+    /// A sentinel does not say where the master is. Nothing was written.
+    #[error(
+        "the sentinel at {sentinel} refuses the login while {doing}: set REDIS_SENTINEL_PASSWORD (app.redis.sentinelPassword) to the \
+         password of the sentinels, or leave it out where they have none"
+    )]
+    SentinelLogin {
+        sentinel: String,
         doing: &'static str,
         #[source]
         source: RedisError,
@@ -26,9 +43,11 @@ pub enum StreamsError {
     },
 
     /// Redis answered, and will answer the same again: the event, the key or the permission is at fault.
-    #[error("Redis refused while {doing}: {source}")]
+    #[error("Redis refused while {doing}{}: {source}", key.as_ref().map_or_else(String::new, |key| format!(" (the key {key})")))]
     Refused {
         doing: &'static str,
+        /// What is there is at fault (WRONGTYPE).
+        key: Option<String>,
         #[source]
         source: RedisError,
     },
@@ -71,9 +90,12 @@ pub enum StreamsError {
     #[error(
         "the Redis URL is not usable: write redis://[user:password@]host:port[/db], \
          redis-sentinel://[user:password@]host:port,host:port/[db]#master, \
-         redis-cluster://[user:password@]host:port,host:port, or the same with rediss"
+         redis-cluster://[user:password@]host:port,host:port, the same with rediss, or unix:///path/of/socket[?db=0&user=..&pass=..]"
     )]
     Url(#[source] RedisError),
+
+    #[error("the certificates for Redis cannot be used: check app.redis.tls (REDIS_CA_FILE, REDIS_CERT_FILE, REDIS_KEY_FILE)")]
+    Tls(#[source] RedisError),
 }
 
 impl StreamsError {
@@ -81,7 +103,7 @@ impl StreamsError {
     pub(super) fn new(server: &str, doing: &'static str, source: RedisError) -> Self {
         let server = server.to_owned();
         match kind_of(&source) {
-            Kind::Refused => Self::Refused { doing, source },
+            Kind::Refused => Self::Refused { doing, key: None, source },
             Kind::Unable => Self::Unavailable { server, doing, source },
             Kind::Lost => Self::OutcomeUnknown { server, doing, source },
         }
@@ -90,7 +112,9 @@ impl StreamsError {
     /// "Nothing was written" is not true of a call of several steps whose first ones were confirmed.
     pub(super) fn after_some_were_written(self) -> Self {
         match self {
-            Self::Unavailable { server, doing, source } => Self::OutcomeUnknown { server, doing, source },
+            Self::Unavailable { server, doing, source } | Self::SentinelLogin { sentinel: server, doing, source } => {
+                Self::OutcomeUnknown { server, doing, source }
+            }
             other => other,
         }
     }
@@ -98,17 +122,34 @@ impl StreamsError {
     /// An error of a step before the command itself, which was not sent then.
     pub(super) fn before_it_was_sent(self, server: &str) -> Self {
         match self {
-            Self::Refused { doing, source } => Self::Unavailable { server: server.to_owned(), doing, source },
+            Self::Refused { doing, source, .. } => Self::Unavailable { server: server.to_owned(), doing, source },
             Self::OutcomeUnknown { server, doing, source } => Self::Unavailable { server, doing, source },
             other => other,
         }
     }
 
-    /// The address of the node that the cluster has moved the slot to.
-    pub(super) fn moved_to(&self) -> Option<&str> {
-        let Self::Unavailable { source, .. } = self else { return None };
-        let is_moved = source.kind() == ErrorKind::Server(ServerErrorKind::Moved);
-        source.redirect_node().filter(|_| is_moved).map(|(address, _)| address)
+    /// Names the key, where Redis does not.
+    pub(super) fn about(self, key: &str) -> Self {
+        match self {
+            Self::Refused { doing, source, .. } if source.code() == Some(WRONG_TYPE) => {
+                Self::Refused { doing, key: Some(key.to_owned()), source }
+            }
+            other => other,
+        }
+    }
+
+    /// The node that the cluster has moved the slot to. Without a host, it is that of the node that said so.
+    /// <https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/#moved-redirection>
+    pub(super) fn moved_to(&self) -> Option<Address> {
+        let Self::Unavailable { server, source, .. } = self else { return None };
+        if source.kind() != ErrorKind::Server(ServerErrorKind::Moved) {
+            return None;
+        }
+        let (host, port) = split(source.redirect_node()?.0)?;
+        match host.as_str() {
+            "" | "?" => Some((split(server)?.0, port)),
+            _ => Some((host, port)),
+        }
     }
 
     /// True when Redis is at its `maxmemory`: it writes again when there is room, and goes on acknowledging meanwhile.
@@ -121,7 +162,11 @@ impl StreamsError {
     pub fn is_outage(&self) -> bool {
         matches!(
             self,
-            Self::Unavailable { .. } | Self::OutcomeUnknown { .. } | Self::StrangeMarker { .. } | Self::NotReplicated { .. }
+            Self::Unavailable { .. }
+                | Self::SentinelLogin { .. }
+                | Self::OutcomeUnknown { .. }
+                | Self::StrangeMarker { .. }
+                | Self::NotReplicated { .. }
         )
     }
 }
@@ -186,5 +231,39 @@ pub(super) fn is_unable_code(code: &str) -> bool {
 
 /// True for codes that will refuse every event of the stream alike.
 pub(super) fn concerns_whole_stream(code: &str) -> bool {
-    matches!(code, "WRONGTYPE" | "NOPERM")
+    matches!(code, WRONG_TYPE | "NOPERM")
+}
+
+#[cfg(test)]
+mod tests {
+    use redis::{RedisResult, Value, from_redis_value};
+
+    use super::*;
+
+    /// What the redis crate makes of the server's words.
+    fn said(words: &str) -> StreamsError {
+        let value = redis::parse_redis_value(format!("-{words}\r\n").as_bytes()).expect("an answer");
+        let read: RedisResult<Value> = value.extract_error().and_then(|value| Ok(from_redis_value(value)?));
+        StreamsError::new("10.0.0.7:6379", "testing", read.expect_err("an error"))
+    }
+
+    #[test]
+    fn a_redirection_without_a_host_leads_to_that_of_the_node_that_was_asked() {
+        let to = |host: &str, port| Some((host.to_owned(), port));
+        assert_eq!(said("MOVED 3999 10.0.0.8:6381").moved_to(), to("10.0.0.8", 6_381));
+        assert_eq!(said("MOVED 3999 :6381").moved_to(), to("10.0.0.7", 6_381));
+        assert_eq!(said("MOVED 3999 ?:6381").moved_to(), to("10.0.0.7", 6_381));
+        assert_eq!(said("MOVED 3999 fd00::2:6381").moved_to(), to("fd00::2", 6_381));
+        assert_eq!(said("ASK 3999 10.0.0.8:6381").moved_to(), None);
+        assert_eq!(said("LOADING a moment").moved_to(), None);
+    }
+
+    #[test]
+    fn a_key_of_another_type_is_named() {
+        let error = said("WRONGTYPE Operation against a key holding the wrong kind of value").about("events:user");
+        assert!(error.to_string().contains("events:user"), "{error}");
+        assert!(!error.is_outage());
+        let other = said("NOPERM no permission").about("events:user");
+        assert!(matches!(other, StreamsError::Refused { key: None, .. }), "{other:?}");
+    }
 }

@@ -141,7 +141,7 @@ impl Streams {
         if node.is_direct() && !of_cluster {
             return None;
         }
-        let info = node.place().await.ok()?;
+        let info = node.place().await?;
         let (host, port) = split(&info.addr().to_string())?;
         let login = info.redis_settings();
         Some(Place {

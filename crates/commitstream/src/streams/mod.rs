@@ -12,6 +12,7 @@ mod groups;
 mod locate;
 mod members;
 mod node;
+mod open;
 mod presence;
 mod publish;
 mod read;

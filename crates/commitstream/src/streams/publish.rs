@@ -105,13 +105,14 @@ impl Streams {
                 };
                 for (at, reply) in at.iter().zip(replies) {
                     let Value::ServerError(error) = reply else { continue };
-                    let error = node.typed(DOING, error.into());
+                    let stream = self.stream_of(&chunk[*at].aggregate_type);
+                    let error = node.typed(DOING, error.into()).about(&stream);
                     if round < REDIRECTIONS && self.redirected(&error).await.is_some() {
                         left.push(*at);
                     } else {
                         if error.is_outage() {
                             // A former master goes on saying READONLY.
-                            node.close().await;
+                            node.close();
                         }
                         sent.refused.push((*at, error));
                     }

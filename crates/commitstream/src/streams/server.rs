@@ -6,6 +6,7 @@ use std::sync::Arc;
 use redis::{ConnectionAddr, ConnectionInfo, ErrorKind, IntoConnectionInfo, RedisError, RedisResult};
 
 use super::StreamsError;
+use super::open::TlsFiles;
 use super::sentinel::Sentinels;
 use crate::config::RedisSettings;
 
@@ -40,14 +41,14 @@ impl fmt::Display for Server {
 const SENTINEL_PORT: u16 = 26_379;
 
 impl Server {
-    pub fn parse(url: &str, settings: &RedisSettings) -> Result<Self, StreamsError> {
+    pub fn parse(url: &str, settings: &RedisSettings) -> Result<(Self, TlsFiles), StreamsError> {
         let (scheme, rest) = url.split_once("://").unwrap_or_default();
         let parsed = match scheme.split_once('-') {
             Some((plain @ ("redis" | "rediss"), "sentinel")) => sentinel(plain, rest, settings.sentinel_password.as_deref()),
             Some((plain @ ("redis" | "rediss"), "cluster")) => cluster(plain, rest),
             _ => url.into_connection_info().map(Self::Single),
         };
-        parsed.map_err(StreamsError::Url)
+        Ok((parsed.map_err(StreamsError::Url)?, TlsFiles::default()))
     }
 }
 
@@ -141,7 +142,7 @@ mod tests {
 
     fn parse(url: &str) -> Result<Server, String> {
         let settings = RedisSettings { sentinel_password: Some("sesame".to_owned()), ..RedisSettings::default() };
-        Server::parse(url, &settings).map_err(|error| {
+        Server::parse(url, &settings).map(|(server, _)| server).map_err(|error| {
             let StreamsError::Url(source) = &error else { return error.to_string() };
             format!("{error}: {source}")
         })

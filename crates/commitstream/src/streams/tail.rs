@@ -10,8 +10,11 @@ use tokio::time::{Instant, timeout_at};
 use super::read::Entry;
 use super::{Streams, StreamsError};
 
-/// Longest wait of one blocking read.
-const LONGEST_BLOCK: Duration = Duration::from_secs(5);
+/// Longest wait of a call.
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
+
+/// Longest wait of one blocking read: so long, a connection that is dead is not noticed.
+const LONGEST_BLOCK: Duration = Duration::from_secs(2);
 
 impl Streams {
     /// Follows streams on connections of its own: one, or in a cluster, one for each stream. `positions` maps each stream to
@@ -64,7 +67,7 @@ impl StreamTail {
     /// # Errors
     /// Redis is not reachable or refuses.
     pub async fn next(&mut self, count: usize, patience: Duration) -> Result<Vec<Entry>, StreamsError> {
-        let deadline = Instant::now() + patience.min(LONGEST_BLOCK);
+        let deadline = Instant::now() + patience.min(LONGEST_WAIT);
         if self.groups.is_empty() {
             tokio::time::sleep_until(deadline).await;
         }
@@ -90,7 +93,7 @@ impl StreamTail {
     }
 
     fn start_reads(&mut self, count: usize, deadline: Instant) {
-        let block = deadline.saturating_duration_since(Instant::now()).as_millis();
+        let block = deadline.saturating_duration_since(Instant::now()).min(LONGEST_BLOCK).as_millis();
         for (at, group) in self.groups.iter_mut().enumerate().filter(|(_, group)| !group.is_being_read) {
             group.is_being_read = true;
             let mut command = redis::cmd("XREAD");

@@ -41,6 +41,7 @@ mod schema;
 mod sentinel;
 mod sequences;
 mod sharing;
+mod silent_redis;
 mod sql_acceptance;
 mod support;
 mod trim;

@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use commitstream::config::RedisSettings;
 use commitstream::relay::RelayState;
+use commitstream::streams::Streams;
 use commitstream_sandbox::{Redis, RedisSentinel, Sandbox};
 
 use crate::events::envelope;
@@ -88,5 +90,49 @@ async fn a_master_that_no_sentinel_knows_is_an_outage_that_says_so() -> Result<(
     let error = world.streams.ping().await.expect_err("nobody knows it");
     let said = format!("{:#}", anyhow::Error::from(error));
     assert!(said.contains("other (sentinels 127.0.0.1:") && said.contains("know no master of this name"), "{said}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_password_of_a_sentinel_blames_that_setting() -> Result<()> {
+    let redis = RedisSentinel::start(0)?;
+    let url = redis.url();
+    let (_, hosts) = url.rsplit_once('@').context("a login")?;
+    let hosts = hosts.split('/').next().unwrap_or_default();
+    for host in hosts.split(',') {
+        let mut connection = redis::Client::open(format!("redis://{host}"))?.get_multiplexed_async_connection().await?;
+        let mut acl = redis::cmd("ACL");
+        acl.arg("SETUSER").arg("default").arg("resetpass").arg(">sesame").exec_async(&mut connection).await?;
+    }
+    let with = |password: Option<&str>| {
+        let settings = RedisSettings { sentinel_password: password.map(str::to_owned), ..RedisSettings::default() };
+        Streams::new(&url, &settings)
+    };
+    for password in [None, Some("wrong")] {
+        let error = with(password)?.ping().await.unwrap_err();
+        let text = error.to_string();
+        ensure!(error.is_outage() && text.contains("REDIS_SENTINEL_PASSWORD"), "{error:?}");
+        ensure!(hosts.split(',').any(|host| text.contains(host)) && !text.contains("REDIS_URL"), "{text}");
+    }
+    Ok(with(Some("sesame"))?.ping().await?)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_master_that_cannot_be_reached_is_named_with_its_address() -> Result<()> {
+    let redis = RedisSentinel::start(0)?;
+    let streams = Streams::new(&redis.url(), &RedisSettings::default())?;
+    streams.ping().await?;
+    let master = &redis.servers()[0];
+    let (_, address) = master.url().rsplit_once('@').map(|(login, at)| (login.to_owned(), at.to_owned())).context("a login")?;
+    // One that does not answer, and one that is not there.
+    for silence in [Redis::pause, Redis::kill] {
+        silence(master)?;
+        streams.ping().await.unwrap_err();
+        let error = streams.ping().await.unwrap_err();
+        ensure!(
+            error.is_outage() && error.to_string().contains(&format!("Redis at {address}, the address of mymaster")),
+            "{error}"
+        );
+    }
     Ok(())
 }
