@@ -51,7 +51,7 @@ pub struct Finding {
 }
 
 /// Every check, in the order in which they are carried out.
-pub const CHECKS: [&str; 40] = [
+pub const CHECKS: [&str; 41] = [
     "postgres-reachable",
     "postgres-pooler",
     "postgres-version",
@@ -68,6 +68,7 @@ pub const CHECKS: [&str; 40] = [
     "indexes",
     "leases",
     "sequences",
+    "two-phase",
     "bloat",
     "partitions-ahead",
     "relays",

@@ -47,6 +47,11 @@ pub(super) fn judge(report: &mut Report, settings: &Settings, facts: Option<&Res
     if let Some(outbox) = &facts.outbox {
         schema::judge(report, settings, is_of_this_build(&facts.recorded), outbox);
         outbox::judge(report, settings, outbox);
+        match (&facts.server, &outbox.is_two_phase) {
+            (Ok(server), Ok(is_two_phase)) => report.check("two-phase", two_phase(server, *is_two_phase)),
+            (_, Err(error)) => report.unknown("two-phase", error),
+            (Err(_), Ok(_)) => {}
+        }
     }
 }
 
@@ -212,6 +217,25 @@ fn autovacuum(report: &mut Report, settings: &Settings, facts: &DirectFacts) {
         found.push(warning(format!("autovacuum is off for the table {}", table.name), why, mend));
     }
     report.check("autovacuum", found);
+}
+
+fn two_phase(server: &ServerFacts, is_two_phase: bool) -> Option<Finding> {
+    match (server.max_prepared > 0, is_two_phase) {
+        (true, false) => Some(note(
+            format!(
+                "transactions may be prepared here (max_prepared_transactions = {}), and the insert trigger notifies",
+                server.max_prepared
+            ),
+            "PREPARE TRANSACTION (XA, JTA) fails after an event was written while a relay sleeps, and works while it is busy",
+            "for producers that commit in two phases: commitstream migrate --two-phase",
+        )),
+        (false, true) => Some(note(
+            "the table is one for two-phase commit, and no transaction can be prepared here (max_prepared_transactions = 0)",
+            "events wait for the next look of the relay (pollInterval) for nothing",
+            "commitstream migrate --one-phase",
+        )),
+        _ => None,
+    }
 }
 
 const END_QUERIES: &str = "end the old queries: SELECT pid, xact_start, query FROM pg_stat_activity ORDER BY xact_start";

@@ -20,6 +20,7 @@ fn server() -> ServerFacts {
         track_counts: true,
         connections: 10,
         max_connections: 97,
+        max_prepared: 0,
         frozen_age: 1_000,
         sees_sessions: true,
         user: "app".into(),

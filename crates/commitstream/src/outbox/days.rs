@@ -10,6 +10,7 @@ use chrono::{DateTime, Days, NaiveDate, NaiveTime, Utc};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, Postgres, Row, Transaction};
 use uuid::Uuid;
 
+use super::attempts::{ATTEMPT, Attempts, MigrationProgress};
 use super::{OutboxError, OutboxRepository};
 
 /// Conversion of a table that is not partitioned.
@@ -30,8 +31,8 @@ const BETWEEN_TRIES: Duration = Duration::from_secs(1);
 /// Of each change: producers wait no longer for one lock that is not granted, nor for one statement under it.
 const LIMITS: &str = "SET LOCAL lock_timeout = '200ms'; SET LOCAL statement_timeout = '5s'";
 
-/// Of the conversion, which somebody waits for.
-const CONVERSION_LIMITS: &str = "SET LOCAL lock_timeout = '5s'";
+/// Of all attempts at the conversion, which somebody waits for.
+const CONVERSION_LIMIT: Duration = Duration::from_secs(5);
 
 /// A partition that has had its time.
 #[derive(Debug, Clone)]
@@ -124,15 +125,39 @@ impl OutboxRepository {
     /// UUIDv7 of today or before, or `None` when there was nothing to do.
     ///
     /// # Errors
-    /// Views, foreign keys or the like depend on the table, or a transaction has had it locked for 5 seconds; nothing is changed.
+    /// Views, foreign keys or the like depend on the table, or transactions have had it locked for 5 seconds; nothing is changed.
     pub async fn partition_by_day(&self, connection: &mut PgConnection) -> Result<Option<u64>, OutboxError> {
+        self.partition_by_day_within(connection, CONVERSION_LIMIT, &mut |_| ()).await
+    }
+
+    /// The same, with another limit on the time until the table can be locked. It is tried for a moment now and then, so that producers
+    /// do not wait behind long transactions.
+    ///
+    /// # Errors
+    /// The same.
+    pub async fn partition_by_day_within(
+        &self,
+        connection: &mut PgConnection,
+        limit: Duration,
+        report: &mut (dyn FnMut(MigrationProgress) + Send),
+    ) -> Result<Option<u64>, OutboxError> {
+        let attempts = Attempts::within(limit);
+        loop {
+            match self.try_to_partition(connection).await {
+                Err(error) => attempts.again(self, connection, error, report).await?,
+                done => return done,
+            }
+        }
+    }
+
+    async fn try_to_partition(&self, connection: &mut PgConnection) -> Result<Option<u64>, OutboxError> {
         let doing = "partitioning event_outbox";
         let mut tx = connection.begin().await.map_err(self.error(doing))?;
         self.take_turns(&mut tx).await?;
         if self.is_partitioned(&mut tx).await? {
             return Ok(None);
         }
-        tx.execute(CONVERSION_LIMITS).await.map_err(self.error(doing))?;
+        tx.execute(ATTEMPT).await.map_err(self.error(doing))?;
         tx.execute(self.sql("SET LOCAL search_path TO {s}")).await.map_err(self.error(doing))?;
         tx.execute(PARTITION).await.map_err(self.busy(doing))?;
         let copied: i64 =
@@ -304,16 +329,6 @@ impl OutboxRepository {
 
     fn table(&self, name: &str) -> String {
         format!("{}.{name}", self.quoted)
-    }
-
-    /// As [`OutboxRepository::error`], where a limit of the session may have run out.
-    fn busy(&self, doing: &'static str) -> impl FnOnce(sqlx::Error) -> OutboxError {
-        let otherwise = self.error(doing);
-        move |source| match source.as_database_error().and_then(|error| error.code()).as_deref() {
-            // lock_not_available, query_canceled
-            Some("55P03" | "57014") => OutboxError::Busy { doing, source },
-            _ => otherwise(source),
-        }
     }
 }
 

@@ -42,6 +42,11 @@ pub enum OutboxError {
         source: sqlx::Error,
     },
 
+    #[error(
+        "the outbox tables are up to date, but not all of their indexes: run `commitstream migrate` again, and start relays after it"
+    )]
+    IndexesMissing(#[source] Box<OutboxError>),
+
     #[error("event_outbox was replaced by a partitioned table: what listened on the old one starts anew")]
     Replaced,
 

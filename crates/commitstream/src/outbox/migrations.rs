@@ -1,9 +1,16 @@
-use sqlx::{Connection, Executor, PgConnection};
+use std::time::Duration;
 
+use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
+
+use super::attempts::{ATTEMPT, Attempts, MigrationProgress};
+use super::indexes::without_indexes;
 use super::{OutboxError, OutboxRepository};
 
 /// The version that this build works with.
 pub const LATEST_VERSION: i32 = 9;
+
+/// Longest that locks are waited for, unless something else is said.
+const WAIT: Duration = Duration::from_secs(600);
 
 /// Migration files, oldest first. Each records its own version in `outbox_migration`, whoever applies it.
 const MIGRATIONS: [(i32, &str); 7] = [
@@ -26,12 +33,44 @@ pub struct Migrated {
 }
 
 impl OutboxRepository {
-    /// Creates or updates the outbox tables, in one transaction. May be run any number of times and by several processes at
-    /// once: an advisory lock makes them take turns, and versions that are there are not touched.
+    /// Creates or updates the outbox tables. May be run any number of times and by several processes at once: an advisory lock makes
+    /// them take turns, and versions that are there are not touched. It waits up to ten minutes for tables that are in use.
     ///
     /// # Errors
     /// [`OutboxError::ForeignTable`] when an `event_outbox` of another making is in the way; nothing is changed then.
     pub async fn migrate(&self, connection: &mut PgConnection) -> Result<Migrated, OutboxError> {
+        let mut log = |progress| tracing::info!(?progress, "migrating the outbox tables");
+        self.migrate_within(connection, WAIT, &mut log).await
+    }
+
+    /// The same, with a limit on the time for which locks are waited for. Each attempt waits for a moment, so that producers do not queue up
+    /// behind it while somebody else reads the table for long. All changes are one transaction; then indexes are built on a table
+    /// that was there before, while everybody goes on.
+    ///
+    /// # Errors
+    /// The same; [`OutboxError::Busy`] when the tables could not be locked in time; [`OutboxError::IndexesMissing`] when only indexes are
+    /// left to be built, which the next call does.
+    pub async fn migrate_within(
+        &self,
+        connection: &mut PgConnection,
+        limit: Duration,
+        report: &mut (dyn FnMut(MigrationProgress) + Send),
+    ) -> Result<Migrated, OutboxError> {
+        let attempts = Attempts::within(limit);
+        let migrated = loop {
+            match self.try_to_migrate(connection).await {
+                Err(error) => attempts.again(self, connection, error, report).await?,
+                Ok(migrated) => break migrated,
+            }
+        };
+        if migrated.from.is_some_and(|from| from <= LATEST_VERSION) {
+            let made = self.make_indexes(connection, &attempts, report).await;
+            made.map_err(|error| OutboxError::IndexesMissing(Box::new(error)))?;
+        }
+        Ok(migrated)
+    }
+
+    async fn try_to_migrate(&self, connection: &mut PgConnection) -> Result<Migrated, OutboxError> {
         let mut tx = connection.begin().await.map_err(self.error("starting the migration"))?;
         self.take_turns(&mut tx).await?;
         let from = self.version(&mut tx).await?;
@@ -41,10 +80,14 @@ impl OutboxRepository {
         if !self.schema_exists(&mut tx).await? {
             tx.execute(self.sql("CREATE SCHEMA {s}")).await.map_err(self.error("creating the schema"))?;
         }
+        // Indexes on a table with rows are built afterwards; a partitioned one takes none concurrently.
+        let in_place = from.is_none() || self.is_partitioned(&mut tx).await?;
         // pg_catalog is searched first in any case. LOCAL: the caller's session keeps its own path.
         tx.execute(self.sql("SET LOCAL search_path TO {s}")).await.map_err(self.error("choosing the schema"))?;
+        tx.execute(ATTEMPT).await.map_err(self.error("limiting the wait for locks"))?;
         for (_, sql) in MIGRATIONS.iter().filter(|(version, _)| from.is_none_or(|from| *version > from)) {
-            tx.execute(*sql).await.map_err(self.error("applying the migration"))?;
+            let sql = if in_place { (*sql).to_owned() } else { without_indexes(sql) };
+            tx.execute(AssertSqlSafe(sql)).await.map_err(self.busy("applying the migration"))?;
         }
         tx.commit().await.map_err(self.error("committing the migration"))?;
         Ok(Migrated { from, to: LATEST_VERSION })

@@ -4,6 +4,7 @@
 //! transaction and the relay decides which session does what.
 
 mod admin;
+mod attempts;
 mod audit;
 mod backlog;
 mod blocked;
@@ -16,6 +17,7 @@ pub mod examine;
 mod failures;
 mod glance;
 mod inbox;
+mod indexes;
 mod insert;
 mod journal;
 mod lease;
@@ -27,9 +29,11 @@ mod search;
 mod sequences;
 mod settle;
 mod stats;
+mod two_phase;
 mod wake;
 
 pub use admin::{FailedEvent, Selection};
+pub use attempts::MigrationProgress;
 pub use audit::{Finding, Findings};
 pub use backlog::Backlog;
 pub use blocked::BlockedAggregate;

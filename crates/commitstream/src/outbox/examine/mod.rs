@@ -16,6 +16,7 @@ use sqlx::{Connection, Executor, PgConnection, Postgres, Transaction};
 
 pub use backlog::{Backlog, FailedFacts, History, OpenFacts};
 pub use horizon::{Holder, HolderKind};
+pub(super) use schema::expected_indexes;
 pub use schema::{Difference, Recorded, Rights, SchemaFacts};
 pub use server::ServerFacts;
 pub use tables::{SizeFacts, TableFacts};
@@ -65,6 +66,8 @@ pub struct OutboxFacts {
     /// Days without a partition; `None` when the table is not partitioned by day.
     pub missing_days: Result<Option<Vec<chrono::NaiveDate>>, OutboxError>,
     pub sequences: Result<Vec<SequenceFacts>, OutboxError>,
+    /// The insert trigger leaves out what PostgreSQL does not prepare.
+    pub is_two_phase: Result<bool, OutboxError>,
 }
 
 impl OutboxRepository {
@@ -115,6 +118,7 @@ impl OutboxRepository {
             pause: self.paused(connection).await,
             missing_days: self.missing_days(connection).await,
             sequences: self.sequence_facts(connection).await,
+            is_two_phase: self.is_two_phase(connection).await,
         }
     }
 

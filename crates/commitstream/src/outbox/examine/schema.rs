@@ -133,7 +133,7 @@ impl OutboxRepository {
         Ok(Rights { user, denied: names(relay), denied_to_operators: names(operators) })
     }
 
-    pub(super) async fn schema_facts(&self, connection: &mut PgConnection) -> Result<SchemaFacts, OutboxError> {
+    pub(in crate::outbox) async fn schema_facts(&self, connection: &mut PgConnection) -> Result<SchemaFacts, OutboxError> {
         let doing = "comparing the outbox tables with the migrations";
         let mut tx = self.looking(doing, connection).await?;
         let found = sqlx::query_as(DEFINITION).bind(&self.schema).fetch_all(&mut *tx).await.map_err(self.error(doing))?;
@@ -162,6 +162,11 @@ impl OutboxRepository {
         lines.sort();
         Ok(lines.concat())
     }
+}
+
+/// Name and definition of each index that the migrations make beside those of keys.
+pub(in crate::outbox) fn expected_indexes() -> impl Iterator<Item = (&'static str, &'static str)> {
+    EXPECTED.lines().filter_map(|line| line.strip_prefix("index\t")?.split_once('\t'))
 }
 
 /// What somebody added is no difference.

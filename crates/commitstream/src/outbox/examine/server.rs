@@ -21,6 +21,8 @@ pub struct ServerFacts {
     /// Sessions that there are, and may be of ordinary users.
     pub connections: i64,
     pub max_connections: i64,
+    /// Transactions that may be prepared at a time; 0 where two-phase commit is off.
+    pub max_prepared: i32,
     /// Transactions since the oldest one that the database must remember; writes end near 2,100,000,000.
     pub frozen_age: i32,
     /// This user sees what sessions of others do.
@@ -42,6 +44,7 @@ impl OutboxRepository {
                     (SELECT sum(numbackends) FROM pg_stat_database)::bigint AS connections,
                     current_setting('max_connections')::bigint
                         - current_setting('superuser_reserved_connections')::bigint AS max_connections,
+                    current_setting('max_prepared_transactions')::int AS max_prepared,
                     (SELECT age(datfrozenxid) FROM pg_database WHERE datname = current_database()) AS frozen_age,
                     pg_has_role('pg_read_all_stats', 'USAGE') AS sees_sessions, current_user::text AS user,
                     current_database()::text AS database,
@@ -65,6 +68,7 @@ impl OutboxRepository {
                 track_counts: row.try_get("track_counts")?,
                 connections: row.try_get("connections")?,
                 max_connections: row.try_get("max_connections")?,
+                max_prepared: row.try_get("max_prepared")?,
                 frozen_age: row.try_get("frozen_age")?,
                 sees_sessions: row.try_get("sees_sessions")?,
                 user: row.try_get("user")?,
