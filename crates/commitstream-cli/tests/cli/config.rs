@@ -72,6 +72,7 @@ fn settings_in_force_as_people_read_them() -> Result<()> {
     app.consumer.concurrency                16                                      default
     app.consumer.maxInFlightBytes           16MiB                                   default
     app.consumer.maxDeliveries              5                                       default
+    app.consumer.maxDeadLettersInRow        20                                      default
     app.consumer.retryBaseDelay             1s                                      default
     app.consumer.retryMaxDelay              5m                                      default
     app.consumer.claimIdle                  10s                                     default

@@ -87,6 +87,7 @@ pub(super) static KEYS: &[Key] = &[
     key("app.consumer.concurrency", Kind::Count(field!(consumer.concurrency), 1..=1_024)),
     key("app.consumer.maxInFlightBytes", Kind::Size(field!(consumer.max_in_flight_bytes), 1 << 20..=1 << 30)),
     key("app.consumer.maxDeliveries", Kind::Count(field!(consumer.max_deliveries), 1..=100)),
+    key("app.consumer.maxDeadLettersInRow", Kind::Count(field!(consumer.max_dead_letters_in_row), 0..=1_000_000)),
     key("app.consumer.retryBaseDelay", Kind::Time(field!(consumer.retry_base_delay), MILLISECOND..=DAY))
         .not_above("app.consumer.retryMaxDelay"),
     key("app.consumer.retryMaxDelay", Kind::Time(field!(consumer.retry_max_delay), MILLISECOND..=YEAR)),

@@ -163,6 +163,9 @@ pub struct ConsumerSettings {
     pub max_in_flight_bytes: usize,
     /// Failed deliveries after which an event is a dead letter. Default 5; 1 to 100.
     pub max_deliveries: u32,
+    /// Dead letters of a stream in a row, in this process and for one reason, after which each further one waits: from
+    /// `retry_base_delay`, doubling, up to `retry_max_delay`. Default 20; 0 is no limit.
+    pub max_dead_letters_in_row: u32,
     /// Wait before the second delivery; doubles each time. Default 1 s.
     pub retry_base_delay: Duration,
     /// Longest wait before a delivery. Default 5 min.
@@ -344,6 +347,7 @@ impl Default for ConsumerSettings {
             concurrency: 16,
             max_in_flight_bytes: 16 << 20,
             max_deliveries: 5,
+            max_dead_letters_in_row: 20,
             retry_base_delay: Duration::from_secs(1),
             retry_max_delay: Duration::from_secs(5 * 60),
             claim_idle: Duration::from_secs(10),

@@ -13,6 +13,7 @@ use sqlx::PgConnection;
 
 use super::Delivery;
 use crate::event::{DecodeEvent, EventEnvelope};
+use crate::outbox::OutboxError;
 
 /// Handles one event at a time; events of one aggregate in order and never two at once.
 ///
@@ -71,7 +72,8 @@ impl<E: Send + 'static, H: Handler<E>> Handler<E> for Arc<H> {
 #[derive(Debug)]
 pub enum HandlerError {
     /// Counts as a failed delivery: tried again with backoff, and after `maxDeliveries` a dead letter. Where the error or a cause of it is
-    /// that PostgreSQL or Redis is away, or a connection refused or lost, no delivery is counted, and it is tried again every second.
+    /// that PostgreSQL or Redis is away, a connection refused or lost, or a table missing, no delivery is counted, and it is tried again
+    /// every second.
     Failed(Box<dyn Error + Send + Sync>),
     /// Nothing is wrong with the event, something that it needs is away: tried again after so long, as often as it takes, and never
     /// a dead letter.
@@ -112,6 +114,11 @@ pub(super) trait AnyHandler: Send + Sync {
     /// Takes more than one event in a call.
     fn takes_batches(&self) -> bool {
         false
+    }
+
+    /// Whether the tables are there that it needs, for handlers that need some of ours.
+    fn find_tables(&self) -> BoxFuture<'_, Result<(), OutboxError>> {
+        std::future::ready(Ok(())).boxed()
     }
 
     /// `deliveries` is one, unless the handler takes batches.

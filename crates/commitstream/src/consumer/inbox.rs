@@ -7,6 +7,7 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use sqlx::PgPool;
+use thiserror::Error;
 
 use super::handler::{AnyHandler, decode};
 use super::{Delivery, HandlerError, TransactionalHandler};
@@ -16,8 +17,6 @@ use crate::outbox::{self, OutboxError, OutboxRepository};
 /// Rows removed in one statement, and how often old ones are looked for.
 const ROWS: u32 = 1_000;
 const INTERVAL: Duration = Duration::from_secs(60 * 60);
-/// After a time-out.
-const AGAIN: Duration = Duration::from_secs(1);
 
 /// The inbox of one consumer group.
 #[derive(Debug, Clone)]
@@ -44,6 +43,22 @@ impl Inbox {
         }
     }
 
+    /// Only missing or foreign tables are an error: a database that is away is one at each event, and waited for there.
+    async fn find(&self) -> Result<(), OutboxError> {
+        let look = async {
+            let mut connection = self.pool.acquire().await.map_err(self.outbox.error("looking for the inbox"))?;
+            self.outbox.find_inbox(&mut connection).await
+        };
+        match tokio::time::timeout(self.timeout, look).await {
+            Ok(Err(error)) if error.is_not_migrated() || error.is_denied() => Err(error),
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "could not look for the inbox");
+                Ok(())
+            }
+            Ok(Ok(())) | Err(_) => Ok(()),
+        }
+    }
+
     async fn forget_old(&self) -> Result<u64, OutboxError> {
         let mut connection = self.pool.acquire().await.map_err(self.outbox.error("cleaning up the inbox"))?;
         let mut rows = 0;
@@ -67,28 +82,42 @@ impl<E: DecodeEvent, H: TransactionalHandler<E>> Transactional<E, H> {
     async fn handle_once(&self, delivery: &Delivery) -> Result<(), HandlerError> {
         let event = decode(delivery)?;
         let Inbox { pool, outbox, .. } = &self.inbox;
+        // Nothing here is the event's fault.
         let begin = async {
-            let mut transaction = pool.begin().await?;
-            let is_new = outbox.remember(&mut transaction, delivery.group(), delivery.event_id()).await?;
+            let mut transaction = pool.begin().await.map_err(outbox.error(BEGINNING)).map_err(NoInbox)?;
+            let is_new = outbox.remember(&mut transaction, delivery.group(), delivery.event_id()).await.map_err(NoInbox)?;
             Ok::<_, HandlerError>((transaction, is_new))
         };
-        let (mut transaction, is_new) = self.bounded(begin).await?;
+        let (mut transaction, is_new) = self.bounded(BEGINNING, begin).await?;
         if !is_new {
             tracing::debug!(event = %delivery.event_id(), group = delivery.group(), "handled before");
             return Ok(());
         }
         self.handler.handle(event, delivery, &mut transaction).await?;
         // An unknown outcome is an outage: the next delivery finds the row or does not.
-        self.bounded(async { outbox::commit_unless_aborted(transaction).await.map_err(aborted) }).await
+        self.bounded("committing a handler's transaction", async {
+            outbox::commit_unless_aborted(transaction).await.map_err(aborted)
+        })
+        .await
     }
 
-    async fn bounded<T>(&self, work: impl Future<Output = Result<T, HandlerError>>) -> Result<T, HandlerError> {
+    async fn bounded<T>(
+        &self,
+        doing: &'static str,
+        work: impl Future<Output = Result<T, HandlerError>>,
+    ) -> Result<T, HandlerError> {
         let limit = self.inbox.timeout;
-        tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
-            Err(HandlerError::retry_later(AGAIN, format!("PostgreSQL did not answer within {limit:?} (app.database.timeout)")))
-        })
+        let timed_out = || NoInbox(OutboxError::Timeout { doing, limit });
+        tokio::time::timeout(limit, work).await.unwrap_or_else(|_| Err(timed_out().into()))
     }
 }
+
+const BEGINNING: &str = "beginning a handler's transaction";
+
+/// The inbox could not be asked, whatever the event.
+#[derive(Debug, Error)]
+#[error(transparent)]
+pub(super) struct NoInbox(OutboxError);
 
 /// Says what a handler did that makes PostgreSQL undo everything.
 fn aborted(error: sqlx::Error) -> HandlerError {
@@ -110,5 +139,9 @@ impl<E: DecodeEvent, H: TransactionalHandler<E>> AnyHandler for Transactional<E,
             Ok(())
         }
         .boxed()
+    }
+
+    fn find_tables(&self) -> BoxFuture<'_, Result<(), OutboxError>> {
+        self.inbox.find().boxed()
     }
 }

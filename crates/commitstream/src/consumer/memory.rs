@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use super::effects::{Effects, Known};
 use super::handler::AnyHandler;
+use super::outage::is_outage;
 use super::session::{Routes, no_handler};
 use super::{Consumer, Delivery, HandlerError};
 use crate::chain::chain;
@@ -17,7 +18,7 @@ use crate::streams::EntryId;
 /// A consumer without servers and without waiting, for tests of handlers: made by [`Consumer::in_memory`].
 ///
 /// Events go through the wire form, in order, one at a time; a batch handler gets one at a time too. A failed event is tried again at once until it succeeds or is a dead letter.
-/// One whose handler said "retry later" is left for the next [`run`](Self::run), and its aggregate waits for it. A handler with a transaction uses its own pool.
+/// One whose handler said "retry later", or could not reach a server, is left for the next [`run`](Self::run), and its aggregate waits for it. A handler with a transaction uses its own pool.
 ///
 /// ```
 /// # use commitstream::consumer::{Consumer, Delivery, Handler, HandlerError};
@@ -148,6 +149,7 @@ impl InMemory {
                     return true;
                 }
                 Some(Err(HandlerError::RetryLater { .. } | HandlerError::OutcomeUnknown { .. })) => return false,
+                Some(Err(HandlerError::Failed(error))) if is_outage(error.as_ref()) => return false,
                 Some(Err(HandlerError::GiveUp { reason })) => (reason, u32::MAX),
                 Some(Err(HandlerError::Failed(error))) => (chain(error.as_ref()), event.failures + 1),
             };

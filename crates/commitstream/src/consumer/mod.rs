@@ -64,7 +64,7 @@ use handler::{AnyHandler, Batch, Raw, Typed};
 use inbox::{Inbox, Transactional};
 use lanes::Lanes;
 use session::{End, Routes, Session};
-use status::{Inner, Reporter};
+use status::{Inner, Part, Reporter};
 
 /// Longest name of a group, in bytes; the inbox has the same limit.
 pub const MAX_GROUP_BYTES: usize = EventEnvelope::MAX_NAME_BYTES;
@@ -224,7 +224,7 @@ impl Consumer {
         for ((stream, routes), reporter) in streams.into_iter().zip(routes.into_values()).zip(reporters) {
             let (settings, handlers, stop) = (Arc::clone(&settings), Arc::clone(&handlers), stopped.clone());
             let (group, streams) = (Arc::<str>::from(self.group.as_str()), connection.clone());
-            let (start, brake) = (settings.start_from, Arc::new(Brake::default()));
+            let (start, brake) = (settings.start_from, Arc::new(Brake::new(&settings)));
             let begin = move || {
                 Arc::new(Session {
                     settings: Arc::clone(&settings),
@@ -274,6 +274,14 @@ async fn supervise(begin: impl Fn() -> Arc<Session>, mut start: StartFrom) {
         let session = begin();
         let mut stop = session.stop.clone();
         let started = tokio::time::Instant::now();
+        if let Err(error) = session.find_tables().await {
+            session.reporter.trouble(Part::Tables, &chain(&error));
+            if !rest(backoff.next(), &mut stop).await {
+                return session.reporter.state(ConsumerState::Stopped);
+            }
+            continue;
+        }
+        session.reporter.works(Part::Tables);
         let ended = match session.join(start).await {
             Ok(()) => {
                 // A group that is lost later, with all of Redis or alone, is to read what came since as well.
@@ -291,19 +299,24 @@ async fn supervise(begin: impl Fn() -> Arc<Session>, mut start: StartFrom) {
                 tracing::warn!(stream = %session.stream, group = %session.group,
                     "others took over what was in hand, as nothing was heard of this consumer; it begins anew");
             }
-            Err(error) => session.reporter.state(ConsumerState::Unable { reason: chain(&error) }),
+            Err(error) => session.reporter.trouble(Part::Group, &chain(&error)),
         }
         if started.elapsed() > Duration::from_secs(10) {
             backoff = Backoff::default();
         }
-        tokio::select! {
-            () = tokio::time::sleep(backoff.next()) => {}
-            _ = stop.wait_for(|stop| *stop) => {}
-        }
-        if *stop.borrow() {
+        if !rest(backoff.next(), &mut stop).await {
             return session.reporter.state(ConsumerState::Stopped);
         }
     }
+}
+
+/// Waits so long, or until told to stop; `false` then.
+async fn rest(wait: Duration, stop: &mut watch::Receiver<bool>) -> bool {
+    tokio::select! {
+        () = tokio::time::sleep(wait) => {}
+        _ = stop.wait_for(|stop| *stop) => {}
+    }
+    !*stop.borrow()
 }
 
 /// A running consumer. Dropping it ends it at once: others take over what is in hand after `claimIdle`.

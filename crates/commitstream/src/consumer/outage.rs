@@ -7,6 +7,8 @@ use std::sync::Arc;
 use redis::RedisError;
 use sqlx::error::DatabaseError;
 
+use super::inbox::NoInbox;
+use crate::outbox::OutboxError;
 use crate::streams::StreamsError;
 
 /// A server was away. The first cause that is known decides: an error that shows itself as what it wraps (anyhow's, or one with
@@ -22,7 +24,22 @@ pub(super) fn is_outage(error: &(dyn Error + 'static)) -> bool {
     false
 }
 
+/// A table or schema that is missing is not the event's fault: `undefined_table`, `invalid_schema_name`.
+const MISSING: [&str; 2] = ["42P01", "3F000"];
+
+fn is_outage_code(code: &str) -> bool {
+    crate::outbox::is_outage_code(code) || MISSING.contains(&code)
+}
+
 fn verdict(error: &(dyn Error + 'static)) -> Option<bool> {
+    if error.is::<NoInbox>() {
+        return Some(true);
+    }
+    if let Some(error) = error.downcast_ref::<OutboxError>()
+        && error.is_not_migrated()
+    {
+        return Some(true);
+    }
     if let Some(error) = error.downcast_ref::<StreamsError>() {
         return Some(error.is_outage());
     }
@@ -30,10 +47,11 @@ fn verdict(error: &(dyn Error + 'static)) -> Option<bool> {
         return Some(crate::streams::is_outage(error));
     }
     if let Some(error) = error.downcast_ref::<sqlx::Error>() {
-        return Some(crate::outbox::is_outage(error));
+        let is_missing = error.as_database_error().and_then(|error| error.code()).is_some_and(|code| is_outage_code(&code));
+        return Some(is_missing || crate::outbox::is_outage(error));
     }
     if let Some(error) = error.downcast_ref::<Box<dyn DatabaseError>>() {
-        return Some(error.code().is_some_and(|code| crate::outbox::is_outage_code(&code)));
+        return Some(error.code().is_some_and(|code| is_outage_code(&code)));
     }
     // How the driver of Redis keeps what a connection said.
     if let Some(error) = error.downcast_ref::<Arc<dyn Error + Send + Sync>>() {

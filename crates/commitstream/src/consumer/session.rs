@@ -16,9 +16,11 @@ use super::brake::Brake;
 use super::effects::Effects;
 use super::handler::AnyHandler;
 use super::lanes::{Item, Lanes, What};
-use super::status::Reporter;
+use super::status::{Part, Reporter};
 use crate::backoff::Backoff;
+use crate::chain::chain;
 use crate::config::{ConsumerSettings, StartFrom, UnknownEvents};
+use crate::outbox::OutboxError;
 use crate::streams::{Cycle, EntryId, Member, Received, Streams, StreamsError, TakenOver};
 
 /// Acknowledgements, and aggregates given back, in one call.
@@ -80,6 +82,16 @@ impl Session {
         self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether the tables are there that handlers need.
+    pub async fn find_tables(&self) -> Result<(), OutboxError> {
+        for handler in self.routes.by_type.values().chain(&self.routes.raw) {
+            if let Some(handler) = self.handlers.get(*handler) {
+                handler.find_tables().await?;
+            }
+        }
+        Ok(())
+    }
+
     /// Becomes a member of the group, which reads from `start` if it has to be made.
     pub async fn join(&self, start: StartFrom) -> Result<(), StreamsError> {
         if self.streams.join_group(&self.member, start).await? {
@@ -109,6 +121,8 @@ impl Session {
         let (mut backoff, mut unsure) = (Backoff::default(), false);
         let mut heard = Instant::now();
         let (mut beat, mut wait): (Instant, Option<BoxFuture<'_, _>>) = (Instant::now(), None);
+        // The wait has failures of its own: an exchange that succeeds says nothing of it.
+        let (mut wait_backoff, mut wait_from) = (Backoff::default(), Instant::now());
         loop {
             if *self.stop.borrow() {
                 return Ok(End::Stopped);
@@ -118,6 +132,7 @@ impl Session {
                 Ok(Ok(pause)) => {
                     (backoff, heard) = (Backoff::default(), begun);
                     self.reporter.state(ConsumerState::Active);
+                    self.reporter.works(Part::Group);
                     pause
                 }
                 Ok(Err(TakenOver)) => return Ok(End::TakenOver),
@@ -125,7 +140,7 @@ impl Session {
                 // Others may have taken over, and handle what is in hand here.
                 Err(_) if heard.elapsed() > self.member.life => return Ok(End::TakenOver),
                 Err(error) => {
-                    self.reporter.state(ConsumerState::Unable { reason: error.to_string() });
+                    self.reporter.trouble(Part::Group, &chain(&error));
                     unsure = true;
                     Pause::For(backoff.next())
                 }
@@ -140,7 +155,9 @@ impl Session {
                 Pause::Full => None,
                 Pause::UntilEntryAfter(id) => Some(id),
             };
-            if let (Some(after), None) = (after, &wait) {
+            if let (Some(after), None) = (after, &wait)
+                && Instant::now() >= wait_from
+            {
                 wait = Some(self.waiting.wait_for_entry(&self.stream, after, LONGEST_WAIT).boxed());
             }
             let until = self.lanes().next_wake().map_or(beat, |wake| wake.min(beat));
@@ -151,9 +168,15 @@ impl Session {
             tokio::select! {
                 waited = entry => {
                     wait = None;
-                    if let Err(error) = waited {
-                        self.reporter.state(ConsumerState::Unable { reason: error.to_string() });
-                        self.asleep(Instant::now() + backoff.next(), false).await;
+                    match waited {
+                        Ok(()) => {
+                            wait_backoff = Backoff::default();
+                            self.reporter.works(Part::Wait);
+                        }
+                        Err(error) => {
+                            self.reporter.trouble(Part::Wait, &chain(&error));
+                            wait_from = Instant::now() + wait_backoff.next();
+                        }
                     }
                 }
                 () = self.asleep(until, true) => {}

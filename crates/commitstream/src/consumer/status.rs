@@ -1,8 +1,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 
+use super::brake::cause_of;
 use crate::metrics::ConsumerMetrics;
 
 /// What a consumer is doing.
@@ -13,7 +16,7 @@ pub enum ConsumerState {
     Connecting,
     /// Reading and handling, or waiting for events.
     Active,
-    /// Cannot read one of its streams now, and keeps trying. The reason is for people.
+    /// Cannot read one of its streams or handle its events now, and keeps trying. The reason is for people.
     Unable { reason: String },
     /// Ended.
     Stopped,
@@ -56,14 +59,79 @@ pub(super) struct Inner {
 
 #[derive(Debug, Clone)]
 struct StreamState {
+    /// But for its troubles.
     state: ConsumerState,
+    troubles: BTreeMap<Part, Trouble>,
     in_hand: (usize, usize),
+}
+
+impl StreamState {
+    fn with_troubles(&self) -> ConsumerState {
+        let reason = self.troubles.values().find_map(|trouble| trouble.reason.clone());
+        match reason {
+            Some(reason) if self.state != ConsumerState::Stopped => ConsumerState::Unable { reason },
+            _ => self.state.clone(),
+        }
+    }
+
+    /// Whether it seemed to be in trouble.
+    fn works(&mut self, part: Part, stream: &str) -> bool {
+        let Some(trouble) = self.troubles.get_mut(&part) else { return false };
+        let was_in_trouble = trouble.reason.take().is_some();
+        if trouble.last.elapsed() >= OVER_AFTER {
+            let times = trouble.times;
+            tracing::info!(stream, part = part.description(), times, "consumer works again");
+            self.troubles.remove(&part);
+        }
+        was_in_trouble
+    }
+}
+
+/// What may be in trouble while the rest works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Part {
+    /// Joining the group, reading it, acknowledging.
+    Group,
+    /// The wait for new entries; without it they are looked for now and then.
+    Wait,
+    /// The tables that handlers need.
+    Tables,
+    /// The servers that handlers need.
+    Handlers,
+    DeadLetters,
+}
+
+impl Part {
+    fn description(self) -> &'static str {
+        match self {
+            Self::Group => "reading and acknowledging",
+            Self::Wait => "waiting for new entries",
+            Self::Tables => "looking for the tables of handlers",
+            Self::Handlers => "handling events",
+            Self::DeadLetters => "writing dead letters",
+        }
+    }
+}
+
+/// It is one trouble, with one line at its beginning and one at its end, until nothing was heard of it for so long.
+const OVER_AFTER: Duration = Duration::from_secs(5);
+/// Between two lines on changes of its reason.
+const BETWEEN_REASONS: Duration = Duration::from_secs(30);
+
+#[derive(Debug, Clone)]
+struct Trouble {
+    /// `None` once it seems to be over.
+    reason: Option<String>,
+    times: u64,
+    last: Instant,
+    /// The reason of the last line, without its numbers, and when that was.
+    reported: (String, Instant),
 }
 
 impl Inner {
     pub fn status(&self) -> ConsumerStatus {
-        let states = || self.streams.values().map(|stream| &stream.state);
-        let has = |wanted: fn(&ConsumerState) -> bool| states().find(|state| wanted(state)).cloned();
+        let states: Vec<ConsumerState> = self.streams.values().map(StreamState::with_troubles).collect();
+        let has = |wanted: fn(&ConsumerState) -> bool| states.iter().find(|state| wanted(state)).cloned();
         let state = has(|state| matches!(state, ConsumerState::Unable { .. }))
             .or_else(|| has(|state| *state == ConsumerState::Connecting))
             .or_else(|| has(|state| *state == ConsumerState::Active))
@@ -84,7 +152,7 @@ impl Inner {
 impl Reporter {
     /// One for each stream, and what they say together.
     pub fn all(streams: &[Arc<str>], group: &str) -> (Vec<Reporter>, watch::Receiver<Inner>) {
-        let fresh = || StreamState { state: ConsumerState::Connecting, in_hand: (0, 0) };
+        let fresh = || StreamState { state: ConsumerState::Connecting, troubles: BTreeMap::new(), in_hand: (0, 0) };
         let inner = Inner {
             streams: streams.iter().map(|stream| (Arc::clone(stream), fresh())).collect(),
             handled: 0,
@@ -102,30 +170,65 @@ impl Reporter {
         (streams.iter().map(reporter).collect(), changes)
     }
 
-    /// Logs each change of state once, with its first reason.
+    /// Logs each change of state once.
     pub fn state(&self, state: ConsumerState) {
-        self.shared.send_if_modified(|inner| {
-            let Some(stream) = inner.streams.get_mut(&self.stream) else { return false };
-            if std::mem::discriminant(&stream.state) != std::mem::discriminant(&state) {
-                log(&self.stream, &state);
-            }
+        self.update(|stream| {
             let changed = stream.state != state;
-            stream.state = state;
+            if changed {
+                log(&self.stream, &state);
+                stream.state = state;
+            }
             changed
         });
     }
 
+    /// A part does not work now. Repetitions are counted; the log has one line for all of them, and another where the reason changes.
+    pub fn trouble(&self, part: Part, reason: &str) {
+        let (now, cause, stream) = (Instant::now(), cause_of(reason), self.stream.as_ref());
+        self.update(|state| {
+            let trouble = state.troubles.entry(part).or_insert_with(|| {
+                tracing::warn!(stream, part = part.description(), reason, "consumer is in trouble, and keeps trying");
+                Trouble { reason: None, times: 0, last: now, reported: (cause.clone(), now) }
+            });
+            (trouble.times, trouble.last) = (trouble.times + 1, now);
+            if trouble.reported.0 != cause && now >= trouble.reported.1 + BETWEEN_REASONS {
+                let times = trouble.times;
+                tracing::warn!(
+                    stream,
+                    part = part.description(),
+                    reason,
+                    times,
+                    "consumer is still in trouble, for another reason"
+                );
+                trouble.reported = (cause, now);
+            }
+            trouble.reason.replace(reason.to_owned()).as_deref() != Some(reason)
+        });
+    }
+
+    /// A part works.
+    pub fn works(&self, part: Part) {
+        self.update(|state| state.works(part, &self.stream));
+    }
+
+    /// Whether it tells those who wait is what `change` returns.
+    fn update(&self, change: impl FnOnce(&mut StreamState) -> bool) {
+        self.shared.send_if_modified(|inner| inner.streams.get_mut(&self.stream).is_some_and(change));
+    }
+
     pub fn in_hand(&self, in_hand: (usize, usize)) {
         self.metrics.in_hand(in_hand.0);
-        self.shared.send_if_modified(|inner| {
-            let Some(stream) = inner.streams.get_mut(&self.stream) else { return false };
-            std::mem::replace(&mut stream.in_hand, in_hand) != in_hand
-        });
+        self.update(|stream| std::mem::replace(&mut stream.in_hand, in_hand) != in_hand);
     }
 
     pub fn handled(&self, events: usize) {
         self.metrics.handled(events);
-        self.shared.send_modify(|inner| inner.handled += events as u64);
+        self.shared.send_modify(|inner| {
+            inner.handled += events as u64;
+            let Some(stream) = inner.streams.get_mut(&self.stream).filter(|stream| !stream.troubles.is_empty()) else { return };
+            stream.works(Part::Handlers, &self.stream);
+            stream.works(Part::DeadLetters, &self.stream);
+        });
     }
 
     pub fn skipped(&self) {
@@ -148,7 +251,8 @@ fn log(stream: &str, state: &ConsumerState) {
     match state {
         ConsumerState::Connecting => tracing::debug!(stream, "consumer joins its group"),
         ConsumerState::Active => tracing::info!(stream, "consumer is active"),
-        ConsumerState::Unable { reason } => tracing::warn!(stream, reason, "consumer cannot work, and keeps trying"),
+        // Of a part: reported there.
+        ConsumerState::Unable { .. } => {}
         ConsumerState::Stopped => tracing::info!(stream, "consumer has stopped"),
     }
 }

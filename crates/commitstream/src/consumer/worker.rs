@@ -9,9 +9,11 @@ use futures_util::FutureExt;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
+use super::brake::Verdict;
 use super::lanes::{Item, Outcome, What, Work, sizes};
 use super::outage::is_outage;
 use super::session::{Session, no_handler};
+use super::status::Part;
 use super::{Delivery, HandlerError};
 use crate::backoff::{Backoff, delay};
 use crate::chain::chain;
@@ -72,6 +74,7 @@ impl Session {
         };
         if result.is_ok() && !deliveries.is_empty() {
             self.reporter.handled(deliveries.len());
+            self.brake.release();
         }
         let several = work.parts.iter().map(|(_, items)| items.len()).sum::<usize>() > 1;
         for (aggregate, items) in work.parts {
@@ -151,7 +154,7 @@ impl Session {
         };
         let reason = chain(error.as_ref());
         if is_outage(error.as_ref()) {
-            tracing::debug!(stream = %self.stream, entry = %item.id, reason, "a handler could not reach a server");
+            self.reporter.trouble(Part::Handlers, &reason);
             let item = self.cleared(item).await;
             return back(item, delay(0, Duration::from_secs(1), Duration::from_secs(1)));
         }
@@ -199,6 +202,15 @@ impl Session {
 
     /// Makes a dead letter, and acknowledges with it. An outage is waited for.
     async fn bury(&self, item: Item, reason: &str, history: &str) -> Outcome {
+        if let Verdict::Wait { in_row, until } = self.brake.judge(reason, Instant::now()) {
+            let why = format!(
+                "{in_row} events in a row became dead letters for one reason, so the next ones wait \
+                 (app.consumer.maxDeadLettersInRow): {}",
+                cut(reason)
+            );
+            self.reporter.trouble(Part::DeadLetters, &why);
+            return Outcome { back: vec![item], wait: Some(until), ..Outcome::default() };
+        }
         let mut backoff = Backoff::default();
         let Member { stream, group, name, .. } = &self.member;
         let (entry, reason) = (item.id.to_string(), cut(reason));

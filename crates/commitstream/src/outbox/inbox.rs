@@ -23,6 +23,18 @@ impl OutboxRepository {
         Ok(done.rows_affected() == 1)
     }
 
+    /// Whether the inbox is there and this role may write to it. Nothing is written.
+    ///
+    /// # Errors
+    /// [`OutboxError::NotMigrated`], a denial, or PostgreSQL cannot be asked.
+    pub(crate) async fn find_inbox(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
+        let sql =
+            "EXPLAIN INSERT INTO {s}.event_inbox (consumer, event_id) VALUES ('doctor', '00000000-0000-7000-8000-000000000000')
+                   ON CONFLICT (consumer, event_id) DO NOTHING";
+        sqlx::query(self.sql(sql)).execute(connection).await.map_err(self.error("looking for the inbox"))?;
+        Ok(())
+    }
+
     /// Deletes up to `limit` rows of the inbox older than `retention`, oldest first; returns how many. One short transaction that
     /// waits for nobody. An event that is delivered again after that is handled again.
     ///

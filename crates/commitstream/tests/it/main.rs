@@ -10,6 +10,7 @@ mod consumer_faults;
 mod consumer_full;
 mod consumer_rate;
 mod consumer_transaction;
+mod consumer_troubles;
 mod crash_windows;
 mod days;
 mod dead;
