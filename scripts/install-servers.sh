@@ -5,8 +5,8 @@
 #
 #   scripts/install-servers.sh [--dry-run] [--tests]
 #       --dry-run: say what would be done
-#       --tests: also what only tests need: Python's Redis client, and on Debian PgBouncer,
-#                promtool and Chromium, without which some of them are left out
+#       --tests: also what only tests need: Python's Redis client, Node's where there is npm, and
+#                on Debian PgBouncer, promtool and Chromium, without which some of them are left out
 set -eu
 
 DRY_RUN=no
@@ -66,6 +66,10 @@ missing_python() {
         ! "$python" -c 'import redis' 2>/dev/null || return 1
     done
 }
+
+# Beside it the same test looks for Node's client.
+NODE=target/node
+missing_node() { [ "$TESTS" = yes ] && has node && has npm && [ ! -d "$NODE/node_modules/redis" ]; }
 
 # PgBouncer is in /usr/sbin, which is not in everybody's PATH.
 missing_pgbouncer() { [ "$TESTS" = yes ] && has apt-get && ! has pgbouncer && [ ! -x /usr/sbin/pgbouncer ]; }
@@ -184,6 +188,11 @@ if [ -n "$missing" ]; then
         fail "The packages were installed, but some program still cannot be found. Missing before:$missing."
     fi
     say "What was missing is installed:$missing."
+fi
+
+if missing_node; then
+    say "Installing with npm, in $NODE: redis"
+    [ "$DRY_RUN" = yes ] || npm install --silent --no-audit --no-fund --prefix "$NODE" redis
 fi
 
 if ! has cargo && [ ! -x "${HOME:-/nonexistent}/.cargo/bin/cargo" ]; then

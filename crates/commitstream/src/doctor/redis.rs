@@ -148,16 +148,23 @@ fn lacking(server: &ServerFacts) -> Vec<Finding> {
 }
 
 fn denied(server: &ServerFacts) -> Option<Finding> {
-    (!server.denied.is_empty()).then(|| {
-        let allowed: Vec<String> =
-            server.denied.iter().map(|command| format!("+{}", command.to_lowercase().replace(' ', "|"))).collect();
-        let mut words = vec!["ACL", "SETUSER", "the_user"];
-        words.extend(allowed.iter().map(String::as_str));
+    let commands: Vec<String> =
+        server.denied.iter().map(|command| format!("+{}", command.to_lowercase().replace(' ', "|"))).collect();
+    let mut lacks = Vec::new();
+    if !commands.is_empty() {
+        lacks.push(format!("run {} on the keys of streams", server.denied.join(", ")));
+    }
+    if !server.denied_keys.is_empty() {
+        lacks.push(format!("use the keys {}", server.denied_keys.join(" and ")));
+    }
+    let mut words = vec!["ACL", "SETUSER", "the_user"];
+    words.extend(server.denied_keys.iter().chain(&commands).map(String::as_str));
+    (words.len() > 3).then(|| {
         error(
-            format!("this user may not run {} on the keys of streams at {}", server.denied.join(", "), server.name),
+            format!("this user may not {} at {}", lacks.join(", nor "), server.name),
             "events are FAILED with NOPERM, or streams are not trimmed",
             format!(
-                "{} (as an administrator, with the user of REDIS_URL, and rights on the keys ~<prefix>* and ~{{<prefix>*); then: commitstream failed retry --all",
+                "{} (as an administrator, with the user of REDIS_URL; all that it needs is in docs/acl.md); then: commitstream failed retry --all",
                 redis_cli(server.place.as_ref(), &[&words])
             ),
         )

@@ -47,6 +47,7 @@ fn redis(info: &[(&str, &str)], clock: Clock) -> RedisFacts {
         info: Ok(info),
         config: Ok(BTreeMap::new()),
         denied: Vec::new(),
+        denied_keys: Vec::new(),
         unknown: Vec::new(),
         unable: None,
     };

@@ -52,6 +52,8 @@ pub struct ServerFacts {
     pub config: Result<BTreeMap<String, String>, StreamsError>,
     /// Commands that the relay needs and this user may not run.
     pub denied: Vec<String>,
+    /// Patterns of keys that they need and this user may not use.
+    pub denied_keys: Vec<String>,
     /// Those that the server does not know.
     pub unknown: Vec<String>,
     /// Why nothing can be written at the moment.
@@ -129,6 +131,7 @@ impl Streams {
             info: info.map(|text| fields(&text)),
             config: config(node).await,
             denied: Vec::new(),
+            denied_keys: Vec::new(),
             unknown: Vec::new(),
             unable: None,
         };
@@ -161,7 +164,12 @@ impl Streams {
             let Err(error) = node.query::<Value>(DOING, &command).await else { continue };
             let (StreamsError::Refused { source, .. } | StreamsError::Unavailable { source, .. }) = &error else { continue };
             let (code, text) = (source.code().unwrap_or_default(), source.detail().unwrap_or_default());
-            if code == "NOPERM" {
+            if code == "NOPERM" && is_of_key(text) {
+                let pattern = self.key_pattern(name);
+                if !facts.denied_keys.contains(&pattern) {
+                    facts.denied_keys.push(pattern);
+                }
+            } else if code == "NOPERM" {
                 facts.denied.push(name.to_owned());
             } else if text.contains("unknown command") {
                 facts.unknown.push(name.to_owned());
@@ -169,6 +177,12 @@ impl Streams {
                 facts.unable.get_or_insert_with(|| format!("{code} {text}"));
             }
         }
+    }
+
+    /// The keys that such a command is for, as a rule of `ACL SETUSER`.
+    fn key_pattern(&self, command: &str) -> String {
+        let beside = BESIDE.contains(&command).then_some("{").unwrap_or_default();
+        format!("~{beside}{}*", escape_glob(&self.prefix))
     }
 
     /// The name of a stream that does not exist and would be on this node: elsewhere Redis says so before it says that it cannot write.
@@ -280,6 +294,15 @@ impl Streams {
         }
         Ok(facts)
     }
+}
+
+/// Commands that are tried on a marker, which stands beside its stream.
+const BESIDE: [&str; 3] = ["GET", "SET", "PEXPIRE"];
+
+/// Whether it is the key that may not be used: "this user has no permissions to access one of the keys used as arguments", or since
+/// Redis 7.2 "No permissions to access a key". Of a command it says "to run the 'xadd' command".
+fn is_of_key(text: &str) -> bool {
+    text.contains("to access") && text.contains("key")
 }
 
 async fn clock(node: &Node) -> Result<Clock, StreamsError> {

@@ -1,5 +1,6 @@
 //! Tests against real servers: one process, a database and a key prefix for each test.
 
+mod acl;
 mod bad_input;
 mod claim;
 mod cluster;
