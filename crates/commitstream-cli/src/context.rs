@@ -41,9 +41,9 @@ pub fn repository(settings: &Settings) -> OutboxRepository {
     OutboxRepository::new(&settings.database.schema)
 }
 
-pub fn database_url(settings: &Settings) -> Result<&str, WrongUse> {
+pub fn database_url(settings: &Settings) -> Result<String, WrongUse> {
     let missing = || WrongUse::with_hint("this command needs PostgreSQL, and no DATABASE_URL is set", SET_DATABASE_URL);
-    settings.database.url.as_deref().ok_or_else(missing)
+    settings.database.url_with_tls().ok_or_else(missing)
 }
 
 pub fn redis_url(settings: &Settings) -> Result<&str, WrongUse> {
@@ -54,8 +54,8 @@ pub fn redis_url(settings: &Settings) -> Result<&str, WrongUse> {
 /// A session on the database of the outbox.
 pub async fn postgres(settings: &Settings, purpose: &str) -> anyhow::Result<PgConnection> {
     let url = database_url(settings)?;
-    let connected = outbox::connect(url, &format!("commitstream {purpose}"), settings.database.timeout).await;
-    connected.with_context(|| format!("cannot connect to {}", redact_url(url)))
+    let connected = outbox::connect(&url, &format!("commitstream {purpose}"), settings.database.timeout).await;
+    connected.with_context(|| format!("cannot connect to {}", redact_url(&url)))
 }
 
 /// A session on a database that has the outbox tables.

@@ -134,7 +134,7 @@ fn time(text: &str) -> Result<DateTime<Utc>, String> {
 
 /// Inserts the event in a transaction of its own.
 async fn through_outbox(settings: &Settings, event: &EventEnvelope) -> anyhow::Result<Route> {
-    let url = context::database_url(settings)?;
+    let url = &context::database_url(settings)?;
     let limit = settings.database.timeout;
     let doing = "publishing to the outbox";
     let unreachable = |source| OutboxError::Unreachable { doing, source };

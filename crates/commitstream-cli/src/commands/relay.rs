@@ -144,7 +144,7 @@ fn may_pass(error: &anyhow::Error) -> bool {
 fn announce(settings: &Settings) -> Result<(), WrongUse> {
     let processor = &settings.outbox.processor;
     tracing::info!(
-        database = redact_url(context::database_url(settings)?),
+        database = redact_url(&context::database_url(settings)?),
         redis = redact_url(context::redis_url(settings)?),
         prefix = settings.redis.stream_prefix,
         poll_interval = ?processor.poll_interval,

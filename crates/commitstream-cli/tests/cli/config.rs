@@ -42,6 +42,9 @@ fn settings_in_force_as_people_read_them() -> Result<()> {
     app.database.schema                     public                                  default        OUTBOX_SCHEMA
     app.database.timeout                    30s                                     default
     app.database.preparedStatements         true                                    default
+    app.database.tls.caFile                 (not set)                               default        DATABASE_CA_FILE
+    app.database.tls.certFile               (not set)                               default        DATABASE_CERT_FILE
+    app.database.tls.keyFile                (not set)                               default        DATABASE_KEY_FILE
     app.redis.url                           redis://:***@cache.example              command line   REDIS_URL
     app.redis.sentinelPassword              (not set)                               default        REDIS_SENTINEL_PASSWORD
     app.redis.streamPrefix                  shop:                                   people.conf:1  STREAM_PREFIX
@@ -49,6 +52,9 @@ fn settings_in_force_as_people_read_them() -> Result<()> {
     app.redis.responseTimeout               5s                                      default
     app.redis.waitReplicas                  0                                       default
     app.redis.waitTimeout                   1s                                      default
+    app.redis.tls.caFile                    (not set)                               default        REDIS_CA_FILE
+    app.redis.tls.certFile                  (not set)                               default        REDIS_CERT_FILE
+    app.redis.tls.keyFile                   (not set)                               default        REDIS_KEY_FILE
     app.outbox.enabled                      true                                    default        OUTBOX_ENABLED
     app.outbox.processor.pollInterval       1s                                      default        OUTBOX_POLL_INTERVAL
     app.outbox.processor.batchSize          200                                     environment    OUTBOX_BATCH_SIZE

@@ -33,6 +33,8 @@ pub(super) enum Kind {
     Endpoint(Field<Option<String>>),
     /// Never shown; empty is none.
     Secret(Field<Option<String>>),
+    /// A path; empty is none.
+    File(Field<Option<String>>),
     /// `None` is off.
     Address(Field<Option<SocketAddr>>),
     /// A part of a whole: 0 to 1.
@@ -97,7 +99,7 @@ impl Kind {
             }
             Kind::Url(field, _) => *(field.get_mut)(settings) = Some(word.to_owned()),
             Kind::Endpoint(field) => *(field.get_mut)(settings) = (!word.is_empty()).then(|| word.to_owned()),
-            Kind::Secret(field) => *(field.get_mut)(settings) = (!text.is_empty()).then(|| text.to_owned()),
+            Kind::Secret(field) | Kind::File(field) => *(field.get_mut)(settings) = (!text.is_empty()).then(|| text.to_owned()),
             Kind::Address(field) => *(field.get_mut)(settings) = parse_address(word)?,
             Kind::Schema(field) | Kind::Prefix(field) | Kind::Name(field) => *(field.get_mut)(settings) = text.to_owned(),
             Kind::Strategy(field) => *(field.get_mut)(settings) = named(word, STRATEGIES)?,
@@ -136,6 +138,10 @@ impl Kind {
                 "must not contain { or }: Redis Cluster takes braces for a hash tag".to_owned(),
             ),
             Kind::Routes(field) => (!(field.get)(settings).contains_key(""), "an event type must not be empty".to_owned()),
+            Kind::File(field) => {
+                let holds = (field.get)(settings).as_ref().is_none_or(|path| !path.is_empty() && !path.contains('\0'));
+                (holds, "must be the path of a file".to_owned())
+            }
             Kind::Switch(_) | Kind::Secret(_) | Kind::Address(_) => return Ok(()),
             Kind::Strategy(_) | Kind::AfterFailure(_) | Kind::UnknownEvents(_) | Kind::StartFrom(_) => return Ok(()),
         };
@@ -151,6 +157,7 @@ impl Kind {
             Kind::Time(field, _) => print_duration(*(field.get)(settings)),
             Kind::Url(field, _) | Kind::Endpoint(field) => redact_url((field.get)(settings).as_deref()?),
             Kind::Secret(field) => (field.get)(settings).as_ref().map(|_| HIDDEN.to_owned())?,
+            Kind::File(field) => (field.get)(settings).clone()?,
             Kind::Address(field) => (field.get)(settings).map_or_else(|| OFF.to_owned(), |address| address.to_string()),
             Kind::Ratio(field) => (field.get)(settings).to_string(),
             Kind::Schema(field) | Kind::Prefix(field) | Kind::Name(field) => (field.get)(settings).clone(),
@@ -168,7 +175,7 @@ impl Kind {
             Kind::Url(..) | Kind::Endpoint(_) => redact_url(text.trim()),
             Kind::Secret(_) => HIDDEN.to_owned(),
             // Quoted where the eye would miss what is wrong: an empty name, a NUL.
-            Kind::Schema(_) | Kind::Prefix(_) | Kind::Name(_) => format!("{:?}", harmless(text)),
+            Kind::Schema(_) | Kind::Prefix(_) | Kind::Name(_) | Kind::File(_) => format!("{:?}", harmless(text)),
             _ => harmless(text.trim()).escape_debug().to_string(),
         }
     }

@@ -59,6 +59,47 @@ pub struct DatabaseSettings {
     /// Whether publishing uses prepared statements. `false` for a pooler in transaction mode that does not know them (PgBouncer
     /// before 1.21); it costs a round trip each time. Default `true`.
     pub prepared_statements: bool,
+    pub tls: TlsSettings,
+}
+
+/// `app.database.tls`, `app.redis.tls`: PEM files.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct TlsSettings {
+    /// The authorities that may sign the server's certificate (`DATABASE_CA_FILE`, `REDIS_CA_FILE`). Default: those that the system trusts.
+    pub ca_file: Option<String>,
+    /// The client's certificate, where the server wants one (`DATABASE_CERT_FILE`, `REDIS_CERT_FILE`).
+    pub cert_file: Option<String>,
+    /// The key of the client's certificate (`DATABASE_KEY_FILE`, `REDIS_KEY_FILE`).
+    pub key_file: Option<String>,
+}
+
+impl DatabaseSettings {
+    /// The URL with the files for TLS in it, unless it names its own. With them, the server's certificate and name are verified unless the
+    /// URL has an `sslmode`.
+    #[must_use]
+    pub fn url_with_tls(&self) -> Option<String> {
+        let url = self.url.clone()?;
+        let (path, query) = url.split_once('?').unwrap_or((&url, ""));
+        let mut parameters: Vec<String> = query.split('&').filter(|part| !part.is_empty()).map(str::to_owned).collect();
+        let TlsSettings { ca_file, cert_file, key_file } = &self.tls;
+        let mode = (self.tls != TlsSettings::default()).then(|| "verify-full".to_owned());
+        let files = [("sslmode", &mode), ("sslrootcert", ca_file), ("sslcert", cert_file), ("sslkey", key_file)];
+        for (name, value) in files {
+            let known_as = |given: &str| if given == "ssl-ca" { "sslrootcert".to_owned() } else { given.replace('-', "") };
+            let is_given = |part: &String| part.split_once('=').is_some_and(|(given, _)| known_as(given) == name);
+            if let (Some(value), false) = (value, parameters.iter().any(is_given)) {
+                parameters.push(format!("{name}={}", percent_encoded(value)));
+            }
+        }
+        let query = if parameters.is_empty() { String::new() } else { format!("?{}", parameters.join("&")) };
+        Some(format!("{path}{query}"))
+    }
+}
+
+/// As a value in the query of a URL.
+fn percent_encoded(text: &str) -> String {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~".contains(&byte);
+    text.bytes().map(|byte| if is_plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
 }
 
 /// `app.redis`
@@ -69,6 +110,9 @@ pub struct RedisSettings {
     /// - `redis-sentinel://[user:password@]host:port,host:port/[db]#master`: the master of this name, which the sentinels at these
     ///   hosts know. User, password and database are those of the master.
     /// - `redis-cluster://[user:password@]host:port,host:port`: some nodes of a cluster, which name the others.
+    /// - `unix:///path/of/socket[?db=0&user=…&pass=…]`: a socket of this host.
+    ///
+    /// With TLS, `?sslrootcert=…&sslcert=…&sslkey=…` name PEM files as [`TlsSettings`] does, and `#insecure`, where no master is named, verifies nothing.
     pub url: Option<String>,
     /// Password of the sentinels themselves (`REDIS_SENTINEL_PASSWORD`), if they have one.
     pub sentinel_password: Option<String>,
@@ -84,6 +128,7 @@ pub struct RedisSettings {
     pub wait_replicas: u32,
     /// How long replicas are waited for at a time, before the relay says that it cannot work. Default 1 s; 10 ms to 1 min.
     pub wait_timeout: Duration,
+    pub tls: TlsSettings,
 }
 
 /// `app.outbox`
@@ -281,7 +326,13 @@ pub enum Route {
 
 impl Default for DatabaseSettings {
     fn default() -> Self {
-        Self { url: None, schema: "public".to_owned(), timeout: Duration::from_secs(30), prepared_statements: true }
+        Self {
+            url: None,
+            schema: "public".to_owned(),
+            timeout: Duration::from_secs(30),
+            prepared_statements: true,
+            tls: TlsSettings::default(),
+        }
     }
 }
 
@@ -295,6 +346,7 @@ impl Default for RedisSettings {
             response_timeout: Duration::from_secs(5),
             wait_replicas: 0,
             wait_timeout: Duration::from_secs(1),
+            tls: TlsSettings::default(),
         }
     }
 }
@@ -391,6 +443,7 @@ impl fmt::Debug for DatabaseSettings {
             .field("schema", &self.schema)
             .field("timeout", &self.timeout)
             .field("prepared_statements", &self.prepared_statements)
+            .field("tls", &self.tls)
             .finish()
     }
 }
@@ -415,6 +468,7 @@ impl fmt::Debug for RedisSettings {
             .field("response_timeout", &self.response_timeout)
             .field("wait_replicas", &self.wait_replicas)
             .field("wait_timeout", &self.wait_timeout)
+            .field("tls", &self.tls)
             .finish()
     }
 }

@@ -197,9 +197,9 @@ pub async fn examine(settings: &Settings) -> Report {
 }
 
 async fn ask_postgres(settings: &Settings) -> Option<Result<PostgresFacts, OutboxError>> {
-    let url = settings.database.url.as_deref()?;
+    let url = settings.database.url_with_tls()?;
     let outbox = OutboxRepository::new(&settings.database.schema);
-    let asked = tokio::time::timeout(LIMIT, outbox.examine(url, settings.database.timeout.min(CONNECT))).await;
+    let asked = tokio::time::timeout(LIMIT, outbox.examine(&url, settings.database.timeout.min(CONNECT))).await;
     Some(asked.unwrap_or(Err(OutboxError::Timeout { doing: EXAMINING, limit: LIMIT })))
 }
 

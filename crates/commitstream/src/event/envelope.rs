@@ -8,7 +8,8 @@ use crate::streams::DEAD;
 
 /// The one wire form of an event: a row of the outbox and an entry of a stream carry exactly this.
 ///
-/// An envelope is itself a [`DomainEvent`] (critical), so one with headers, or one made by hand, is published like any other.
+/// An envelope is itself a [`DomainEvent`] (critical), so one with headers, or one made by hand, is published like any other. To give
+/// an event headers and keep its lane, use [`DomainEvent::with_header`].
 #[derive(Debug, Clone)]
 pub struct EventEnvelope {
     /// UUIDv7; the same in the outbox row and in the stream entry.
@@ -79,7 +80,8 @@ impl EventEnvelope {
             let mut total = 0_usize;
             let fits = |e: &&Self| {
                 let first = total == 0;
-                total = total.saturating_add(e.payload.get().len() + 1);
+                let headers = e.headers_json().map_or(0, |headers| headers.len());
+                total = total.saturating_add(e.payload.get().len() + headers + 1);
                 first || total <= bytes
             };
             let count = rest.iter().take(rows).take_while(fits).count();
@@ -172,6 +174,16 @@ mod tests {
             payload: RawValue::from_string("{}".into()).unwrap(),
             headers: Map::new(),
         }
+    }
+
+    #[test]
+    fn chunks_are_bounded_by_payloads_and_headers() {
+        let sizes = |envelopes: &[EventEnvelope]| EventEnvelope::chunks(envelopes, 10, 100).map(<[_]>::len).collect::<Vec<_>>();
+        assert_eq!(sizes(&vec![envelope(); 25]), [10, 10, 5]);
+        // {"h":"xxxxx…"}: 68 bytes.
+        assert_eq!(sizes(&vec![envelope().with_header("h", "x".repeat(60)); 3]), [1, 1, 1]);
+        assert_eq!(sizes(&vec![envelope().with_header("h", "x".repeat(30)); 4]), [2, 2]);
+        assert_eq!(sizes(&vec![envelope().with_header("h", "x".repeat(300)); 2]), [1, 1]);
     }
 
     #[test]

@@ -4,11 +4,13 @@ mod decode;
 mod envelope;
 mod error;
 mod json;
+mod with_headers;
 
 pub use decode::{DecodeEvent, EventKind};
 pub use envelope::EventEnvelope;
 pub(crate) use envelope::rfc3339;
 pub use error::EventError;
+pub use with_headers::WithHeaders;
 
 use chrono::{DateTime, Utc};
 use serde_json::value::RawValue;
@@ -81,6 +83,14 @@ pub trait DomainEvent: Send + Sync {
             payload: self.payload().map_err(EventError::Serialize)?,
             headers: serde_json::Map::new(),
         })
+    }
+
+    /// The same event with a header, such as a `traceparent`. It keeps its lane, which an [`EventEnvelope`] does not have.
+    fn with_header(&self, name: impl Into<String>, value: impl Into<serde_json::Value>) -> WithHeaders<'_, Self>
+    where
+        Self: Sized,
+    {
+        WithHeaders::new(self).with_header(name, value)
     }
 }
 

@@ -79,9 +79,9 @@ impl HybridEventPublisher {
         self.streams.as_ref().ok_or(PublishError::MissingUrl(REDIS_URL))
     }
 
-    /// Publishes to streams; on an outage, into the outbox if the settings say so.
+    /// Publishes to streams, while the caller's transaction waits; on an outage, into the outbox if the settings say so.
     async fn stream_or_fall_back(&self, connection: &mut PgConnection, envelopes: &[EventEnvelope]) -> Result<(), PublishError> {
-        match self.streams()?.send(envelopes).await {
+        match self.streams()?.send_for_transaction(envelopes).await {
             Err(outage) if self.falls_back(&outage) => self.outbox.insert(connection, &outage.unconfirmed).await,
             sent => Ok(sent.map_err(|not_published| not_published.error)?),
         }

@@ -8,6 +8,7 @@
 //!
 //! All three are a [`DomainEventPublisher`], so a service can be given any of them.
 
+mod breaker;
 mod error;
 mod hybrid;
 mod outbox;

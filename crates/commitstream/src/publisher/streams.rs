@@ -3,8 +3,10 @@ use std::sync::Arc;
 
 use futures_util::future::{BoxFuture, FutureExt};
 use sqlx::PgConnection;
+use tokio::time::Instant;
 use uuid::Uuid;
 
+use super::breaker::Breaker;
 use super::{DomainEventPublisher, PublishError, envelopes_of, ids_of};
 use crate::config::Settings;
 use crate::event::{DomainEvent, EventEnvelope};
@@ -23,6 +25,7 @@ pub struct RedisStreamsPublisher {
     streams: Streams,
     max_payload_bytes: usize,
     events: Arc<Events>,
+    breaker: Arc<Breaker>,
 }
 
 impl RedisStreamsPublisher {
@@ -36,6 +39,7 @@ impl RedisStreamsPublisher {
             streams: Streams::new(url, &settings.redis)?,
             max_payload_bytes: settings.publishing.max_payload_bytes,
             events: Arc::new(Events::new("streams")),
+            breaker: Arc::default(),
         })
     }
 
@@ -60,7 +64,25 @@ impl RedisStreamsPublisher {
     /// Sends envelopes that were checked already.
     pub(super) async fn send(&self, envelopes: &[EventEnvelope]) -> Result<(), NotPublished> {
         let sent = self.streams.publish(envelopes).await;
-        let failed: HashMap<Uuid, &str> = match &sent {
+        self.count(envelopes, &sent);
+        sent
+    }
+
+    /// The same while a transaction of the caller waits: soon after a call that got no answer, it fails at once.
+    pub(super) async fn send_for_transaction(&self, envelopes: &[EventEnvelope]) -> Result<(), NotPublished> {
+        let began = Instant::now();
+        if let Err(error) = self.breaker.admit(began) {
+            let not_tried = Err(NotPublished { error, unconfirmed: envelopes.to_vec() });
+            self.count(envelopes, &not_tried);
+            return not_tried;
+        }
+        let sent = self.send(envelopes).await;
+        self.breaker.note(sent.as_ref().err().map(|not_published| &not_published.error), began, Instant::now());
+        sent
+    }
+
+    fn count(&self, envelopes: &[EventEnvelope], sent: &Result<(), NotPublished>) {
+        let failed: HashMap<Uuid, &str> = match sent {
             Ok(()) => HashMap::new(),
             Err(not_published) => {
                 not_published.unconfirmed.iter().map(|failed| (failed.id, failed.event_type.as_str())).collect()
@@ -69,7 +91,6 @@ impl RedisStreamsPublisher {
         let published = envelopes.iter().filter(|envelope| !failed.contains_key(&envelope.id));
         self.events.count(published.map(|envelope| envelope.event_type.as_str()), Outcome::Published);
         self.events.count(failed.into_values(), Outcome::Failed);
-        sent
     }
 }
 
@@ -79,6 +100,11 @@ impl DomainEventPublisher for RedisStreamsPublisher {
         _connection: &'a mut PgConnection,
         events: &'a [&'a dyn DomainEvent],
     ) -> BoxFuture<'a, Result<Vec<Uuid>, PublishError>> {
-        self.publish_all(events).boxed()
+        async move {
+            let envelopes = envelopes_of(events, self.max_payload_bytes)?;
+            self.send_for_transaction(&envelopes).await.map_err(|not_published| not_published.error)?;
+            Ok(ids_of(&envelopes))
+        }
+        .boxed()
     }
 }

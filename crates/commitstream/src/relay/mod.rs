@@ -111,7 +111,7 @@ impl OutboxProcessor {
         if !settings.outbox.enabled {
             return Err(RelayError::OutboxDisabled);
         }
-        let url = settings.database.url.clone().ok_or(RelayError::MissingUrl("DATABASE_URL (app.database.url)"))?;
+        let url = settings.database.url_with_tls().ok_or(RelayError::MissingUrl("DATABASE_URL (app.database.url)"))?;
         let redis = settings.redis.url.as_deref().ok_or(RelayError::MissingUrl("REDIS_URL (app.redis.url)"))?;
         let streams = Streams::new(redis, &settings.redis)?;
         Ok(Self { outbox: OutboxRepository::new(&settings.database.schema), streams, url, settings })

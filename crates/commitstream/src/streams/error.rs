@@ -119,6 +119,23 @@ impl StreamsError {
         }
     }
 
+    /// Nothing was sent to this server, because it did not answer a moment ago.
+    pub(crate) fn not_tried(server: &str) -> Self {
+        let what = "not tried: it did not answer a moment ago, and a transaction shall not wait for it";
+        let source = RedisError::from((ErrorKind::Io, what));
+        Self::Unavailable { server: server.to_owned(), doing: "publishing to streams", source }
+    }
+
+    /// Which server failed, where one did.
+    pub(crate) fn server(&self) -> Option<&str> {
+        match self {
+            Self::Unavailable { server, .. }
+            | Self::OutcomeUnknown { server, .. }
+            | Self::SentinelLogin { sentinel: server, .. } => Some(server),
+            _ => None,
+        }
+    }
+
     /// An error of a step before the command itself, which was not sent then.
     pub(super) fn before_it_was_sent(self, server: &str) -> Self {
         match self {

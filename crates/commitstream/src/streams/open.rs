@@ -2,7 +2,6 @@
 
 use std::future::pending;
 use std::io;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +14,8 @@ use redis::{
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
+
+use crate::config::TlsSettings;
 
 /// When nothing was sent for so long, the kernel asks whether the other side is there, and NATs keep their entries.
 const KEEPALIVE_AFTER: Duration = Duration::from_secs(10);
@@ -30,7 +31,7 @@ pub(super) struct Access {
     pub response: Duration,
     /// How long a command may block its connection before it answers. Zero: none does.
     pub block: Duration,
-    pub tls: Arc<TlsFiles>,
+    pub tls: Arc<TlsSettings>,
 }
 
 impl Access {
@@ -45,7 +46,7 @@ impl Access {
         let ConnectionAddr::TcpTls { host, port, .. } = info.addr().clone() else {
             return self.connect(Client::open(info)?, self.connect).await;
         };
-        let client = self.tls.client(info)?;
+        let client = client(&self.tls, info)?;
         let without_tls = async {
             sleep(self.connect / 2).await;
             if !speaks_plainly(&host, port).await {
@@ -100,37 +101,24 @@ async fn speaks_plainly(host: &str, port: u16) -> bool {
     matches!(timeout(PLAIN_ANSWER, ask).await, Ok(Ok(true)))
 }
 
-/// PEM files. They are read again for each connection, since they are replaced before they expire.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub(super) struct TlsFiles {
-    /// What signed the server's certificate, in place of the authorities that the system trusts.
-    pub ca: Option<PathBuf>,
-    pub cert: Option<PathBuf>,
-    pub key: Option<PathBuf>,
-}
-
-impl TlsFiles {
-    pub fn is_empty(&self) -> bool {
-        *self == Self::default()
+/// PEM files are read again for each connection, since they are replaced before they expire.
+pub(super) fn client(files: &TlsSettings, info: ConnectionInfo) -> RedisResult<Client> {
+    if *files == TlsSettings::default() {
+        return Client::open(info);
     }
-
-    pub fn client(&self, info: ConnectionInfo) -> RedisResult<Client> {
-        if self.is_empty() {
-            return Client::open(info);
+    let client_tls = match (&files.cert_file, &files.key_file) {
+        (Some(cert), Some(key)) => Some(ClientTlsConfig { client_cert: read(cert)?, client_key: read(key)? }),
+        (None, None) => None,
+        _ => {
+            let what = "a client certificate and its key must be given together";
+            return Err(RedisError::from((ErrorKind::InvalidClientConfig, what)));
         }
-        let client_tls = match (&self.cert, &self.key) {
-            (Some(cert), Some(key)) => Some(ClientTlsConfig { client_cert: read(cert)?, client_key: read(key)? }),
-            (None, None) => None,
-            _ => {
-                let what = "a client certificate and its key must be given together";
-                return Err(RedisError::from((ErrorKind::InvalidClientConfig, what)));
-            }
-        };
-        Client::build_with_tls(info, TlsCertificates { client_tls, root_cert: self.ca.as_deref().map(read).transpose()? })
-    }
+    };
+    let root_cert = files.ca_file.as_deref().map(read).transpose()?;
+    Client::build_with_tls(info, TlsCertificates { client_tls, root_cert })
 }
 
-fn read(path: &Path) -> RedisResult<Vec<u8>> {
-    let named = |error: io::Error| io::Error::new(error.kind(), format!("cannot read {}: {error}", path.display()));
+fn read(path: &str) -> RedisResult<Vec<u8>> {
+    let named = |error: io::Error| io::Error::new(error.kind(), format!("cannot read {path}: {error}"));
     Ok(std::fs::read(path).map_err(named)?)
 }

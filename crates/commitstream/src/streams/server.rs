@@ -6,9 +6,9 @@ use std::sync::Arc;
 use redis::{ConnectionAddr, ConnectionInfo, ErrorKind, IntoConnectionInfo, RedisError, RedisResult};
 
 use super::StreamsError;
-use super::open::TlsFiles;
+use super::open::client;
 use super::sentinel::Sentinels;
-use crate::config::RedisSettings;
+use crate::config::{RedisSettings, TlsSettings};
 
 /// What a URL names.
 pub(super) enum Server {
@@ -41,15 +41,109 @@ impl fmt::Display for Server {
 const SENTINEL_PORT: u16 = 26_379;
 
 impl Server {
-    pub fn parse(url: &str, settings: &RedisSettings) -> Result<(Self, TlsFiles), StreamsError> {
+    /// And the files for TLS, of the URL or else of the settings.
+    pub fn parse(url: &str, settings: &RedisSettings) -> Result<(Self, TlsSettings), StreamsError> {
+        let (url, named) = files_in(url).map_err(StreamsError::Url)?;
         let (scheme, rest) = url.split_once("://").unwrap_or_default();
         let parsed = match scheme.split_once('-') {
             Some((plain @ ("redis" | "rediss"), "sentinel")) => sentinel(plain, rest, settings.sentinel_password.as_deref()),
             Some((plain @ ("redis" | "rediss"), "cluster")) => cluster(plain, rest),
-            _ => url.into_connection_info().map(Self::Single),
+            _ if matches!(scheme, "unix" | "redis+unix") => socket(&url).map(Self::Single),
+            _ => single(&url, rest).map(Self::Single),
         };
-        Ok((parsed.map_err(StreamsError::Url)?, TlsFiles::default()))
+        let server = parsed.map_err(StreamsError::Url)?;
+        let of_settings = settings.tls.clone();
+        let files = TlsSettings {
+            ca_file: named.ca_file.or(of_settings.ca_file),
+            cert_file: named.cert_file.or(of_settings.cert_file),
+            key_file: named.key_file.or(of_settings.key_file),
+        };
+        check_files(&files, server.login(), scheme.starts_with("rediss"))?;
+        Ok((server, files))
     }
+
+    fn login(&self) -> &ConnectionInfo {
+        match self {
+            Self::Single(info) | Self::Cluster { login: info, .. } => info,
+            Self::Sentinel(sentinels) => &sentinels.data,
+        }
+    }
+}
+
+/// Files that are missing or hold something else are found at the start, not at the first connection.
+fn check_files(files: &TlsSettings, info: &ConnectionInfo, is_tls: bool) -> Result<(), StreamsError> {
+    if is_tls {
+        return client(files, info.clone()).map(drop).map_err(StreamsError::Tls);
+    }
+    if *files == TlsSettings::default() {
+        return Ok(());
+    }
+    Err(StreamsError::Tls(malformed("the URL asks for no TLS: write rediss in place of redis")))
+}
+
+/// Takes the files for TLS out of a URL, by the names that PostgreSQL's URLs have and by those of redis-py.
+fn files_in(url: &str) -> RedisResult<(String, TlsSettings)> {
+    let (before, fragment) = url.split_once('#').map_or((url, String::new()), |(before, name)| (before, format!("#{name}")));
+    let (base, query) = before.split_once('?').unwrap_or((before, ""));
+    let mut files = TlsSettings::default();
+    // What follows a raw ? in a password is none of a query.
+    if query.is_empty() || query.contains('@') || fragment.contains('@') {
+        return Ok((url.to_owned(), files));
+    }
+    let mut others: Vec<&str> = Vec::new();
+    for parameter in query.split('&') {
+        let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
+        let file = match name {
+            "sslrootcert" | "ssl_ca_certs" => &mut files.ca_file,
+            "sslcert" | "ssl_certfile" => &mut files.cert_file,
+            "sslkey" | "ssl_keyfile" => &mut files.key_file,
+            _ if name.starts_with("ssl") || name.starts_with("tls") || name.starts_with("verify") => {
+                let what = "of TLS, the URL can say sslrootcert, sslcert and sslkey, and #insecure; not";
+                return Err(RedisError::from((ErrorKind::InvalidClientConfig, what, name.to_owned())));
+            }
+            _ => {
+                others.push(parameter);
+                continue;
+            }
+        };
+        *file = Some(decoded(value)?);
+    }
+    let query = if others.is_empty() { String::new() } else { format!("?{}", others.join("&")) };
+    Ok((format!("{base}{query}{fragment}"), files))
+}
+
+/// A value in a query.
+fn decoded(value: &str) -> RedisResult<String> {
+    let url = redis::parse_redis_url(&format!("redis://host/?value={value}"));
+    let found = url.and_then(|url| url.query_pairs().next().map(|(_, value)| value.into_owned()));
+    found.filter(|value| !value.is_empty()).ok_or_else(|| malformed("the path of a file is missing"))
+}
+
+fn single(url: &str, rest: &str) -> RedisResult<ConnectionInfo> {
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    if authority.rsplit('@').next().unwrap_or_default().contains(',') {
+        return Err(malformed("several hosts: write redis-sentinel://host,host/0#master or redis-cluster://host,host"));
+    }
+    url.into_connection_info()
+}
+
+/// The redis crate knows `user` and `pass`; other libraries write the words out.
+fn socket(url: &str) -> RedisResult<ConnectionInfo> {
+    let parsed = redis::parse_redis_url(url).ok_or_else(|| malformed("the path of the socket must be absolute"))?;
+    if parsed.has_host() || parsed.path().len() < 2 {
+        return Err(malformed("the path of the socket must be absolute: three slashes, as in unix:///run/redis/redis.sock"));
+    }
+    let info = url.into_connection_info()?;
+    let mut login = info.redis_settings().clone();
+    for (name, value) in parsed.query_pairs() {
+        login = match name.as_ref() {
+            "username" => login.set_username(value),
+            "password" => login.set_password(value),
+            "user" | "pass" | "db" | "protocol" => login,
+            _ => return Err(malformed("of a socket, the URL can say db, user and pass only")),
+        };
+    }
+    Ok(info.set_redis_settings(login))
 }
 
 /// The parts of `[user:password@]host:port,host:port/path#fragment`.
@@ -83,6 +177,11 @@ fn malformed(what: &'static str) -> RedisError {
 
 fn sentinel(plain: &str, rest: &str, password: Option<&str>) -> RedisResult<Server> {
     let parts = Parts::of(rest)?;
+    if parts.fragment == "insecure" {
+        return Err(malformed(
+            "what follows # is the name of the master, so #insecure cannot be said: give the CA (REDIS_CA_FILE)",
+        ));
+    }
     if parts.fragment.is_empty() {
         return Err(malformed("the name of the master is missing: end the URL with #name"));
     }
@@ -178,6 +277,52 @@ mod tests {
     }
 
     #[test]
+    fn sockets_are_found_by_their_paths() {
+        let cases = [
+            ("unix:///run/redis.sock", ("/run/redis.sock".to_owned(), None, None, 0)),
+            ("redis+unix:///run/a%20b.sock?db=3&user=app&pass=s%40", ("/run/a b.sock".to_owned(), Some("app"), Some("s@"), 3)),
+            ("unix:///run/redis.sock?username=app&password=s", ("/run/redis.sock".to_owned(), Some("app"), Some("s"), 0)),
+        ];
+        for (url, expected) in cases {
+            let Ok(Server::Single(info)) = parse(url) else { panic!("{url}") };
+            assert_eq!(login(&info), expected, "{url}");
+        }
+    }
+
+    #[test]
+    fn files_for_tls_are_those_of_the_url_or_else_of_the_settings() {
+        let named = |url: &str| {
+            let (url, files) = files_in(url).expect(url);
+            (url, files.ca_file.unwrap_or_default(), files.cert_file.unwrap_or_default(), files.key_file.unwrap_or_default())
+        };
+        let found = |url: &str, ca: &str, cert: &str, key: &str| (url.to_owned(), ca.to_owned(), cert.to_owned(), key.to_owned());
+        assert_eq!(
+            named("rediss://h/0?sslrootcert=/a%20b/ca.pem#insecure"),
+            found("rediss://h/0#insecure", "/a b/ca.pem", "", "")
+        );
+        assert_eq!(
+            named("rediss-cluster://h,i?ssl_ca_certs=c&ssl_certfile=d&ssl_keyfile=e"),
+            found("rediss-cluster://h,i", "c", "d", "e")
+        );
+        assert_eq!(named("redis://h/0?protocol=resp3&sslkey=k"), found("redis://h/0?protocol=resp3", "", "", "k"));
+        assert_eq!(named("redis://:a?sslcert=b@h"), found("redis://:a?sslcert=b@h", "", "", ""));
+
+        let settings = RedisSettings {
+            tls: TlsSettings { ca_file: Some("/none".into()), ..TlsSettings::default() },
+            ..RedisSettings::default()
+        };
+        let refused = |url: &str| {
+            let error = Server::parse(url, &settings).err().expect(url);
+            let source = std::error::Error::source(&error).map(ToString::to_string);
+            format!("{error}: {}", source.unwrap_or_default())
+        };
+        assert!(refused("rediss://h").contains("REDIS_CA_FILE") && refused("rediss://h").contains("cannot read /none"));
+        assert!(refused("redis://h").contains("write rediss in place of redis"));
+        let unpaired = refused("rediss://h?sslcert=/none");
+        assert!(unpaired.contains("must be given together"), "{unpaired}");
+    }
+
+    #[test]
     fn a_malformed_url_says_what_is_wrong_and_shows_no_password() {
         let cases = [
             ("redis-sentinel://u:hunter2@one,two", "end the URL with #name"),
@@ -192,6 +337,13 @@ mod tests {
             ("redis-cluster://u:hunter2@one?x=hunter2", "only hosts"),
             ("redis-cluster://", "a host is missing"),
             ("redis-clustre://u:hunter2@one", ""),
+            ("redis://u:hunter2@one,two:6380/0", "several hosts"),
+            ("rediss-sentinel://u:hunter2@one/0#insecure", "give the CA"),
+            ("rediss://u:hunter2@one?ssl_cert_reqs=none", "ssl_cert_reqs"),
+            ("rediss://u:hunter2@one?sslrootcert=", "the path of a file"),
+            ("unix://run/redis.sock?pass=hunter2", "three slashes"),
+            ("unix:///run/redis.sock?pass=hunter2&tls=no", "tls"),
+            ("unix:///run/redis.sock?pass=hunter2&timeout=1", "db, user and pass only"),
         ];
         for (url, what) in cases {
             let error = parse(url).err().expect(url);

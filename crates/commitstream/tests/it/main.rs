@@ -47,6 +47,7 @@ mod sharing;
 mod silent_redis;
 mod sql_acceptance;
 mod support;
+mod tls;
 mod trim;
 mod two_phase;
 mod verify;

@@ -340,3 +340,17 @@ async fn without_prepared_statements_a_publish_leaves_none_in_the_session() -> R
     }
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_with_headers_keeps_its_lane() -> Result<()> {
+    let world = World::new().await?;
+    let (publisher, mut connection) = (world.publisher()?, world.connect().await?);
+    let (high, critical) = (session(1), user(1));
+    publisher.publish(&mut connection, &high.with_header("traceparent", "00-a").with_header("n", 1)).await?;
+    publisher.publish(&mut connection, &critical.with_header("traceparent", "00-b")).await?;
+    assert_eq!(world.rows().await?, ["UserCreated user/1"]);
+    assert_eq!(world.streamed().await?, ["SessionStarted session/1"]);
+    let fields = world.raw_entries("session").await?.concat();
+    assert!(fields.contains(&("headers".to_owned(), r#"{"n":1,"traceparent":"00-a"}"#.to_owned())), "{fields:?}");
+    Ok(())
+}

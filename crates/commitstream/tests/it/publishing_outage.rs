@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use commitstream::DomainEvent;
 use commitstream::publisher::{CommitError, DomainEventPublisher, PublishError, RedisStreamsPublisher};
 use commitstream::streams::StreamsError;
-use commitstream_sandbox::{Redis, Sandbox};
+use commitstream_sandbox::{FaultProxy, Redis, Sandbox};
 use sqlx::Connection;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
@@ -82,11 +82,14 @@ async fn where_nobody_listens_the_error_says_so_at_once() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_silent_redis_is_given_up_in_bounded_time() -> Result<()> {
     let redis = Redis::start()?;
-    let world = world_with(&redis.url()).await?;
+    let (_, address) = redis.url().rsplit_once('@').map(|(login, at)| (login.to_owned(), at.to_owned())).context("a login")?;
+    let proxy = FaultProxy::start(address)?;
+    let world = world_with(&proxy.url(&redis.url())).await?;
     let connected = RedisStreamsPublisher::new(&world.settings)?;
-    connected.publish(&session(0)).await?;
     let fresh = RedisStreamsPublisher::new(&world.settings)?;
-    redis.pause()?;
+    connected.publish(&session(0)).await?;
+    // At once, so that the connection is not yet idle: it would be tested before it is used.
+    proxy.stall();
 
     let started = Instant::now();
     let error = outage(connected.publish(&session(1)).await.unwrap_err())?;
@@ -101,7 +104,7 @@ async fn a_silent_redis_is_given_up_in_bounded_time() -> Result<()> {
     let taken = two_hundred_at_once(&connected).await?;
     assert!(taken < BOUND, "{taken:?}");
 
-    redis.resume()?;
+    proxy.flow();
     for publisher in [connected, fresh] {
         publisher.publish(&session(3)).await?;
     }
@@ -154,6 +157,34 @@ async fn a_restart_of_redis_between_two_events_is_not_noticed() -> Result<()> {
     publisher.publish(&session(3)).await?;
     assert_eq!(world.streamed().await?.len(), 4);
     Ok(())
+}
+
+/// One transaction waits for a Redis that is silent, and the next ones do not, until it answers again.
+#[tokio::test(flavor = "multi_thread")]
+async fn transactions_do_not_wait_one_after_the_other_for_a_silent_redis() -> Result<()> {
+    let redis = Redis::start()?;
+    let mut world = world_with(&redis.url()).await?;
+    world.settings.redis.response_timeout = Duration::from_secs(2);
+    let (publisher, mut connection) = (world.publisher()?, world.connect().await?);
+    publisher.publish(&mut connection, &session(0)).await?;
+    redis.pause()?;
+    outage(publisher.publish(&mut connection, &session(1)).await.unwrap_err())?;
+    let started = Instant::now();
+    let mut failed = 0;
+    while started.elapsed() < Duration::from_millis(900) {
+        let began = Instant::now();
+        let mut tx = connection.begin().await?;
+        outage(publisher.publish(&mut tx, &session(2)).await.unwrap_err())?;
+        publisher.publish(&mut tx, &user(1)).await?;
+        tx.commit().await?;
+        failed += u32::from(began.elapsed() < Duration::from_millis(400));
+    }
+    assert!(failed > 2, "{failed}");
+    redis.resume()?;
+    crate::support::eventually("the lane to be open again", async || {
+        Ok(publisher.publish(&mut connection, &session(3)).await.is_ok())
+    })
+    .await
 }
 
 #[tokio::test(flavor = "multi_thread")]

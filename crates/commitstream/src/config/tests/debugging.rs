@@ -24,6 +24,8 @@ fn debug_never_shows_a_password() {
         "response_timeout",
         "wait_replicas",
         "wait_timeout",
+        "tls",
+        "ca_file",
     ] {
         assert!(shown.contains(field), "{field}");
     }

@@ -85,6 +85,12 @@ fn every_environment_variable_of_the_table_takes_effect() {
     let env = [
         ("DATABASE_URL", "postgresql://db/app"),
         ("OUTBOX_SCHEMA", "events"),
+        ("DATABASE_CA_FILE", "/etc/db ca.pem"),
+        ("DATABASE_CERT_FILE", "db.pem"),
+        ("DATABASE_KEY_FILE", "db.key"),
+        ("REDIS_CA_FILE", "/etc/ca.pem"),
+        ("REDIS_CERT_FILE", "client.pem"),
+        ("REDIS_KEY_FILE", "client.key"),
         ("REDIS_URL", "rediss://cache:6380"),
         ("REDIS_SENTINEL_PASSWORD", "***"),
         ("CONSOLE_ENABLED", "false"),
@@ -189,4 +195,23 @@ fn the_example_file_sets_every_key_to_its_default() {
     }
     assert!(loaded.settings.database.url.take().is_some() && loaded.settings.redis.url.take().is_some());
     assert_eq!(loaded.settings, Settings::default());
+}
+
+#[test]
+fn files_for_tls_become_part_of_the_url_of_postgresql() {
+    let with = |url: &str, files: &[(&str, &str)]| {
+        let env: Vec<_> = [("DATABASE_URL", url)].into_iter().chain(files.iter().copied()).collect();
+        load("", &env, &[]).unwrap().settings.database.url_with_tls().unwrap()
+    };
+    let all = [("DATABASE_CA_FILE", "/a b/ca.pem"), ("DATABASE_CERT_FILE", "c.pem"), ("DATABASE_KEY_FILE", "c&k.pem")];
+    assert_eq!(with("postgres://u@h/d?a=b", &[]), "postgres://u@h/d?a=b");
+    assert_eq!(
+        with("postgres://u@h/d", &all),
+        "postgres://u@h/d?sslmode=verify-full&sslrootcert=/a%20b/ca.pem&sslcert=c.pem&sslkey=c%26k.pem"
+    );
+    assert_eq!(with("postgres://u@h/d?sslmode=require", &all[1..2]), "postgres://u@h/d?sslmode=require&sslcert=c.pem");
+    assert_eq!(
+        with("postgres://u@h/d?sslrootcert=x&ssl-mode=verify-ca", &all[..1]),
+        "postgres://u@h/d?sslrootcert=x&ssl-mode=verify-ca"
+    );
 }
