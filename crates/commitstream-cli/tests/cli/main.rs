@@ -20,6 +20,7 @@ mod mistakes;
 mod otlp;
 mod relays;
 mod secrets;
+mod silence;
 mod support;
 mod tail;
 mod tracing;

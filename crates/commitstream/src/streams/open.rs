@@ -21,6 +21,10 @@ use crate::config::TlsSettings;
 const KEEPALIVE_AFTER: Duration = Duration::from_secs(10);
 const KEEPALIVE_EVERY: Duration = Duration::from_secs(2);
 
+/// In less, one packet that is lost and sent again would end a connection that is well.
+#[cfg(target_os = "linux")]
+const SHORTEST_USER_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// A server without TLS answers within this; it is asked only where TLS has failed.
 const PLAIN_ANSWER: Duration = Duration::from_millis(500);
 
@@ -74,7 +78,7 @@ impl Access {
         let keepalive = TcpKeepalive::new().with_time(KEEPALIVE_AFTER).with_interval(KEEPALIVE_EVERY);
         let settings = TcpSettings::default().set_nodelay(true).set_keepalive(keepalive);
         #[cfg(target_os = "linux")]
-        let settings = settings.set_user_timeout(self.response);
+        let settings = settings.set_user_timeout(self.response.max(SHORTEST_USER_TIMEOUT));
         settings
     }
 }

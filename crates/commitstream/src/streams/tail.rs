@@ -14,7 +14,7 @@ use super::{Streams, StreamsError};
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
 
 /// Longest wait of one blocking read: so long, a connection that is dead is not noticed.
-const LONGEST_BLOCK: Duration = Duration::from_secs(2);
+const LONGEST_BLOCK: Duration = Duration::from_secs(1);
 
 impl Streams {
     /// Follows streams on connections of its own: one, or in a cluster, one for each stream. `positions` maps each stream to
