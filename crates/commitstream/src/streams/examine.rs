@@ -181,7 +181,7 @@ impl Streams {
 
     /// The keys that such a command is for, as a rule of `ACL SETUSER`.
     fn key_pattern(&self, command: &str) -> String {
-        let beside = BESIDE.contains(&command).then_some("{").unwrap_or_default();
+        let beside = if BESIDE.contains(&command) { "{" } else { "" };
         format!("~{beside}{}*", escape_glob(&self.prefix))
     }
 

@@ -1,6 +1,6 @@
 //! Migrations of tables that are in use.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -29,7 +29,7 @@ async fn migrate(world: &World, limit: Duration) -> Result<(JoinHandle<Result<Mi
     let (outbox, mut connection, reported) = (world.outbox.clone(), world.connect().await?, Reported::default());
     let reports = reported.clone();
     let migrating = tokio::spawn(async move {
-        let mut report = |progress| reports.lock().expect("no panic").push(progress);
+        let mut report = |progress| reports.lock().unwrap_or_else(PoisonError::into_inner).push(progress);
         outbox.migrate_within(&mut connection, limit, &mut report).await
     });
     Ok((migrating, reported))
