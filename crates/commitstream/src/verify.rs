@@ -61,6 +61,10 @@ pub struct Report {
     pub later: u64,
     /// Entries without a row: of the high-frequency lane, or the row was removed. No fault.
     pub unknown: u64,
+    /// Of those, the ones that no clean-up explains, in streams to which the outbox writes: they came after the oldest published row
+    /// that is there. Of the high-frequency lane, deleted by hand, or lost by PostgreSQL in a failover or restore. No fault by itself.
+    #[serde(skip_serializing_if = "Findings::is_empty")]
+    pub rowless: Findings,
 }
 
 impl Report {
@@ -143,7 +147,25 @@ pub async fn run(
         trimmed: compared.trimmed,
         later: compared.later,
         unknown: compared.unknown,
+        rowless: compared.rowless,
     })
+}
+
+/// Whether [`settle`] may be called: no relay is at work.
+///
+/// # Errors
+/// [`OutboxError::NotPaused`] when one is; or PostgreSQL cannot be asked.
+pub async fn may_settle(outbox: &OutboxRepository, connection: &mut PgConnection) -> Result<(), VerifyError> {
+    Ok(outbox.check_paused(connection).await?)
+}
+
+/// Marks as published what the last [`run`] on this session found unsettled in the stream of its aggregate type, on behalf of `who`: after a
+/// restore of PostgreSQL a relay would send it again. Relays must be paused or gone. Returns how many events that were.
+///
+/// # Errors
+/// [`OutboxError::NotPaused`] when a relay is at work; or PostgreSQL cannot be asked. What was marked until then stays.
+pub async fn settle(outbox: &OutboxRepository, connection: &mut PgConnection, who: &str) -> Result<u64, VerifyError> {
+    Ok(outbox.settle_streamed(connection, who).await?)
 }
 
 /// Reads one stream into the session's temporary tables; returns how many entries that were.

@@ -19,12 +19,16 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// Reads all streams, and compares them with the outbox and its journal. It may run beside producers and relays, and changes
 /// nothing; it works in temporary tables of PostgreSQL, so millions of events need little memory but some minutes. Exit code 1
 /// when anything is at fault.
+///
+/// With --settle, what is unsettled in its own stream is marked as published: after PostgreSQL was restored from a backup, a relay would
+/// send it again. Relays must be paused or stopped. See docs/restore.md.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
   commitstream verify
   commitstream verify --limit 100                          name more of each fault
   commitstream verify --json | jq -r '.missing.first[].event_id'
+  commitstream verify --settle                             after a restore, while relays are paused
 
 What it tells apart:
   missing       published, and in no stream
@@ -38,6 +42,10 @@ pub struct Args {
     /// Most events of each fault to name
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(0..=100_000))]
     limit: u32,
+
+    /// Mark as published what is in its stream and unsettled; relays must be paused or stopped
+    #[arg(long)]
+    settle: bool,
 }
 
 pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
@@ -47,17 +55,29 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
     let streams = context::redis(&settings).await?;
     let mut connection = context::migrated(&settings, "verify").await?;
     let outbox = context::repository(&settings);
+    if args.settle {
+        verify::may_settle(&outbox, &mut connection).await?;
+    }
 
     let (started, now) = (Instant::now(), Cell::new(None));
     let audit = verify::run(&outbox, &mut connection, &streams, args.limit, |progress| now.set(Some(progress)));
     let report = shown(audit, &now).await.context("the audit did not come to its end")?;
+    let took = started.elapsed();
+    let settled = if args.settle { Some(verify::settle(&outbox, &mut connection, &context::operator()).await?) } else { None };
     if context.output.json {
-        context.output.json(&Answer { ok: report.is_clean(), report: &report })?;
+        context.output.json(&Answer { ok: report.is_clean(), report: &report, settled })?;
     } else {
         let prefix = settings.redis.stream_prefix.as_str();
-        context.output.write(&describe(&report, prefix, started.elapsed(), &context.output))?;
+        context.output.write(&describe(&report, prefix, took, &context.output))?;
+        if let Some(settled) = settled {
+            context
+                .output
+                .line(&format!("\nmarked as published, because they are in their streams: {}", plural(settled, "event")))?;
+        }
     }
-    Ok(if report.is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let others = report.faults().iter().any(|(name, findings)| *name != "unsettled" && findings.count > 0);
+    let is_settled = settled == Some(report.unsettled.count) && !others;
+    Ok(if is_settled || report.is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// What `--json` prints.
@@ -66,6 +86,9 @@ struct Answer<'a> {
     ok: bool,
     #[serde(flatten)]
     report: &'a Report,
+    /// Events that were marked as published.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    settled: Option<u64>,
 }
 
 /// Waits for the audit and tells how far it has come, also during a long statement of PostgreSQL.
@@ -126,6 +149,11 @@ fn remarks(report: &Report) -> String {
         (report.later, "row", "published too recently to be checked"),
         (report.trimmed, "event", "not checked: their streams no longer go back so far, because they were trimmed"),
         (report.unknown, "entry", "without a row: the event was high-frequency, or its row was cleaned up"),
+        (
+            report.rowless.count,
+            "entry",
+            "of these not explained by the clean-up: high-frequency, deleted by hand, or lost by PostgreSQL (docs/restore.md)",
+        ),
     ];
     let lines = remarks.iter().filter(|(number, ..)| *number > 0);
     let text: String = lines.map(|(number, noun, what)| format!("{} {what}\n", plural(*number, noun))).collect();
@@ -149,7 +177,7 @@ fn verdict(report: &Report, prefix: &str) -> (Style, String) {
 fn named(report: &Report, output: &Output) -> String {
     let mut table = Table::new(&["FAULT", "EVENT", "STREAM", "ENTRY", "AGGREGATE"]);
     let (mut rows, mut faults) = (0, 0);
-    for (name, findings) in report.faults() {
+    for (name, findings) in report.faults().into_iter().chain([("no row", &report.rowless)]) {
         faults += findings.count;
         for finding in &findings.first {
             rows += 1;

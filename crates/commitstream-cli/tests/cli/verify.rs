@@ -146,3 +146,27 @@ fn wrong_use_of_verify_is_told_apart_from_faults() -> Result<()> {
     assert!(answer.stderr.contains("commitstream migrate"), "{answer:?}");
     Ok(())
 }
+
+/// As after a restore: rows are unsent again that are in their stream.
+#[test]
+fn what_is_in_the_streams_is_settled_while_relays_are_paused() -> Result<()> {
+    let world = published()?;
+    world.database.psql("UPDATE event_outbox SET status = 'PENDING', published_at = NULL WHERE seq > 6;")?;
+    let answer = world.run(&["verify"])?;
+    assert_eq!(answer.code, Some(1));
+    world.ok(&["relays", "pause"])?;
+    let answer = world.run(&["verify", "--settle"])?;
+    assert_eq!(answer.code, Some(0), "{answer:?}");
+    assert!(answer.stdout.contains("\nmarked as published, because they are in their streams: 4 events\n"), "{answer:?}");
+    let report = world.json(&["verify", "--settle"])?;
+    assert_eq!((&report["ok"], &report["settled"], &report["published"]), (&json!(true), &json!(0), &json!(10)));
+    world.ok(&["relays", "resume"])?;
+    let alive = "INSERT INTO outbox_relay (relay_id, host, pid, version, expires_at, session_pid, shares, state)
+                 SELECT gen_random_uuid(), 'h', 1, 'v', now() + interval '1 hour', pid, true, 'active'
+                 FROM pg_stat_activity WHERE backend_type = 'checkpointer';";
+    world.database.psql(alive)?;
+    let answer = world.run(&["verify", "--settle"])?;
+    assert_eq!(answer.code, Some(1));
+    assert!(answer.stderr.contains("a relay is at work") && answer.stderr.contains("commitstream relays pause"), "{answer:?}");
+    Ok(())
+}

@@ -4,7 +4,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{Connection, PgConnection, Row};
 use uuid::Uuid;
 
-use super::{OutboxError, OutboxRepository};
+use super::{OutboxError, OutboxRepository, audit_settle};
 
 /// One event that is not where it should be, or not as it should be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -35,6 +35,7 @@ pub(crate) struct Compared {
     pub out_of_order: Findings,
     pub unsettled: Findings,
     pub misplaced: Findings,
+    pub rowless: Findings,
     pub trimmed: u64,
     pub later: u64,
     pub unknown: u64,
@@ -150,6 +151,14 @@ SELECT count(*) FILTER (WHERE status = 'PUBLISHED') AS published,
         WHERE NOT EXISTS (SELECT 1 FROM {s}.event_outbox o WHERE o.id = e.event_id)) AS unknown
 FROM {s}.event_outbox";
 
+impl Findings {
+    /// There are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+}
+
 impl OutboxRepository {
     /// Makes room for the entries of the streams in temporary tables of the session, and returns the database's time: what is
     /// published before it was appended before it.
@@ -225,6 +234,7 @@ impl OutboxRepository {
             sqlx::query(self.sql(ABSENT)).bind(prefix).bind(began).execute(&mut *transaction).await?;
             sqlx::raw_sql("ANALYZE pg_temp.audit_absent").execute(&mut *transaction).await?;
             sqlx::query(self.sql(MISSING)).execute(&mut *transaction).await?;
+            audit_settle::find(self, &mut transaction, prefix).await?;
             let found = sqlx::query(FOUND).bind(i64::from(named)).fetch_all(&mut *transaction).await?;
             let counts = sqlx::query(self.sql(COUNTS)).fetch_one(&mut *transaction).await?;
             sqlx::raw_sql("DROP TABLE pg_temp.audit_entry, pg_temp.audit_stream, pg_temp.audit_absent, pg_temp.audit_finding")
@@ -255,6 +265,7 @@ fn compared(found: &[PgRow], counts: &PgRow, named: u32) -> Result<Compared, sql
             "out_of_order" => &mut compared.out_of_order,
             "unsettled" => &mut compared.unsettled,
             "misplaced" => &mut compared.misplaced,
+            "rowless" => &mut compared.rowless,
             other => {
                 *(if other == "later" { &mut compared.later } else { &mut compared.trimmed }) = total;
                 continue;

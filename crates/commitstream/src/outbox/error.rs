@@ -47,6 +47,11 @@ pub enum OutboxError {
     )]
     IndexesMissing(#[source] Box<OutboxError>),
 
+    #[error(
+        "a relay is at work, and may send events while they are being marked: pause the relays first (commitstream relays pause)"
+    )]
+    NotPaused,
+
     #[error("event_outbox was replaced by a partitioned table: what listened on the old one starts anew")]
     Replaced,
 

@@ -6,6 +6,7 @@
 mod admin;
 mod attempts;
 mod audit;
+mod audit_settle;
 mod backlog;
 mod blocked;
 mod claim;

@@ -40,6 +40,7 @@ mod relay;
 mod relay_faults;
 mod relay_process;
 mod relay_timing;
+mod restore;
 mod schema;
 mod sentinel;
 mod sequences;
