@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::error::{ConfigError, from_where};
 use super::file;
@@ -11,7 +12,8 @@ use super::hocon::Place;
 use super::keys::{KEYS, Key, Setting, is_section, sections};
 use super::kinds::Refusal;
 use super::resolve::{Document, Meaning};
-use super::{Settings, suggest};
+use super::units::print_duration;
+use super::{RedisSettings, Settings, suggest};
 
 /// The file that is read when none is named, if the current directory has it.
 pub const DEFAULT_FILE: &str = "application.conf";
@@ -118,6 +120,25 @@ impl Settings {
     /// The first value that is not allowed.
     pub fn validate(&self) -> Result<(), ConfigError> {
         check(self, |_| None)
+    }
+
+    /// Refuses time-outs of Redis with which one lost connection costs a consumer its life: until it has another, it is silent. The
+    /// defaults are no obstacle to a shorter `claimIdle`, as heartbeats wait for a part of it at most.
+    pub(crate) fn validate_heartbeat(&self) -> Result<(), ConfigError> {
+        let defaults = RedisSettings::default();
+        let chosen = |time: Duration, default: Duration| if time == default { Duration::ZERO } else { time };
+        let connect = chosen(self.redis.connect_timeout, defaults.connect_timeout);
+        let response = chosen(self.redis.response_timeout, defaults.response_timeout);
+        if connect + response <= self.consumer.claim_idle {
+            return Ok(());
+        }
+        let (connect, response) = (self.redis.connect_timeout, self.redis.response_timeout);
+        Err(ConfigError::Conflict {
+            key: "app.redis.connectTimeout + app.redis.responseTimeout".to_owned(),
+            value: format!("{} + {}", print_duration(connect), print_duration(response)),
+            origin: None,
+            limit: format!("app.consumer.claimIdle = {}", print_duration(self.consumer.claim_idle)),
+        })
     }
 }
 

@@ -216,7 +216,7 @@ pub struct ConsumerSettings {
     /// Longest wait before a delivery. Default 5 min.
     pub retry_max_delay: Duration,
     /// How long a consumer may be silent before others take what it has in hand; a living one is heard of whatever its handlers do.
-    /// Default 10 s; at least 1 s.
+    /// Default 10 s; at least 1 s, and no shorter than `connectTimeout` and `responseTimeout` together where those are not the defaults.
     pub claim_idle: Duration,
     /// What becomes of an event that no handler is for. Default skip.
     pub unknown_events: UnknownEvents,

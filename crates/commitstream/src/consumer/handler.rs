@@ -1,5 +1,6 @@
 //! What an application writes, and what the runtime calls.
 
+use std::any::type_name;
 use std::error::Error;
 use std::fmt;
 use std::future::Future;
@@ -58,7 +59,7 @@ pub trait TransactionalHandler<E>: Send + Sync + 'static {
 /// Handles what is there, up to `batchSize` events at a time, each aggregate's in order.
 pub trait BatchHandler<E>: Send + Sync + 'static {
     /// `Ok` acknowledges them all. After an error none counts as handled: each is delivered again, alone, so that the one at fault
-    /// holds back its own aggregate only.
+    /// holds back its own aggregate only; together, where the error says that a server was away.
     fn handle(&self, events: Vec<(E, Delivery)>) -> impl Future<Output = Result<(), HandlerError>> + Send;
 }
 
@@ -111,6 +112,9 @@ impl<E: Into<Box<dyn Error + Send + Sync>>> From<E> for HandlerError {
 
 /// A handler as the runtime knows it.
 pub(super) trait AnyHandler: Send + Sync {
+    /// Its type, for the log.
+    fn name(&self) -> &'static str;
+
     /// Takes more than one event in a call.
     fn takes_batches(&self) -> bool {
         false
@@ -140,6 +144,10 @@ fn first(deliveries: &[Delivery]) -> Result<&Delivery, HandlerError> {
 pub(super) struct Typed<E, H>(pub H, pub PhantomData<fn(E)>);
 
 impl<E: DecodeEvent, H: Handler<E>> AnyHandler for Typed<E, H> {
+    fn name(&self) -> &'static str {
+        type_name::<H>()
+    }
+
     fn handle<'a>(&'a self, deliveries: &'a [Delivery]) -> BoxFuture<'a, Result<(), HandlerError>> {
         async move {
             let delivery = first(deliveries)?;
@@ -152,6 +160,10 @@ impl<E: DecodeEvent, H: Handler<E>> AnyHandler for Typed<E, H> {
 pub(super) struct Raw<H>(pub H);
 
 impl<H: Handler<EventEnvelope>> AnyHandler for Raw<H> {
+    fn name(&self) -> &'static str {
+        type_name::<H>()
+    }
+
     fn handle<'a>(&'a self, deliveries: &'a [Delivery]) -> BoxFuture<'a, Result<(), HandlerError>> {
         async move {
             let delivery = first(deliveries)?;
@@ -164,6 +176,10 @@ impl<H: Handler<EventEnvelope>> AnyHandler for Raw<H> {
 pub(super) struct Batch<E, H>(pub H, pub PhantomData<fn(E)>);
 
 impl<E: DecodeEvent, H: BatchHandler<E>> AnyHandler for Batch<E, H> {
+    fn name(&self) -> &'static str {
+        type_name::<H>()
+    }
+
     fn takes_batches(&self) -> bool {
         true
     }

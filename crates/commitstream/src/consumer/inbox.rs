@@ -131,6 +131,10 @@ fn aborted(error: sqlx::Error) -> HandlerError {
 }
 
 impl<E: DecodeEvent, H: TransactionalHandler<E>> AnyHandler for Transactional<E, H> {
+    fn name(&self) -> &'static str {
+        std::any::type_name::<H>()
+    }
+
     fn handle<'a>(&'a self, deliveries: &'a [Delivery]) -> BoxFuture<'a, Result<(), HandlerError>> {
         async move {
             for delivery in deliveries {

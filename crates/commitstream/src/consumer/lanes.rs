@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
+use super::suspects::FEW;
 use crate::event::EventEnvelope;
 use crate::streams::EntryId;
 
@@ -19,10 +20,14 @@ pub(super) struct Item {
     /// Failed deliveries, as a JSON array, and how many; empty when there is none.
     pub history: String,
     pub failures: u32,
+    /// Deaths of consumers that had it at work, from 1.
+    pub deliveries: u32,
     /// Its batch failed: it is handled alone.
     pub alone: bool,
-    /// It was in hand when a consumer died, more than once: perhaps it is the cause.
+    /// So many died that it may be the cause.
     pub suspect: bool,
+    /// It was in hand when a consumer died: that it is at work is said before.
+    pub careful: bool,
 }
 
 /// What is to be done with an entry.
@@ -80,6 +85,12 @@ enum State {
 pub(super) struct Work {
     /// Each aggregate once.
     pub parts: Vec<(Arc<str>, Vec<Item>)>,
+}
+
+impl Work {
+    pub fn items(&self) -> impl Iterator<Item = &Item> {
+        self.parts.iter().flat_map(|(_, items)| items)
+    }
 }
 
 /// What became of the entries of one aggregate.
@@ -146,16 +157,18 @@ impl Lanes {
         if self.over.contains(&item.id) || !self.known.insert(item.id) {
             return;
         }
+        let is_unread = matches!(item.what, What::Unread);
         if !self.queues.contains_key(aggregate) {
             let name: Arc<str> = aggregate.into();
             self.idle.remove(&name);
-            self.ready.push_back(Arc::clone(&name));
-            self.queues.insert(name, Queue::default());
+            let (list, state) = if is_unread { (&mut self.unread, State::Reading) } else { (&mut self.ready, State::Ready) };
+            list.push_back(Arc::clone(&name));
+            self.queues.insert(name, Queue { items: VecDeque::new(), state });
         }
         let Some(queue) = self.queues.get_mut(aggregate) else { return };
         // Behind an entry that waits, or one that is yet to be read, it would only take memory.
         let behind_unread = queue.items.back().is_some_and(|last| matches!(last.what, What::Unread));
-        if behind_unread || matches!(queue.state, State::Waiting(_)) {
+        if is_unread || behind_unread || matches!(queue.state, State::Waiting(_)) {
             item.what = What::Unread;
         } else {
             self.loaded += 1;
@@ -168,7 +181,7 @@ impl Lanes {
     /// What to handle next: one entry, or as many as are there up to `most(handler)`.
     pub fn take(&mut self, most: impl Fn(usize) -> usize) -> Option<Work> {
         let mut work = Work { parts: Vec::new() };
-        let (mut handler, mut room) = (None, 1);
+        let (mut handler, mut room, mut careful) = (None, 1, false);
         while room > 0 {
             let Some(name) = self.ready.front() else { break };
             let Some(queue) = self.queues.get_mut(name) else {
@@ -182,7 +195,9 @@ impl Lanes {
                 if first {
                     handler = of;
                     room = of.filter(|_| !item.alone && !item.suspect).map_or(1, &most);
-                } else if of != handler || of.is_none() || item.alone || item.suspect || room == 0 {
+                    careful = item.careful;
+                    room = if careful { room.min(FEW) } else { room };
+                } else if of != handler || of.is_none() || item.alone || item.suspect || item.careful != careful || room == 0 {
                     break;
                 }
                 room -= 1;
@@ -290,7 +305,7 @@ impl Lanes {
     /// How many more entries may be taken in hand: `batch` at a time, twice that in all, and what fits into `bytes` by the size of those
     /// that are here.
     pub fn room(&self, batch: usize, bytes: usize) -> usize {
-        if self.waiting_entries() >= MOST_WAITING {
+        if self.is_full() {
             return 0;
         }
         let fits = bytes.saturating_sub(self.bytes) / self.typical.max(1);
@@ -321,6 +336,17 @@ impl Lanes {
     pub fn report_again(&mut self, done: Vec<EntryId>, idle: Vec<Arc<str>>) {
         self.done.extend(done);
         self.idle.extend(idle.into_iter().filter(|name| !self.queues.contains_key(name)));
+    }
+
+    /// The member owns these aggregates; those that it has nothing of are given back.
+    pub fn own(&mut self, aggregates: Vec<String>) {
+        let names = aggregates.into_iter().map(Arc::<str>::from);
+        self.idle.extend(names.filter(|name| !self.queues.contains_key(name)));
+    }
+
+    /// No more may be taken in hand, not even what only waits.
+    pub fn is_full(&self) -> bool {
+        self.waiting_entries() >= MOST_WAITING
     }
 
     /// Entries whose turn has come are to be read.

@@ -14,6 +14,9 @@ use super::*;
 enum Step {
     Offer {
         aggregate: u8,
+        /// Its payload is not there: it was found after a lost answer.
+        unread: bool,
+        careful: bool,
     },
     Take,
     /// The oldest work ends so.
@@ -34,7 +37,8 @@ enum Ending {
 
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
-        4 => (0..6_u8).prop_map(|aggregate| Step::Offer { aggregate }),
+        4 => (0..6_u8, prop::bool::weighted(0.2), prop::bool::weighted(0.2))
+            .prop_map(|(aggregate, unread, careful)| Step::Offer { aggregate, unread, careful }),
         4 => Just(Step::Take),
         1 => Just(Step::End(Ending::Wait)),
         1 => Just(Step::End(Ending::Again)),
@@ -60,7 +64,7 @@ fn event() -> What {
 
 fn item(id: u64) -> Item {
     let id = crate::streams::EntryId { millis: id, sequence: 0 };
-    Item { id, what: event(), history: String::new(), failures: 0, alone: false, suspect: false }
+    Item { id, what: event(), history: String::new(), failures: 0, deliveries: 1, alone: false, suspect: false, careful: false }
 }
 
 #[derive(Default)]
@@ -79,15 +83,18 @@ struct Model {
 impl Model {
     fn step(&mut self, step: &Step, most: usize) {
         match step {
-            Step::Offer { aggregate } => {
+            Step::Offer { aggregate, unread, careful } => {
                 self.next += 1;
+                let what = if *unread { What::Unread } else { event() };
                 let aggregate = format!("a{aggregate}");
-                self.lanes.offer(&aggregate, item(self.next));
+                self.lanes.offer(&aggregate, Item { what, careful: *careful, ..item(self.next) });
                 self.aggregate_of.insert(self.next, aggregate.clone());
                 self.open.entry(aggregate).or_default().insert(self.next);
             }
             Step::Take => {
                 let Some(work) = self.lanes.take(|_| most) else { return };
+                assert!(work.items().all(|item| matches!(item.what, What::Handle(..))), "an entry that was not read is handled");
+                assert!(work.items().all(|item| item.careful == work.parts[0].1[0].careful), "not all are said to be at work");
                 for (aggregate, items) in &work.parts {
                     assert!(self.busy.insert(aggregate.to_string()), "{aggregate} is at work twice");
                     let taken: Vec<u64> = items.iter().map(|item| item.id.millis).collect();

@@ -12,6 +12,9 @@
 //! | `lanes` | what is in hand, aggregate by aggregate | none |
 //! | `session` | one membership in the group of one stream: reads, acknowledges, takes over from the dead | Redis |
 //! | `worker` | calls handlers and decides what becomes of each event | both |
+//! | `heartbeat`, `pulse` | the thread that says for members that they live; whether one does, and what its handlers are at | Redis |
+//! | `suspects` | which event ends the process | none |
+//! | `recovery` | what a member finds after a lost answer, and what the dead have left | Redis |
 //! | `inbox` | a handler's PostgreSQL transaction, in which its effect happens once | PostgreSQL |
 //! | `effects` | effects outside PostgreSQL | Redis |
 //! | `brake` | holds dead letters back | none |
@@ -23,14 +26,18 @@ mod brake;
 mod delivery;
 mod effects;
 mod handler;
+mod heartbeat;
 mod inbox;
 mod lanes;
 #[cfg(test)]
 mod lanes_model;
 mod memory;
 mod outage;
+mod pulse;
+mod recovery;
 mod session;
 mod status;
+mod suspects;
 mod worker;
 
 use std::collections::BTreeMap;
@@ -57,14 +64,16 @@ use crate::chain::chain;
 use crate::config::{ConfigError, Settings, StartFrom};
 use crate::event::{DecodeEvent, EventEnvelope, EventKind};
 use crate::outbox::OutboxRepository;
-use crate::streams::{Member, Streams, StreamsError};
+use crate::streams::{EntryId, Member, Streams, StreamsError};
 use brake::Brake;
 use effects::Effects;
 use handler::{AnyHandler, Batch, Raw, Typed};
+use heartbeat::Heartbeat;
 use inbox::{Inbox, Transactional};
 use lanes::Lanes;
 use session::{End, Routes, Session};
 use status::{Inner, Part, Reporter};
+use suspects::Started;
 
 /// Longest name of a group, in bytes; the inbox has the same limit.
 pub const MAX_GROUP_BYTES: usize = EventEnvelope::MAX_NAME_BYTES;
@@ -87,6 +96,11 @@ pub enum ConsumerError {
     TwoHandlers(String),
     #[error("a task of the consumer failed; this is a defect of the consumer")]
     Task(#[source] JoinError),
+    #[error("the consumer has no thread for its heartbeat")]
+    Heartbeat(#[source] std::io::Error),
+    /// Everything else has ended. The handler goes on until it returns or the process ends, and keeps its event so long.
+    #[error("a handler holds its thread and did not end within {0:?} (app.consumer.shutdownTimeout): end the process")]
+    Blocked(Duration),
 }
 
 /// A consumer group of this process: its handlers, and with them the streams that it reads.
@@ -150,9 +164,10 @@ impl Consumer {
     /// A consumer of this group. Nothing is connected yet.
     ///
     /// # Errors
-    /// A setting is out of its range, or the name is not allowed.
+    /// A setting is out of its range, `claimIdle` is shorter than a connection may take, or the name is not allowed.
     pub fn new(group: &str, settings: &Settings) -> Result<Self, ConsumerError> {
         settings.validate()?;
+        settings.validate_heartbeat()?;
         if group.is_empty() || group.len() > MAX_GROUP_BYTES || group.contains(['{', '}', '\0']) {
             return Err(ConsumerError::Group(group.to_owned()));
         }
@@ -209,7 +224,7 @@ impl Consumer {
     /// Starts to consume in tasks of its own, on the current tokio runtime. Redis is reached by itself, now and after every outage.
     ///
     /// # Errors
-    /// There is no handler, or there are two for one event type; `REDIS_URL` is missing or malformed.
+    /// There is no handler, or there are two for one event type; `REDIS_URL` is missing or malformed; there is no thread for the heartbeat.
     pub fn start(self) -> Result<ConsumerHandle, ConsumerError> {
         self.handlers.check()?;
         let Handlers { all, routes, .. } = self.handlers;
@@ -220,24 +235,29 @@ impl Consumer {
         let (reporters, status) = Reporter::all(&streams, &self.group);
         let handlers: Arc<[Arc<dyn AnyHandler>]> = all.into();
         let settings = Arc::new(self.settings.consumer);
+        let heartbeat = Heartbeat::start(&connection, settings.claim_idle).map_err(ConsumerError::Heartbeat)?;
+        let shutdown_timeout = settings.shutdown_timeout;
         let mut tasks = JoinSet::new();
         for ((stream, routes), reporter) in streams.into_iter().zip(routes.into_values()).zip(reporters) {
             let (settings, handlers, stop) = (Arc::clone(&settings), Arc::clone(&handlers), stopped.clone());
             let (group, streams) = (Arc::<str>::from(self.group.as_str()), connection.clone());
-            let (start, brake) = (settings.start_from, Arc::new(Brake::new(&settings)));
+            let (start, heartbeat, brake) = (settings.start_from, heartbeat.shared(), Arc::new(Brake::new(&settings)));
             let begin = move || {
+                let member = Member {
+                    stream: stream.to_string(),
+                    group: group.to_string(),
+                    name: member_name(),
+                    life: settings.claim_idle,
+                };
                 Arc::new(Session {
+                    pulse: heartbeat.enter(&member, settings.concurrency),
+                    started: Started::default(),
+                    member,
                     settings: Arc::clone(&settings),
                     waiting: streams.dedicated(session::LONGEST_WAIT),
                     effects: Effects::Redis(streams.clone()),
                     brake: Arc::clone(&brake),
                     streams: streams.clone(),
-                    member: Member {
-                        stream: stream.to_string(),
-                        group: group.to_string(),
-                        name: member_name(),
-                        life: settings.claim_idle,
-                    },
                     stream: Arc::clone(&stream),
                     group: Arc::clone(&group),
                     routes: routes.clone(),
@@ -256,7 +276,7 @@ impl Consumer {
         for inbox in self.inboxes {
             cleaning.spawn(async move { match inbox.clean_up().await {} });
         }
-        Ok(ConsumerHandle { status, stop, tasks, cleaning })
+        Ok(ConsumerHandle { status, stop, tasks, cleaning, heartbeat, shutdown_timeout })
     }
 }
 
@@ -267,9 +287,13 @@ fn member_name() -> String {
     format!("{host}-{}-{}", std::process::id(), &id[..8])
 }
 
+/// A member that has ended without leaving, and what it had noted as being at work.
+type Ended = (Member, Vec<(EntryId, u32)>);
+
 /// Session after session until told to stop.
 async fn supervise(begin: impl Fn() -> Arc<Session>, mut start: StartFrom) {
     let mut backoff = Backoff::default();
+    let mut before: Option<Ended> = None;
     loop {
         let session = begin();
         let mut stop = session.stop.clone();
@@ -282,11 +306,13 @@ async fn supervise(begin: impl Fn() -> Arc<Session>, mut start: StartFrom) {
             continue;
         }
         session.reporter.works(Part::Tables);
-        let ended = match session.join(start).await {
+        let ended = match enter(&session, &mut before, start).await {
             Ok(()) => {
                 // A group that is lost later, with all of Redis or alone, is to read what came since as well.
                 start = StartFrom::Beginning;
-                session.run().await
+                let ended = session.run().await;
+                before = Some((session.member.clone(), session.started.noted()));
+                ended
             }
             Err(error) => Err(error),
         };
@@ -297,10 +323,11 @@ async fn supervise(begin: impl Fn() -> Arc<Session>, mut start: StartFrom) {
             }
             Ok(End::TakenOver) => {
                 tracing::warn!(stream = %session.stream, group = %session.group,
-                    "others took over what was in hand, as nothing was heard of this consumer; it begins anew");
+                    "nothing was heard of this consumer for claimIdle, so others take over what was in hand; it begins anew");
             }
             Err(error) => session.reporter.trouble(Part::Group, &chain(&error)),
         }
+        session.pulse.end();
         if started.elapsed() > Duration::from_secs(10) {
             backoff = Backoff::default();
         }
@@ -319,7 +346,21 @@ async fn rest(wait: Duration, stop: &mut watch::Receiver<bool>) -> bool {
     !*stop.borrow()
 }
 
-/// A running consumer. Dropping it ends it at once: others take over what is in hand after `claimIdle`.
+/// Joins. First, the member of the session before leaves: none of its handlers is at work any more, and it was not dead.
+async fn enter(session: &Session, before: &mut Option<Ended>, start: StartFrom) -> Result<(), StreamsError> {
+    if let Some((member, started)) = before {
+        match session.streams.leave_group(member, started).await {
+            Err(error) if error.is_outage() => return Err(error),
+            Err(error) => tracing::debug!(stream = %session.stream, %error, "a former member could not leave"),
+            Ok(()) => {}
+        }
+        *before = None;
+    }
+    session.join(start).await
+}
+
+/// A running consumer. Dropping it ends it at once: others take over what is in hand after `claimIdle`. A handler that holds its thread
+/// cannot be ended; it keeps its event until it returns.
 #[derive(Debug)]
 pub struct ConsumerHandle {
     status: watch::Receiver<Inner>,
@@ -327,6 +368,8 @@ pub struct ConsumerHandle {
     tasks: JoinSet<()>,
     /// Ends with the handle.
     cleaning: JoinSet<()>,
+    heartbeat: Heartbeat,
+    shutdown_timeout: Duration,
 }
 
 impl ConsumerHandle {
@@ -346,14 +389,29 @@ impl ConsumerHandle {
     /// Stops: reads no more, lets handlers finish (at most `shutdownTimeout`), acknowledges, and returns the rest to the others of
     /// the group, at once. Returns the last status.
     ///
+    /// It ends about a second after `shutdownTimeout`, even if handlers hold every thread of the runtime. Such a thread is left to the end of
+    /// the process: end it with `std::process::exit`, or the runtime with `shutdown_background`, as the end of `main` waits for that thread.
+    ///
     /// # Errors
-    /// A task had failed, which is a defect.
+    /// [`ConsumerError::Blocked`]: a handler holds its thread. Else a task had failed, which is a defect.
     pub async fn stop(mut self) -> Result<ConsumerStatus, ConsumerError> {
+        self.heartbeat.stop_within(self.shutdown_timeout + session::AFTER_SHUTDOWN);
         self.stop.send_replace(true);
-        while let Some(ended) = self.tasks.join_next().await {
-            ended.map_err(ConsumerError::Task)?;
+        loop {
+            tokio::select! {
+                ended = self.tasks.join_next() => match ended {
+                    Some(ended) => ended.map_err(ConsumerError::Task)?,
+                    None => break,
+                },
+                () = self.heartbeat.overdue() => return Err(ConsumerError::Blocked(self.shutdown_timeout)),
+            }
         }
+        let status = self.status();
+        if self.heartbeat.has_members() {
+            return Err(ConsumerError::Blocked(self.shutdown_timeout));
+        }
+        self.heartbeat.end().await;
         self.cleaning.shutdown().await;
-        Ok(self.status())
+        Ok(status)
     }
 }

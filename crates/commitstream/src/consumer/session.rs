@@ -15,8 +15,12 @@ use super::ConsumerState;
 use super::brake::Brake;
 use super::effects::Effects;
 use super::handler::AnyHandler;
+use super::heartbeat::beat;
 use super::lanes::{Item, Lanes, What};
+use super::pulse::Pulse;
+use super::recovery::Round;
 use super::status::{Part, Reporter};
+use super::suspects::{Started, is_suspect};
 use crate::backoff::Backoff;
 use crate::chain::chain;
 use crate::config::{ConsumerSettings, StartFrom, UnknownEvents};
@@ -27,13 +31,17 @@ use crate::streams::{Cycle, EntryId, Member, Received, Streams, StreamsError, Ta
 const MOST_REPORTED: usize = 2_000;
 /// Entries read again, or taken over, in one call.
 const PAGE: usize = 200;
-/// Deliveries, of which each but the first followed the end of a consumer, after which an entry may be the cause.
-const SUSPICIOUS: u32 = 3;
-/// Aggregates whose entries are read again between two signs of life.
-const MOST_READ_AGAIN: usize = 50;
+/// Aggregates whose entries are read again in one call.
+const MOST_READ_AGAIN: usize = 100;
 /// Longest wait for a new entry: so long, a connection that is dead is not noticed.
 pub(super) const LONGEST_WAIT: Duration = Duration::from_secs(2);
-const LONGEST_BEAT: Duration = Duration::from_secs(1);
+/// Errors in a row of calls that time out while Redis answers heartbeats: the threads of this process were busy, not Redis.
+const BUSY: u32 = 3;
+/// After `shutdownTimeout`: how long handlers that are broken off may take to end, and then, the last words to Redis.
+const ABORT: Duration = Duration::from_millis(250);
+const LAST_WORDS: Duration = Duration::from_millis(500);
+/// All that a stop takes in the end, with some room.
+pub(super) const AFTER_SHUTDOWN: Duration = Duration::from_secs(1);
 /// While others have too much queued up, their work is not added to.
 const CONGESTION: Duration = Duration::from_millis(20);
 
@@ -49,7 +57,7 @@ pub(super) struct Routes {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum End {
     Stopped,
-    /// Others have what was in hand. Begin anew, as somebody else.
+    /// Others have what was in hand, or may have. Begin anew, as somebody else.
     TakenOver,
 }
 
@@ -68,6 +76,10 @@ pub(super) struct Session {
     pub reporter: Reporter,
     pub stop: watch::Receiver<bool>,
     pub lanes: Mutex<Lanes>,
+    /// Whether this member lives.
+    pub pulse: Arc<Pulse>,
+    /// What may be the end of it.
+    pub started: Started,
     /// Counts the calls, so that one that arrives late is told from the last one.
     pub turn: AtomicU64,
     /// There is something to handle.
@@ -94,54 +106,68 @@ impl Session {
 
     /// Becomes a member of the group, which reads from `start` if it has to be made.
     pub async fn join(&self, start: StartFrom) -> Result<(), StreamsError> {
+        let begun = std::time::Instant::now();
         if self.streams.join_group(&self.member, start).await? {
             tracing::info!(stream = %self.stream, group = %self.group, from = ?start, "consumer group made; it reads from there");
+        }
+        self.pulse.joined(begun);
+        // A slow connection may have used the time up.
+        if !self.pulse.is_alive() {
+            self.pulse.beat(&self.streams).await;
         }
         Ok(())
     }
 
-    /// Works until told to stop, or until others have taken over.
+    /// Works until told to stop, or until others have taken over or may have.
     pub async fn run(self: &Arc<Self>) -> Result<End, StreamsError> {
         let mut workers = JoinSet::new();
-        for _ in 0..self.settings.concurrency {
-            workers.spawn(Arc::clone(self).work());
+        for number in 0..self.settings.concurrency as usize {
+            workers.spawn(Arc::clone(self).work(number));
         }
-        let end = self.feed().await;
+        let end = tokio::select! {
+            end = self.feed() => end,
+            () = self.pulse.over() => Ok(End::TakenOver),
+        };
         if matches!(end, Ok(End::Stopped)) {
             self.finish(&mut workers).await;
+            return end;
         }
         // What handlers are doing ends here, also after a takeover.
         workers.shutdown().await;
+        self.pulse.end();
         end
     }
 
     /// The loop that talks to Redis. An outage is waited for, and what is in hand is kept as long as others do not count this member dead.
     async fn feed(&self) -> Result<End, StreamsError> {
         // A new name has nothing in hand yet.
-        let (mut backoff, mut unsure) = (Backoff::default(), false);
-        let mut heard = Instant::now();
-        let (mut beat, mut wait): (Instant, Option<BoxFuture<'_, _>>) = (Instant::now(), None);
+        let (mut backoff, mut round, mut busy) = (Backoff::default(), Round::new(), 0);
+        let mut wait: Option<BoxFuture<'_, _>> = None;
         // The wait has failures of its own: an exchange that succeeds says nothing of it.
         let (mut wait_backoff, mut wait_from) = (Backoff::default(), Instant::now());
         loop {
             if *self.stop.borrow() {
                 return Ok(End::Stopped);
             }
-            let begun = Instant::now();
-            let pause = match self.turn(&mut beat, &mut unsure).await {
+            let begun = std::time::Instant::now();
+            let pause = match self.turn(&mut round).await {
                 Ok(Ok(pause)) => {
-                    (backoff, heard) = (Backoff::default(), begun);
+                    (backoff, busy) = (Backoff::default(), 0);
+                    self.pulse.heard(begun);
                     self.reporter.state(ConsumerState::Active);
                     self.reporter.works(Part::Group);
                     pause
                 }
                 Ok(Err(TakenOver)) => return Ok(End::TakenOver),
                 Err(error) if is_no_group(&error) => return Err(error),
-                // Others may have taken over, and handle what is in hand here.
-                Err(_) if heard.elapsed() > self.member.life => return Ok(End::TakenOver),
                 Err(error) => {
-                    self.reporter.trouble(Part::Group, &chain(&error));
-                    unsure = true;
+                    busy += 1;
+                    if self.pulse.is_heard_since(begun) && busy < BUSY {
+                        tracing::debug!(stream = %self.stream, %error, "a call failed while Redis answered others");
+                    } else {
+                        self.reporter.trouble(Part::Group, &chain(&error));
+                    }
+                    round.lost();
                     Pause::For(backoff.next())
                 }
             };
@@ -160,7 +186,7 @@ impl Session {
             {
                 wait = Some(self.waiting.wait_for_entry(&self.stream, after, LONGEST_WAIT).boxed());
             }
-            let until = self.lanes().next_wake().map_or(beat, |wake| wake.min(beat));
+            let until = self.lanes().next_wake().map_or(round.beat, |wake| wake.min(round.beat));
             let Some(entry) = wait.as_mut().filter(|_| after.is_some()) else {
                 self.asleep(until, true).await;
                 continue;
@@ -196,32 +222,27 @@ impl Session {
     }
 
     /// One exchange with Redis.
-    async fn turn(&self, beat: &mut Instant, unsure: &mut bool) -> Result<Result<Pause, TakenOver>, StreamsError> {
-        if Instant::now() >= *beat {
-            let more = match self.streams.take_over(&self.member, PAGE).await? {
-                Ok((taken, more)) => {
-                    if taken > 0 {
-                        tracing::info!(stream = %self.stream, group = %self.group, entries = taken, "took over what others had left");
-                    }
-                    more
-                }
-                Err(gone) => return Ok(Err(gone)),
-            };
-            if !more {
-                *beat = Instant::now() + LONGEST_BEAT.min(self.member.life / 4);
-            }
+    async fn turn(&self, round: &mut Round) -> Result<Result<Pause, TakenOver>, StreamsError> {
+        if let Err(gone) = self.look_after_the_dead(round).await? {
+            return Ok(Err(gone));
         }
         self.read_again().await?;
-        if *unsure {
+        if round.unsure.is_some() {
             // From here on, a call that was given up finds that it is too late. What it did before is found now.
             if let Err(gone) = self.cycle(&[], &[], 0).await? {
                 return Ok(Err(gone));
             }
-            self.find_what_is_in_hand().await?;
-            *unsure = false;
+            if let Err(gone) = self.find_what_is_in_hand(round).await? {
+                return Ok(Err(gone));
+            }
         }
-        let room = self.room();
-        let (done, idle) = self.lanes().report(MOST_REPORTED);
+        let (done, mut idle) = self.lanes().report(MOST_REPORTED);
+        let mut room = self.room();
+        if round.unsure.is_some() {
+            // Nothing new before what is still to be found, and nothing of it is given back.
+            room = 0;
+            self.lanes().report_again(Vec::new(), std::mem::take(&mut idle));
+        }
         let cycle = match self.cycle(&done, &idle, room).await {
             Ok(Ok(cycle)) => cycle,
             Ok(Err(gone)) => return Ok(Err(gone)),
@@ -246,46 +267,61 @@ impl Session {
         }))
     }
 
+    /// Now and then: takes over from members that are dead, and forgets them.
+    async fn look_after_the_dead(&self, round: &mut Round) -> Result<Result<(), TakenOver>, StreamsError> {
+        if Instant::now() < round.beat {
+            return Ok(Ok(()));
+        }
+        let takeover = match self.streams.take_over(&self.member, PAGE).await? {
+            Ok(takeover) => takeover,
+            Err(gone) => return Ok(Err(gone)),
+        };
+        if takeover.entries > 0 {
+            tracing::info!(stream = %self.stream, group = %self.group, entries = takeover.entries, "took over what others had left");
+        }
+        if takeover.more {
+            return Ok(Ok(()));
+        }
+        round.beat = Instant::now() + beat(self.member.life);
+        // What an answer that was lost has given comes first: until then it is not known what is owned in vain.
+        if round.unsure.is_some() { Ok(Ok(())) } else { self.sweep(round, takeover.forwarded).await }
+    }
+
     async fn cycle(&self, done: &[EntryId], idle: &[Arc<str>], room: usize) -> Result<Result<Cycle, TakenOver>, StreamsError> {
         let turn = self.turn.fetch_add(1, Ordering::Relaxed) + 1;
         self.streams.cycle(&self.member, turn, done, idle, room).await
     }
 
-    /// Entries whose wait is over are read again, as only their ids were kept; so many at a time that others are not kept waiting for
-    /// a sign of life, and as there is room.
+    /// Entries whose wait is over are read again, as only their ids were kept: those of many aggregates in one call, so that a batch stays
+    /// one, and so many at a time that others are not kept waiting; as there is room.
     async fn read_again(&self) -> Result<(), StreamsError> {
         self.lanes().wake(Instant::now());
-        for _ in 0..MOST_READ_AGAIN {
-            if self.room() == 0 {
-                return Ok(());
+        let (mut aggregates, mut ids): (Vec<(Arc<str>, usize)>, Vec<EntryId>) = (Vec::new(), Vec::new());
+        if self.room() > 0 {
+            let mut lanes = self.lanes();
+            while aggregates.len() < MOST_READ_AGAIN && ids.len() < PAGE {
+                let Some((aggregate, some)) = lanes.next_unread(PAGE - ids.len()) else { break };
+                aggregates.push((aggregate, some.len()));
+                ids.extend(some);
             }
-            let Some((aggregate, ids)) = self.lanes().next_unread(PAGE) else { return Ok(()) };
-            let read = self.streams.entries(&self.stream, &ids).await;
-            let whats = read.as_ref().map_or_else(|_| Vec::new(), |entries| entries.iter().map(|e| self.judge(e)).collect());
-            self.lanes().read(&aggregate, whats);
-            self.ready.notify_one();
-            read?;
         }
-        Ok(())
+        if aggregates.is_empty() {
+            return Ok(());
+        }
+        let read = self.streams.entries(&self.stream, &ids).await;
+        let mut whats = read.iter().flatten().map(|entry| self.judge(entry));
+        let mut lanes = self.lanes();
+        for (aggregate, count) in aggregates {
+            // Without any, they are asked for again.
+            lanes.read(&aggregate, whats.by_ref().take(count).collect());
+        }
+        drop(lanes);
+        self.ready.notify_one();
+        read.map(drop)
     }
 
     fn room(&self) -> usize {
         self.lanes().room(self.settings.batch_size as usize, self.settings.max_in_flight_bytes)
-    }
-
-    /// An answer may have been lost: what Redis has given to this member and it does not know of is taken in hand.
-    async fn find_what_is_in_hand(&self) -> Result<(), StreamsError> {
-        let mut after = EntryId::default();
-        loop {
-            let page = self.streams.in_hand(&self.member, after, PAGE).await?;
-            let Some(last) = page.last() else { return Ok(()) };
-            after = last.id;
-            let unknown = {
-                let lanes = self.lanes();
-                page.into_iter().filter(|entry| !lanes.knows(entry.id)).collect()
-            };
-            self.offer(unknown);
-        }
     }
 
     fn offer(&self, received: Vec<Received>) {
@@ -299,8 +335,9 @@ impl Session {
             };
             let what = self.judge(&entry);
             let failures = failures_in(&entry.history);
-            let suspect = entry.deliveries > SUSPICIOUS;
-            (aggregate, Item { id: entry.id, what, history: entry.history, failures, alone: false, suspect })
+            let Received { id, history, deliveries, inherited, .. } = entry;
+            let suspect = is_suspect(deliveries, failures);
+            (aggregate, Item { id, what, history, failures, deliveries, alone: false, suspect, careful: inherited })
         });
         let items: Vec<_> = items.collect();
         let mut lanes = self.lanes();
@@ -339,7 +376,8 @@ impl Session {
         }
     }
 
-    /// Waits for the handlers that are at work, tells Redis what they have done, and leaves.
+    /// Waits for the handlers that are at work, tells Redis what they have done, and leaves. A handler that holds its thread may go on for
+    /// longer: then the member does not leave, and lives until that handler ends or the process does, so that nobody else handles the same.
     async fn finish(&self, workers: &mut JoinSet<()>) {
         let deadline = Instant::now() + self.settings.shutdown_timeout;
         while !workers.is_empty() {
@@ -347,14 +385,31 @@ impl Session {
                 // They end by themselves when told to stop; a panic was caught.
                 _ = workers.join_next() => {}
                 () = tokio::time::sleep_until(deadline) => break,
-                () = tokio::time::sleep(LONGEST_BEAT.min(self.member.life / 4)) => drop(self.flush().await),
+                () = tokio::time::sleep(beat(self.member.life)) => drop(self.flush().await),
             }
         }
         // Nobody may be at work here when others take over.
-        workers.shutdown().await;
-        while self.flush().await && Instant::now() < deadline + LONGEST_BEAT {}
-        if let Err(error) = self.streams.leave_group(&self.member).await {
-            tracing::warn!(stream = %self.stream, %error, "could not leave the group: others take over when claimIdle is over");
+        workers.abort_all();
+        let ended = async { while workers.join_next().await.is_some() {} };
+        let are_ended = tokio::time::timeout(ABORT, ended).await.is_ok();
+        let last_words = async {
+            while self.flush().await {}
+            if are_ended { self.streams.leave_group(&self.member, &[]).await } else { Ok(()) }
+        };
+        let (stream, group) = (&*self.stream, &*self.group);
+        match tokio::time::timeout(LAST_WORDS.max(deadline - Instant::now()), last_words).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(stream, %error, "could not leave the group: others take over when claimIdle is over")
+            }
+            Err(_) => tracing::warn!(stream, "could not leave the group in time: others take over when claimIdle is over"),
+        }
+        if are_ended {
+            self.pulse.end();
+        }
+        for (held, call) in self.pulse.holding() {
+            tracing::warn!(stream, group, handler = call.handler, event_type = call.event.event_type, aggregate = call.event.aggregate_id,
+                for_at_least = ?held, "a handler holds its thread and could not be ended: it keeps its event until it ends or the process does");
         }
     }
 
@@ -378,9 +433,15 @@ pub(super) fn no_handler(event_type: &str) -> String {
 }
 
 /// Attempts in a JSON array of them.
-fn failures_in(history: &str) -> u32 {
+pub(super) fn failures_in(history: &str) -> u32 {
     let attempts: Vec<serde::de::IgnoredAny> = serde_json::from_str(history).unwrap_or_default();
     u32::try_from(attempts.len()).unwrap_or(u32::MAX)
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.pulse.end();
+    }
 }
 
 /// Until the next exchange.

@@ -12,16 +12,20 @@ use tokio::time::Instant;
 use super::brake::Verdict;
 use super::lanes::{Item, Outcome, What, Work, sizes};
 use super::outage::is_outage;
+use super::pulse::Call;
 use super::session::{Session, no_handler};
 use super::status::Part;
+use super::suspects::{self, AtWork};
 use super::{Delivery, HandlerError};
 use crate::backoff::{Backoff, delay};
 use crate::chain::chain;
 use crate::event::rfc3339;
-use crate::streams::{Burial, Member, TakenOver};
+use crate::streams::{Burial, EntryId, Member, TakenOver};
 
 /// Events that a worker handles before it lets others run.
 const TURN: u32 = 32;
+/// After a handler that took so long they run at once: it may have held its thread.
+const LONG: Duration = Duration::from_millis(5);
 /// Longest wait that a handler can ask for.
 const LONGEST_LATER: Duration = Duration::from_secs(24 * 60 * 60);
 /// Longest reason that is kept, in bytes.
@@ -29,7 +33,7 @@ const LONGEST_REASON: usize = 1_000;
 
 impl Session {
     /// Handles what is ready, until told to stop.
-    pub(super) async fn work(self: Arc<Self>) {
+    pub(super) async fn work(self: Arc<Self>, number: usize) {
         let mut turns = 0_u32;
         let mut stop = self.stop.clone();
         loop {
@@ -49,10 +53,11 @@ impl Session {
             };
             // There may be more than this one can do.
             self.ready.notify_one();
-            self.handle(work).await;
+            let begun = Instant::now();
+            self.handle(number, work).await;
             self.settled.notify_one();
             turns += 1;
-            if turns.is_multiple_of(TURN) {
+            if turns.is_multiple_of(TURN) || begun.elapsed() > LONG {
                 tokio::task::yield_now().await;
             }
         }
@@ -63,32 +68,29 @@ impl Session {
         if takes_batches { self.settings.batch_size as usize } else { 1 }
     }
 
-    async fn handle(&self, work: Work) {
-        let deliveries: Vec<Delivery> =
-            work.parts.iter().flat_map(|(_, items)| items).filter_map(|item| self.delivery(item)).collect();
-        let result = match work.parts.first().and_then(|(_, items)| items.first()) {
-            Some(Item { what: What::Handle(handler, _), .. }) => self.call(*handler, &work, &deliveries).await,
-            Some(Item { what: What::Unknown(envelope), .. }) => Err(HandlerError::from(no_handler(&envelope.event_type))),
-            Some(Item { what: What::Bury(reason), .. }) => Err(HandlerError::give_up(reason)),
-            _ => Ok(()),
+    async fn handle(&self, number: usize, work: Work) {
+        let is_suspect = work.items().any(|item| item.suspect);
+        let _leave = suspects::leave(is_suspect).await;
+        let deliveries: Vec<Delivery> = work.items().filter_map(|item| self.delivery(item)).collect();
+        let result = match work.items().next() {
+            Some(Item { what: What::Handle(handler, _), .. }) => self.call(number, *handler, &work, &deliveries).await,
+            Some(Item { what: What::Unknown(envelope), .. }) => Some(Err(HandlerError::from(no_handler(&envelope.event_type)))),
+            Some(Item { what: What::Bury(reason), .. }) => Some(Err(HandlerError::give_up(reason))),
+            _ => Some(Ok(())),
         };
-        if result.is_ok() && !deliveries.is_empty() {
+        if result.as_ref().is_some_and(Result::is_ok) && !deliveries.is_empty() {
             self.reporter.handled(deliveries.len());
             self.brake.release();
         }
-        let several = work.parts.iter().map(|(_, items)| items.len()).sum::<usize>() > 1;
+        let several = work.items().count() > 1;
         for (aggregate, items) in work.parts {
             let taken = sizes(&items);
             let outcome = match &result {
-                Ok(()) => Outcome { done: items.iter().map(|item| item.id).collect(), ..Outcome::default() },
-                Err(HandlerError::RetryLater { after, .. } | HandlerError::OutcomeUnknown { after, .. }) if several => {
-                    Outcome { back: items, wait: Some(Instant::now() + (*after).min(LONGEST_LATER)), ..Outcome::default() }
-                }
-                Err(_) if several => {
-                    let back = items.into_iter().map(|item| Item { alone: true, ..item }).collect();
-                    Outcome { back, ..Outcome::default() }
-                }
-                Err(error) => match items.into_iter().next() {
+                None => left(items),
+                Some(Ok(())) if is_suspect => self.acquitted(items).await,
+                Some(Ok(())) => Outcome { done: items.iter().map(|item| item.id).collect(), ..Outcome::default() },
+                Some(Err(error)) if several => self.not_as_a_batch(items, error),
+                Some(Err(error)) => match items.into_iter().next() {
                     Some(item) => self.failed(item, error).await,
                     None => Outcome::default(),
                 },
@@ -109,32 +111,87 @@ impl Session {
         })
     }
 
-    /// A panic of the handler is a failure of this event, and ends nothing else.
-    async fn call(&self, handler: usize, work: &Work, deliveries: &[Delivery]) -> Result<(), HandlerError> {
-        let Some(handler) = self.handlers.get(handler) else { return Ok(()) };
-        if let [(_, items)] = work.parts.as_slice()
-            && let [item] = items.as_slice()
-            && item.suspect
-        {
+    /// A panic of the handler is a failure of this event, and ends nothing else. `None`: others may have taken over.
+    async fn call(
+        &self,
+        number: usize,
+        handler: usize,
+        work: &Work,
+        deliveries: &[Delivery],
+    ) -> Option<Result<(), HandlerError>> {
+        let (Some(handler), Some(first)) = (self.handlers.get(handler), work.items().next()) else { return Some(Ok(())) };
+        let _at_work = if first.suspect {
             // If it ends this process as well, that counts.
-            if item.failures >= self.settings.max_deliveries {
-                return Err(HandlerError::give_up("its consumers died while they handled it"));
+            if first.failures >= self.settings.max_deliveries {
+                return Some(Err(HandlerError::give_up("its consumers died while they handled it")));
             }
-            let history = self.history(item, "its consumer died while it handled this, or just before");
-            if self.note(item, item.failures + 1, &history).await.is_err() {
-                return Err(HandlerError::retry_later(LONGEST_LATER, "others have taken over"));
-            }
-        }
+            let history = self.history(first, "its consumer died while it handled this");
+            self.note(first, first.deliveries + 1, &history).await.ok()?;
+            None
+        } else if first.careful {
+            Some(self.say(work).await.ok()?)
+        } else {
+            None
+        };
         let call = handler.handle(deliveries);
         #[cfg(feature = "otel")]
         let (spans, call) = crate::trace::Processing::around(deliveries, call);
-        let result = AssertUnwindSafe(call).catch_unwind().await.unwrap_or_else(|panic| {
+        let call = AssertUnwindSafe(call).catch_unwind();
+        let (event, events) = (Arc::clone(&deliveries.first()?.envelope), deliveries.len());
+        let result = self.pulse.watch(number, Call { handler: handler.name(), event, events }, call).await?;
+        let result = result.unwrap_or_else(|panic| {
             let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
             Err(HandlerError::from(format!("the handler panicked: {}", text.unwrap_or("without a message"))))
         });
         #[cfg(feature = "otel")]
         spans.end(&result);
-        result
+        Some(result)
+    }
+
+    /// Says in Redis what is at work, before a handler begins with entries that were in hand when a consumer died.
+    async fn say(&self, work: &Work) -> Result<AtWork<'_>, TakenOver> {
+        let at_work = self.started.begin(work.items());
+        let mut backoff = Backoff::default();
+        let _one = self.started.call.lock().await;
+        while let Some(unsaid) = self.started.unsaid(&at_work) {
+            let ids: Vec<EntryId> = unsaid.keys().copied().collect();
+            match self.streams.note_started(&self.member, &ids).await {
+                Ok(noted) => {
+                    noted?;
+                    self.started.was_said(unsaid);
+                }
+                Err(error) if error.is_outage() => tokio::time::sleep(backoff.next()).await,
+                Err(error) => {
+                    tracing::warn!(stream = %self.stream, %error, "could not note what is at work: if it ends this process, that does not count");
+                    break;
+                }
+            }
+        }
+        Ok(at_work)
+    }
+
+    /// A suspect that was handled is acknowledged before anything else begins: what ends the process then is another.
+    async fn acquitted(&self, items: Vec<Item>) -> Outcome {
+        let mut backoff = Backoff::default();
+        let mut outcome = Outcome::default();
+        for item in items {
+            loop {
+                match self.streams.acknowledge(&self.member, item.id).await {
+                    Ok(Ok(_)) => {
+                        outcome.gone.push(item.id);
+                        break;
+                    }
+                    Ok(Err(TakenOver)) => return left(vec![item]),
+                    Err(error) if error.is_outage() => tokio::time::sleep(backoff.next()).await,
+                    Err(error) => {
+                        tracing::warn!(stream = %self.stream, entry = %item.id, %error, "could not acknowledge at once; it is done with others");
+                        outcome.done.push(item.id);
+                        break;
+                    }
+                }
+            }
+        }
+        outcome
     }
 
     async fn failed(&self, item: Item, error: &HandlerError) -> Outcome {
@@ -156,7 +213,7 @@ impl Session {
         if is_outage(error.as_ref()) {
             self.reporter.trouble(Part::Handlers, &reason);
             let item = self.cleared(item).await;
-            return back(item, delay(0, Duration::from_secs(1), Duration::from_secs(1)));
+            return back(item, outage_delay());
         }
         self.reporter.failed();
         let history = self.history(&item, &reason);
@@ -169,9 +226,26 @@ impl Session {
         match self.note(&item, item.failures + 1, &history).await {
             Ok(true) => {}
             Ok(false) => return Outcome { gone: vec![item.id], ..Outcome::default() },
-            Err(TakenOver) => return left(item),
+            Err(TakenOver) => return left(vec![item]),
         }
-        back(Item { failures: item.failures + 1, history, suspect: false, ..item }, wait)
+        let failures = item.failures + 1;
+        back(Item { failures, deliveries: failures, history, suspect: false, ..item }, wait)
+    }
+
+    /// A batch failed. Where that says nothing about its events, it is tried again as it was; else each is, alone.
+    fn not_as_a_batch(&self, items: Vec<Item>, error: &HandlerError) -> Outcome {
+        let wait = match error {
+            HandlerError::RetryLater { after, .. } | HandlerError::OutcomeUnknown { after, .. } => (*after).min(LONGEST_LATER),
+            HandlerError::Failed(error) if is_outage(error.as_ref()) => {
+                self.reporter.trouble(Part::Handlers, &chain(error.as_ref()));
+                outage_delay()
+            }
+            HandlerError::Failed(_) | HandlerError::GiveUp { .. } => {
+                let back = items.into_iter().map(|item| Item { alone: true, ..item }).collect();
+                return Outcome { back, ..Outcome::default() };
+            }
+        };
+        Outcome { back: items, wait: Some(Instant::now() + wait), ..Outcome::default() }
     }
 
     /// A suspect whose handler came back has killed nobody: the note that was made in advance is taken back.
@@ -182,14 +256,15 @@ impl Session {
                 tracing::debug!(stream = %self.stream, entry = %item.id, "others took over, and count one failure more");
             }
         }
-        Item { suspect: false, ..item }
+        Item { suspect: false, deliveries: item.failures.max(1), ..item }
     }
 
-    /// Notes a failure in Redis, so that whoever takes over knows of it. `false`: somebody has acknowledged it.
-    async fn note(&self, item: &Item, failures: u32, history: &str) -> Result<bool, TakenOver> {
+    /// Notes a failure in Redis, so that whoever takes over knows of it. `deliveries` is what it counts from there: as many as failures,
+    /// of one whose handler came back. `false`: somebody has acknowledged it.
+    async fn note(&self, item: &Item, deliveries: u32, history: &str) -> Result<bool, TakenOver> {
         let mut backoff = Backoff::default();
         loop {
-            match self.streams.note_failure(&self.member, item.id, failures, history).await {
+            match self.streams.note_failure(&self.member, item.id, deliveries.max(1), history).await {
                 Ok(noted) => return noted,
                 Err(error) if error.is_outage() => tokio::time::sleep(backoff.next()).await,
                 Err(error) => {
@@ -226,7 +301,7 @@ impl Session {
                         let aggregate = item.what.aggregate();
                         tracing::warn!(stream, group, entry = %item.id, aggregate, reason, "an event is a dead letter; see `commitstream dead list`");
                     } else if self.note(&item, item.failures, history).await.is_err() {
-                        return left(item);
+                        return left(vec![item]);
                     }
                     return Outcome { gone: vec![item.id], ..Outcome::default() };
                 }
@@ -257,8 +332,13 @@ impl Session {
 }
 
 /// Others have it: what stands behind it in this process is theirs as well, and must not overtake it here. The session ends soon.
-fn left(item: Item) -> Outcome {
-    Outcome { back: vec![item], wait: Some(Instant::now() + LONGEST_LATER), ..Outcome::default() }
+fn left(items: Vec<Item>) -> Outcome {
+    Outcome { back: items, wait: Some(Instant::now() + LONGEST_LATER), ..Outcome::default() }
+}
+
+/// Until a server that was away is tried again.
+fn outage_delay() -> Duration {
+    delay(0, Duration::from_secs(1), Duration::from_secs(1))
 }
 
 fn cut(reason: &str) -> &str {

@@ -95,6 +95,14 @@ impl Streams {
         Self { servers: Servers::new(&self.server, access.clone()), access, ..self.clone() }
     }
 
+    /// A connection of its own to the same servers that waits no longer than this.
+    #[must_use]
+    pub(super) fn within(&self, connect: Duration, response: Duration) -> Self {
+        let (connect, response) = (self.access.connect.min(connect), self.access.response.min(response));
+        let access = Access { connect, response, ..self.access.clone() };
+        Self { servers: Servers::new(&self.server, access.clone()), access, ..self.clone() }
+    }
+
     /// True if a command can concern keys of one slot only, and so, mostly, of one stream.
     pub(super) fn is_cluster(&self) -> bool {
         matches!(self.servers, Servers::Cluster(_))

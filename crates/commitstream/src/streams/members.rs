@@ -8,6 +8,7 @@
 //! the stream; until the last of it is taken, new entries of its aggregates queue up behind. A member that was taken over is told so by
 //! its next call, and changes nothing any more. Each script is atomic, so none of this depends on clocks or on who comes first.
 
+mod life;
 mod scripts;
 
 use std::fmt;
@@ -16,7 +17,7 @@ use std::time::Duration;
 
 use redis::{FromRedisValue, ParsingError, Script, ScriptInvocation, Value, from_redis_value};
 
-use self::scripts::{CYCLE, FAIL, JOIN, LEAVE, TAKE};
+use self::scripts::{CYCLE, DESCRIBE, JOIN, PENDING, SWEEP, TAKE};
 use super::append::millis;
 use super::{RETURNED, Streams, StreamsError, group_key};
 use crate::config::StartFrom;
@@ -51,8 +52,10 @@ impl FromStr for EntryId {
 #[derive(Debug)]
 pub struct Received {
     pub id: EntryId,
-    /// How often it was given to somebody, by Redis's count.
+    /// 1, and how often a member died that had it at work; by Redis's count.
     pub deliveries: u32,
+    /// It was in hand when a member died: say before it is handled that it is at work.
+    pub inherited: bool,
     /// Failed attempts so far, as a JSON array; empty when there is none.
     pub history: String,
     /// The one group that it is for, of an entry that was appended again for a dead letter.
@@ -69,6 +72,31 @@ pub struct Cycle {
     pub received: Vec<Received>,
     /// The end of what the group was given, when there was nothing new: a new entry has a higher id.
     pub end: Option<EntryId>,
+}
+
+/// What a takeover came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Takeover {
+    pub entries: u64,
+    /// There may be more.
+    pub more: bool,
+    /// The dead whose names are still in use, by all members: see [`sweep`](Streams::sweep).
+    pub forwarded: u64,
+}
+
+/// How far a member has come with forgetting the dead.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sweep {
+    /// `0` at the end.
+    cursor: String,
+    names: Vec<String>,
+}
+
+impl Sweep {
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.cursor == "0"
+    }
 }
 
 /// The caller is no member any more: what it had in hand is with others.
@@ -103,7 +131,7 @@ impl Streams {
 
     /// Acknowledges `done`, gives `released` back, and takes up to `count` entries: at most 1,000 of them, and 3,000 of each of the others. May
     /// be called again after an unknown outcome, with a higher `turn`; what that call had taken is then to be found with
-    /// [`in_hand`](Self::in_hand).
+    /// [`pending_of`](Self::pending_of).
     ///
     /// # Errors
     /// Redis is not reachable or refuses; `NOGROUP` if somebody has removed the group.
@@ -128,49 +156,82 @@ impl Streams {
     }
 
     /// Takes up to `count` entries of dead members, or that were returned: the next [`cycle`](Self::cycle) brings those that are for this member.
-    /// Returns whether there may be more. Consumers that never were members count as dead when idle for as long as a member lives.
+    /// Consumers that never were members count as dead when idle for as long as a member lives.
     ///
     /// # Errors
     /// As for [`cycle`](Self::cycle).
-    pub async fn take_over(&self, member: &Member, count: usize) -> Result<Result<(u64, bool), TakenOver>, StreamsError> {
+    pub async fn take_over(&self, member: &Member, count: usize) -> Result<Result<Takeover, TakenOver>, StreamsError> {
         let mut call = common(&TAKE, member);
         call.arg(millis(member.life)).arg(count).arg(RETURNED);
         let reply: Vec<Value> = self.invoke("taking over from dead consumers", &member.stream, &call).await?;
-        numbers(&reply).map(|n| n.map(|n| (n[0], n[1] == 1))).map_err(|error| self.unreadable(&member.stream, error))
+        let takeover = |n: Vec<u64>| Takeover { entries: n[0], more: n[1] == 1, forwarded: n[2] };
+        numbers(&reply).map(|n| n.map(takeover)).map_err(|error| self.unreadable(&member.stream, error))
     }
 
-    /// Notes a failed attempt. `false`: the member does not have the entry in hand.
+    /// Up to `count` ids after `after` that the member has in hand by Redis's account, oldest first, each with its deliveries.
     ///
     /// # Errors
     /// As for [`cycle`](Self::cycle).
-    pub async fn note_failure(
+    pub async fn pending_of(
         &self,
         member: &Member,
-        id: EntryId,
-        attempts: u32,
-        history: &str,
-    ) -> Result<Result<bool, TakenOver>, StreamsError> {
-        let mut call = common(&FAIL, member);
-        call.arg(id.to_string()).arg(attempts).arg(history);
-        let reply: Vec<Value> = self.invoke("noting a failure", &member.stream, &call).await?;
-        numbers(&reply).map(|n| n.map(|n| n[0] == 1)).map_err(|error| self.unreadable(&member.stream, error))
+        after: EntryId,
+        count: usize,
+    ) -> Result<Result<Vec<(EntryId, u32)>, TakenOver>, StreamsError> {
+        let mut call = common(&PENDING, member);
+        call.arg(after.to_string()).arg(count);
+        let Rows(rows) = self.invoke("reading what is in hand", &member.stream, &call).await?;
+        let Ok(rows) = rows else { return Ok(Err(TakenOver)) };
+        let rows = rows.into_iter().map(|row: (String, u32)| Ok((entry_id(&row.0)?, row.1)));
+        Ok(Ok(rows.collect::<Result<_, _>>().map_err(|error| self.unreadable(&member.stream, error))?))
     }
 
-    /// Up to `count` entries after `after` that the member has in hand by Redis's account, oldest first.
+    /// The aggregate of each of these entries, empty where the entry is gone, and the failed attempts that were noted.
     ///
     /// # Errors
     /// As for [`cycle`](Self::cycle).
-    pub async fn in_hand(&self, member: &Member, after: EntryId, count: usize) -> Result<Vec<Received>, StreamsError> {
-        let mut command = redis::cmd("XREADGROUP");
-        command.arg("GROUP").arg(&member.group).arg(&member.name).arg("COUNT").arg(count);
-        command.arg("STREAMS").arg(&member.stream).arg(after.to_string());
-        let reply: Value = self.query("reading what is in hand", &member.stream, &command).await?;
-        let entries = || -> Result<Vec<Received>, ParsingError> {
-            let streams: Vec<(String, Vec<Row>)> = from_redis_value(reply)?;
-            let entries = streams.into_iter().flat_map(|(_, entries)| entries);
-            entries.map(|(id, fields)| received(&id, fields.unwrap_or_default(), 2, String::new())).collect()
+    pub async fn describe(
+        &self,
+        member: &Member,
+        ids: &[EntryId],
+    ) -> Result<Result<Vec<(EntryId, String, String)>, TakenOver>, StreamsError> {
+        let mut call = common(&DESCRIBE, member);
+        for id in ids {
+            call.arg(id.to_string());
+        }
+        let Rows(rows) = self.invoke("reading what is in hand", &member.stream, &call).await?;
+        let Ok(rows) = rows else { return Ok(Err(TakenOver)) };
+        let rows = rows.into_iter().map(|row: (String, String, String)| Ok((entry_id(&row.0)?, row.1, row.2)));
+        Ok(Ok(rows.collect::<Result<_, _>>().map_err(|error| self.unreadable(&member.stream, error))?))
+    }
+
+    /// One step of forgetting the dead whose place the member has taken. The first has no `from`. Returns aggregates that are the member's,
+    /// some of which it may have nothing of; without `all`, none unless there is somebody to forget.
+    ///
+    /// # Errors
+    /// As for [`cycle`](Self::cycle).
+    pub async fn sweep(
+        &self,
+        member: &Member,
+        from: Option<&Sweep>,
+        all: bool,
+    ) -> Result<Result<(Sweep, Vec<String>), TakenOver>, StreamsError> {
+        let mut call = common(&SWEEP, member);
+        call.arg(from.map_or("0", |sweep| &sweep.cursor)).arg(u8::from(all));
+        for name in from.into_iter().flat_map(|sweep| &sweep.names) {
+            call.arg(name);
+        }
+        let reply: Vec<Value> = self.invoke("forgetting dead consumers", &member.stream, &call).await?;
+        if is_gone(&reply) {
+            return Ok(Err(TakenOver));
+        }
+        let mut parts = reply.into_iter().skip(1);
+        let mut part = || parts.next().unwrap_or(Value::Nil);
+        let mut read = || -> Result<_, ParsingError> {
+            let sweep = Sweep { cursor: from_redis_value(part())?, names: from_redis_value(part())? };
+            Ok((sweep, from_redis_value(part())?))
         };
-        entries().map_err(|error| self.unreadable(&member.stream, error))
+        read().map(Ok).map_err(|error| self.unreadable(&member.stream, error))
     }
 
     /// The entries with these ids; those that are gone have no event.
@@ -189,16 +250,6 @@ impl Streams {
             received(&id.to_string(), fields, 1, String::new())
         });
         entries.collect::<Result<_, _>>().map_err(|error| self.unreadable(stream, error))
-    }
-
-    /// Leaves the group: others take what the member has in hand, at once.
-    ///
-    /// # Errors
-    /// Redis is not reachable or refuses; then others take it when the member's life is over.
-    pub async fn leave_group(&self, member: &Member) -> Result<(), StreamsError> {
-        let mut call = LEAVE.prepare_invoke();
-        call.key(group_key(&member.stream, &member.group, "members")).arg(&member.name);
-        self.invoke("leaving a consumer group", &member.stream, &call).await
     }
 
     /// Waits until the stream has an entry after `after`, or `patience` is over. Blocks its connection: see
@@ -225,7 +276,7 @@ fn common<'a>(script: &'a Script, member: &Member) -> ScriptInvocation<'a> {
     for name in ["members", "owners", "successors", "takers", "failures", "turns"] {
         call.key(group_key(&member.stream, &member.group, name));
     }
-    call.arg(&member.group).arg(&member.name).arg(millis(member.life)).arg(group_key(&member.stream, &member.group, "queue:"));
+    call.arg(&member.group).arg(&member.name).arg(millis(member.life)).arg(group_key(&member.stream, &member.group, ""));
     call
 }
 
@@ -236,7 +287,7 @@ fn numbers(reply: &[Value]) -> Result<Result<Vec<u64>, TakenOver>, ParsingError>
     }
     let mut numbers = reply.iter().skip(1).map(|n| from_redis_value(n.clone())).collect::<Result<Vec<u64>, _>>()?;
     // Whatever an answer lacks, it does not say.
-    numbers.resize(2, 0);
+    numbers.resize(3, 0);
     Ok(Ok(numbers))
 }
 
@@ -244,8 +295,22 @@ fn is_gone(reply: &[Value]) -> bool {
     matches!(reply.first(), Some(Value::BulkString(word)) if word == b"gone")
 }
 
-/// Id and fields of an entry; no fields when it is gone.
-type Row = (String, Option<Vec<Value>>);
+/// The second part of an answer.
+struct Rows<T>(Result<Vec<T>, TakenOver>);
+
+impl<T: FromRedisValue> FromRedisValue for Rows<T> {
+    fn from_redis_value(value: Value) -> Result<Self, ParsingError> {
+        let reply: Vec<Value> = from_redis_value(value)?;
+        if is_gone(&reply) {
+            return Ok(Self(Err(TakenOver)));
+        }
+        Ok(Self(Ok(from_redis_value(reply.into_iter().nth(1).unwrap_or(Value::Nil))?)))
+    }
+}
+
+fn entry_id(text: &str) -> Result<EntryId, ParsingError> {
+    text.parse().map_err(|_| ParsingError::from(format!("{text:?} is no entry id")))
+}
 
 struct Answer(Result<Cycle, TakenOver>);
 
@@ -258,10 +323,12 @@ impl FromRedisValue for Answer {
         let mut parts = reply.into_iter().skip(1);
         let mut part = || parts.next().unwrap_or(Value::Nil);
         let released: u8 = from_redis_value(part())?;
-        let queued: Vec<(String, Vec<Value>, u32, String)> = from_redis_value(part())?;
+        let queued: Vec<(String, Vec<Value>, u32, String, u8)> = from_redis_value(part())?;
         let new: Vec<(String, Vec<Value>)> = from_redis_value(part())?;
         let end: String = from_redis_value(part())?;
-        let queued = queued.into_iter().map(|(id, fields, deliveries, history)| received(&id, fields, deliveries, history));
+        let queued = queued.into_iter().map(|(id, fields, deliveries, history, inherited)| {
+            received(&id, fields, deliveries, history).map(|entry| Received { inherited: inherited == 1, ..entry })
+        });
         let new = new.into_iter().map(|(id, fields)| received(&id, fields, 1, String::new()));
         Ok(Self(Ok(Cycle {
             released: released == 1,
@@ -273,9 +340,9 @@ impl FromRedisValue for Answer {
 
 /// Reads names and values, moving the text.
 fn received(id: &str, fields: Vec<Value>, deliveries: u32, history: String) -> Result<Received, ParsingError> {
-    let id: EntryId = id.parse().map_err(|_| ParsingError::from(format!("{id:?} is no entry id")))?;
+    let (id, inherited) = (entry_id(id)?, false);
     if fields.is_empty() {
-        return Ok(Received { id, deliveries, history, only_for: None, event: None });
+        return Ok(Received { id, deliveries, inherited, history, only_for: None, event: None });
     }
     let mut text = Vec::with_capacity(fields.len() / 2);
     let mut values = fields.into_iter();
@@ -287,5 +354,5 @@ fn received(id: &str, fields: Vec<Value>, deliveries: u32, history: String) -> R
         value.and_then(|value| std::str::from_utf8(value).ok())
     };
     let event = EventEnvelope::from_fields(&id.to_string(), field).map_err(|error| error.to_string());
-    Ok(Received { id, deliveries, history, only_for: field("group").map(str::to_owned), event: Some(event) })
+    Ok(Received { id, deliveries, inherited, history, only_for: field("group").map(str::to_owned), event: Some(event) })
 }

@@ -32,7 +32,7 @@ pub use error::StreamsError;
 pub(crate) use error::is_outage;
 pub use groups::{GroupConsumer, GroupInfo, GroupLag};
 pub use locate::{Delivery, GroupDelivery, StreamFigures};
-pub use members::{Cycle, EntryId, Member, Received, TakenOver};
+pub use members::{Cycle, EntryId, Member, Received, Sweep, TakenOver, Takeover};
 pub use presence::Presence;
 pub use publish::NotPublished;
 pub use read::Entry;
@@ -45,7 +45,7 @@ fn marker_key(stream: &str, batch_id: uuid::Uuid) -> String {
     format!("{{{stream}}}:batch:{batch_id}")
 }
 
-/// Key of what the consumers of a group keep beside their stream, in its hash slot: `members`, `owners`, `failures`.
+/// Key of what the consumers of a group keep beside their stream, in its hash slot: `members`, `owners`, `failures`; an empty name makes their prefix.
 fn group_key(stream: &str, group: &str, name: &str) -> String {
     format!("{{{stream}}}:group:{group}:{name}")
 }

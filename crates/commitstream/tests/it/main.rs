@@ -9,6 +9,8 @@ mod consumer_book;
 mod consumer_effects;
 mod consumer_faults;
 mod consumer_full;
+mod consumer_life;
+mod consumer_poison;
 mod consumer_rate;
 mod consumer_transaction;
 mod consumer_troubles;

@@ -222,3 +222,17 @@ fn limits_in_the_table_name_settings_of_the_same_kind() {
         assert!(key.kind.magnitude(&settings).is_some(), "{}", key.path);
     }
 }
+
+#[test]
+fn time_outs_that_leave_a_consumer_no_time_for_its_heartbeat() {
+    let mut settings = Settings::default();
+    settings.consumer.claim_idle = Duration::from_secs(1);
+    assert!(settings.validate_heartbeat().is_ok(), "the defaults give way");
+    settings.redis.connect_timeout = Duration::from_millis(500);
+    assert!(settings.validate_heartbeat().is_ok());
+    settings.redis.response_timeout = Duration::from_millis(600);
+    let error = settings.validate_heartbeat().map_err(|error| error.to_string());
+    let expected =
+        "app.redis.connectTimeout + app.redis.responseTimeout = 500ms + 600ms: must not be more than app.consumer.claimIdle = 1s";
+    assert_eq!(error, Err(expected.to_owned()));
+}

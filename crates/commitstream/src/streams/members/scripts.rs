@@ -15,10 +15,11 @@ local function now()
 end
 ";
 
-/// KEYS: stream, members, owners, successors, takers, failures, turns. ARGV: group, member, life, prefix of the queues.
+/// KEYS: stream, members, owners, successors, takers, failures, turns. ARGV: group, member, life, prefix of the keys.
 const COMMON: &str = r"
 local stream, members, owners, successors, takers, failures = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local group, me, life, queue = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local group, me, life, queue = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4] .. 'queue:'
+local started = ARGV[4] .. 'started:'
 -- 0 is the score of one that has left.
 if (tonumber(redis.call('ZSCORE', members, me) or 0)) == 0 then return {'gone'} end
 local group_is_there = redis.pcall('XPENDING', stream, group)
@@ -100,11 +101,13 @@ pub(super) static CYCLE: LazyLock<Script> = LazyLock::new(|| {
         local queued = {}
         if count > 0 then
             for _, id in ipairs(redis.call('LPOP', mine, count) or {}) do
+                local inherited = string.sub(id, 1, 1) == '!'
+                if inherited then id = string.sub(id, 2) end
                 local pending = redis.call('XPENDING', stream, group, id, id, 1)[1]
                 if pending and pending[2] == me then
                     local entry = redis.call('XRANGE', stream, id, id)[1]
                     queued[#queued + 1] =
-                        {id, entry and entry[2] or {}, pending[4], redis.call('HGET', failures, id) or ''}
+                        {id, entry and entry[2] or {}, pending[4], redis.call('HGET', failures, id) or '', inherited and 1 or 0}
                 end
             end
         end
@@ -166,6 +169,9 @@ pub(super) static CYCLE: LazyLock<Script> = LazyLock::new(|| {
 
 /// Takes what the dead have left, or others have returned. Further ARGV: idle time of consumers that never were members, how many
 /// entries, and who stands for what was returned.
+///
+/// Silence counts no delivery. Only an entry that its member had said to be at work counts one: it may be what ended the process.
+/// What came from a member is marked with `!` in the queue, so that the new one says before it begins with it.
 pub(super) static TAKE: LazyLock<Script> = LazyLock::new(|| {
     Script::new(&format!(
         "{NOW}{COMMON}{}",
@@ -176,15 +182,17 @@ pub(super) static TAKE: LazyLock<Script> = LazyLock::new(|| {
         local function take(name, was_member)
             local rows = redis.call('XPENDING', stream, group, '-', '+', room, name)
             for _, row in ipairs(rows) do
-                local id, target = row[1], me
-                if not was_member then
+                local id, target, count, mark = row[1], me, row[4], ''
+                if was_member then
+                    count, mark = count + redis.call('HEXISTS', started .. name, id), '!'
+                else
                     local entry = redis.call('XRANGE', stream, id, id)[1]
                     local aggregate = entry and aggregate_of(entry[2]) or ''
                     local owner = redis.call('HGET', owners, aggregate)
                     if owner then target = resolve(owner) else redis.call('HSET', owners, aggregate, me) end
                 end
-                redis.call('XCLAIM', stream, group, target, 0, id, 'RETRYCOUNT', row[4] + 1, 'JUSTID')
-                redis.call('RPUSH', queue .. target, id)
+                redis.call('XCLAIM', stream, group, target, 0, id, 'RETRYCOUNT', count, 'JUSTID')
+                redis.call('RPUSH', queue .. target, mark .. id)
             end
             taken = taken + #rows
             room = room - #rows
@@ -204,7 +212,7 @@ pub(super) static TAKE: LazyLock<Script> = LazyLock::new(|| {
                 redis.call('HSET', successors, name, me)
                 redis.call('HDEL', takers, name)
                 redis.call('HDEL', KEYS[7], name)
-                redis.call('DEL', queue .. name)
+                redis.call('DEL', queue .. name, started .. name)
                 redis.call('XGROUP', 'DELCONSUMER', stream, group, name)
             end
         end
@@ -220,12 +228,12 @@ pub(super) static TAKE: LazyLock<Script> = LazyLock::new(|| {
         if redis.call('HLEN', takers) == 0 and redis.call('XPENDING', stream, group)[1] == 0 then
             redis.call('DEL', owners, successors)
         end
-        return {'ok', taken, room > 0 and 0 or 1}
+        return {'ok', taken, room > 0 and 0 or 1, redis.call('HLEN', successors)}
         "
     ))
 });
 
-/// Notes a failed attempt of an entry that the member has in hand. Further ARGV: entry id, attempts, the whole history.
+/// Notes a failed attempt of an entry that the member has in hand. Further ARGV: entry id, deliveries, the whole history.
 pub(super) static FAIL: LazyLock<Script> = LazyLock::new(|| {
     Script::new(&format!(
         "{NOW}{COMMON}{}",
@@ -235,12 +243,139 @@ pub(super) static FAIL: LazyLock<Script> = LazyLock::new(|| {
         if not pending or pending[2] ~= me then return {'ok', 0} end
         redis.call('HSET', failures, id, ARGV[7])
         redis.call('XCLAIM', stream, group, me, 0, id, 'RETRYCOUNT', ARGV[6], 'JUSTID')
+        redis.call('HDEL', started .. me, id)
         return {'ok', 1}
         "
     ))
 });
 
-/// Ends the membership at once: others take what is left. KEYS: members. ARGV: member.
+/// Acknowledges one entry at once, with what was noted of it. Further ARGV: entry id.
+pub(super) static ACKNOWLEDGE: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(&format!(
+        "{NOW}{COMMON}{}",
+        r"
+        local id = ARGV[5]
+        local pending = redis.call('XPENDING', stream, group, id, id, 1)[1]
+        if not pending or pending[2] ~= me then return {'ok', 0} end
+        redis.call('XACK', stream, group, id)
+        redis.call('HDEL', failures, id)
+        return {'ok', 1}
+        "
+    ))
+});
+
+/// Lists what the member has by Redis's account, ids only. Further ARGV: after which id, how many.
+pub(super) static PENDING: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(&format!(
+        "{NOW}{COMMON}{}",
+        r"
+        local found = {}
+        for i, row in ipairs(redis.call('XPENDING', stream, group, '(' .. ARGV[5], '+', ARGV[6], me)) do
+            found[i] = {row[1], row[4]}
+        end
+        return {'ok', found}
+        "
+    ))
+});
+
+/// The aggregate of entries, and what was noted of them, without their payloads. Further ARGV: their ids.
+pub(super) static DESCRIBE: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(&format!(
+        "{NOW}{COMMON}{}",
+        r"
+        local rows = {}
+        for i = 5, #ARGV do
+            local entry = redis.call('XRANGE', stream, ARGV[i], ARGV[i])[1]
+            rows[#rows + 1] =
+                {ARGV[i], entry and aggregate_of(entry[2]) or '', redis.call('HGET', failures, ARGV[i]) or ''}
+        end
+        return {'ok', rows}
+        "
+    ))
+});
+
+/// A step of forgetting the dead that the member is the heir of: what they owned becomes its own, a page at a time, and is returned with
+/// what was its own before. After the last page nothing refers to their names. Further ARGV: cursor, 1 to go through all even if there is
+/// nobody to forget, and the names, after the first step.
+pub(super) static SWEEP: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(&format!(
+        "{NOW}{COMMON}{}",
+        r"
+        local cursor, names, own = ARGV[5], {unpack(ARGV, 7)}, {}
+        if cursor == '0' then
+            local known = redis.call('HGETALL', successors)
+            for i = 1, #known, 2 do
+                -- One call passes the names on: it has room for so many.
+                if #names < 1000 and known[i] ~= me and resolve(known[i]) == me then names[#names + 1] = known[i] end
+            end
+            if #names == 0 and ARGV[6] == '0' then return {'ok', '0', {}, {}} end
+        end
+        local page = redis.call('HSCAN', owners, cursor, 'COUNT', 500)
+        for i = 1, #page[2], 2 do
+            local aggregate, owner = page[2][i], page[2][i + 1]
+            if resolve(owner) == me then
+                if owner ~= me then redis.call('HSET', owners, aggregate, me) end
+                own[#own + 1] = aggregate
+            end
+        end
+        if page[1] == '0' then
+            local work = redis.call('HGETALL', takers)
+            for i = 1, #work, 2 do
+                if work[i + 1] ~= me and resolve(work[i + 1]) == me then redis.call('HSET', takers, work[i], me) end
+            end
+            -- One whose heir was among the names has this member for its heir.
+            local known = redis.call('HGETALL', successors)
+            for i = 1, #known, 2 do
+                if known[i + 1] ~= me and resolve(known[i + 1]) == me then redis.call('HSET', successors, known[i], me) end
+            end
+            if #names > 0 then redis.call('HDEL', successors, unpack(names)) end
+        end
+        return {'ok', page[1], names, own}
+        "
+    ))
+});
+
+/// Moves the deadline of a member, and nothing else. Returns 0 if it is none any more. KEYS: members. ARGV: member, life.
+pub(super) static HEARTBEAT: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(&format!(
+        "{NOW}{}",
+        r"
+        if tonumber(redis.call('ZSCORE', KEYS[1], ARGV[1]) or 0) == 0 then return 0 end
+        begin_when_full(KEYS[1])
+        redis.call('ZADD', KEYS[1], now() + tonumber(ARGV[2]), ARGV[1])
+        return 1
+        "
+    ))
+});
+
+/// Notes which entries a member has at work, instead of what it said before. Returns 0 if it is no member any more. KEYS: members, started.
+/// ARGV: member, ids.
+pub(super) static START: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(
+        r"
+        if tonumber(redis.call('ZSCORE', KEYS[1], ARGV[1]) or 0) == 0 then return 0 end
+        redis.call('DEL', KEYS[2])
+        for i = 2, #ARGV do redis.call('HSET', KEYS[2], ARGV[i], 1) end
+        return 1
+        ",
+    )
+});
+
+/// Ends the membership at once: others take what is left. What they took before and counted as perhaps deadly was not: the member is
+/// there to say so. KEYS: members, started, stream. ARGV: member, group, then ids that were at work, each with its deliveries.
 pub(super) static LEAVE: LazyLock<Script> = LazyLock::new(|| {
-    Script::new(&format!("{NOW} begin_when_full(KEYS[1]) redis.call('ZADD', KEYS[1], 'XX', 0, ARGV[1]) return 1"))
+    Script::new(
+        r"
+        redis.call('DEL', KEYS[2])
+        redis.call('ZADD', KEYS[1], 'XX', 0, ARGV[1])
+        for i = 3, #ARGV, 2 do
+            local pending = redis.pcall('XPENDING', KEYS[3], ARGV[2], ARGV[i], ARGV[i], 1)
+            local row = not pending.err and pending[1]
+            if row and row[2] ~= ARGV[1] and row[4] > tonumber(ARGV[i + 1]) then
+                redis.call('XCLAIM', KEYS[3], ARGV[2], row[2], 0, ARGV[i], 'RETRYCOUNT', row[4] - 1, 'JUSTID')
+            end
+        end
+        return 1
+        ",
+    )
 });
