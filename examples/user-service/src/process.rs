@@ -1,5 +1,7 @@
 //! What every program of the example does at its start and its end.
 
+use std::io;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -8,13 +10,26 @@ use commitstream::consumer::ConsumerHandle;
 use commitstream::outbox::OutboxRepository;
 use sqlx::PgPool;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::runtime::Builder;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
 use tracing_subscriber::EnvFilter;
 
 use crate::schema;
 
 /// Longest wait for a connection, and for a statement: a request must end.
 const DATABASE_LIMIT: Duration = Duration::from_secs(5);
+
+/// Runs a program to its end. `#[tokio::main]` would wait then for a handler that holds its thread.
+///
+/// # Errors
+/// Those of the program.
+pub fn run(program: impl Future<Output = Result<()>>) -> Result<()> {
+    let runtime = Builder::new_multi_thread().enable_all().build()?;
+    let ended = runtime.block_on(program);
+    runtime.shutdown_background();
+    ended
+}
 
 /// Logs to standard error; `RUST_LOG` chooses what.
 pub fn start_log() {
@@ -54,10 +69,11 @@ pub async fn database(settings: &Settings) -> Result<PgPool> {
     Ok(pool)
 }
 
-/// The signals that end a program.
+/// The signals that end a program. They come from a thread of their own: handlers may hold all threads of the program's runtime.
 pub struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
+    told: mpsc::Receiver<()>,
+    /// It ends with the receiver.
+    _thread: thread::JoinHandle<()>,
 }
 
 impl Signals {
@@ -65,23 +81,39 @@ impl Signals {
     ///
     /// # Errors
     /// The operating system refuses.
-    pub fn catch() -> std::io::Result<Self> {
-        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+    pub fn catch() -> io::Result<Self> {
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let (mut interrupt, mut terminate) = {
+            let _of = runtime.enter();
+            (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
+        };
+        let (tell, told) = mpsc::channel(1);
+        let wait = async move {
+            loop {
+                tokio::select! {
+                    _ = interrupt.recv() => {}
+                    _ = terminate.recv() => {}
+                    () = tell.closed() => return,
+                }
+                // One that was not looked at yet says the same.
+                tell.try_send(()).ok();
+            }
+        };
+        let thread = thread::Builder::new().name("signals".to_owned()).spawn(move || runtime.block_on(wait))?;
+        Ok(Self { told, _thread: thread })
     }
 
     /// Waits for the next one.
     pub async fn next(&mut self) {
-        tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-        }
+        // The thread does not end before `self`.
+        self.told.recv().await;
     }
 }
 
-/// Lets a consumer work until a signal, and then finish what it has in hand.
+/// Lets a consumer work until a signal, and then finish what it has in hand, within `app.consumer.shutdownTimeout`.
 ///
 /// # Errors
-/// A task of the consumer failed.
+/// A handler holds its thread and did not end, or a task of the consumer failed.
 pub async fn consume(consumer: ConsumerHandle, mut signals: Signals) -> Result<()> {
     signals.next().await;
     tracing::info!("finishing what is in hand");

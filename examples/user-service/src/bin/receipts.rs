@@ -7,8 +7,11 @@ use commitstream::consumer::Consumer;
 use commitstream_examples::process::{self, Signals};
 use commitstream_examples::receipts::ReceiptConsumer;
 
-#[tokio::main]
-async fn main() -> Result<()> {
+fn main() -> Result<()> {
+    process::run(run())
+}
+
+async fn run() -> Result<()> {
     process::start_log();
     let signals = Signals::catch()?;
     let settings = process::settings()?;

@@ -18,8 +18,11 @@ use tokio::sync::oneshot;
 /// How long requests that have begun may take after a signal.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(10);
 
-#[tokio::main]
-async fn main() -> Result<()> {
+fn main() -> Result<()> {
+    process::run(run())
+}
+
+async fn run() -> Result<()> {
     process::start_log();
     let mut signals = Signals::catch()?;
     let settings = process::settings()?;

@@ -8,8 +8,11 @@ use commitstream_examples::process::{self, Signals};
 use commitstream_examples::welcome::WelcomeEmailConsumer;
 use lettre::{AsyncSmtpTransport, Tokio1Executor};
 
-#[tokio::main]
-async fn main() -> Result<()> {
+fn main() -> Result<()> {
+    process::run(run())
+}
+
+async fn run() -> Result<()> {
     process::start_log();
     let signals = Signals::catch()?;
     let settings = process::settings()?;

@@ -4,4 +4,5 @@
 mod handlers;
 mod mail_server;
 mod programs;
+mod signals;
 mod support;

@@ -43,8 +43,13 @@ impl World {
 
     /// Starts a program with the environment of this world.
     pub fn start(&self, program: &str, environment: &[(&str, &str)]) -> Result<Program> {
+        self.start_with(program, &[], environment)
+    }
+
+    pub fn start_with(&self, program: &str, arguments: &[&str], environment: &[(&str, &str)]) -> Result<Program> {
         let mut command = Command::new(program);
         command
+            .args(arguments)
             .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it"))
             .env("DATABASE_URL", self.database.url())
             .env("REDIS_URL", Sandbox::shared().redis_url())
