@@ -6,7 +6,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
-use super::{Lease, OutboxError, OutboxRepository};
+use super::{Lease, OutboxError, OutboxRepository, Partitions};
 
 /// What to claim, and its bounds.
 #[derive(Debug, Clone)]
@@ -20,6 +20,10 @@ pub struct ClaimRequest {
     pub skipped: Vec<i64>,
     /// The relay's batches that are not settled: what they name is on its way.
     pub open: Vec<Uuid>,
+    /// Partitions of the lease in which nothing is to be claimed.
+    pub stopped: Partitions,
+    /// Aggregates of which nothing is to be claimed, by type and id; about a hundred at most.
+    pub kept_back: Vec<(String, String)>,
     /// `after` is below what was claimed before, so that events on their way stand behind it.
     pub looks_back: bool,
     /// A `FAILED` event holds back the later events of its aggregate.
@@ -113,6 +117,10 @@ pub struct OutboxEvent {
 /// * A fresh event behind a waiting one is `blocked`: it is not claimed, but made a waiting one itself. Then it holds back in
 ///   turn what comes after it, whatever happens to the first, and order per aggregate needs no memory of the relay's. A row that
 ///   somebody else has locked cannot be made one; it is passed over and looked at again by every claim.
+/// * `now` is read once. The function builds a copy of the snapshot at every call, and for each transaction that was open before, that would be
+///   the square of their number.
+/// * Each batch must be in the journal, and each blocked row that could be locked must wait: a trigger that returns NULL would prevent
+///   either without an error. The cast at the end fails then, and nothing is claimed; it has the text that PostgreSQL's log shows.
 /// * `open` goes by `batch_id`: the index of open batches is full of dead entries while a long transaction holds back vacuum.
 /// * `n` and `running` number the events and add their bytes up, in the one pass in which they are read in order: sorting rows with
 ///   payloads, and joining them with their batches, cost more than reading them. The claim is cut off by bytes, and into batches by
@@ -120,7 +128,9 @@ pub struct OutboxEvent {
 /// * The rows of the answer are what the claim saw (`H`), the batches (`B`), and events: claimed (`E`), made waiting (`W`) or passed
 ///   over (`S`).
 const CLAIM: &str = "
-WITH open AS MATERIALIZED (
+WITH now AS MATERIALIZED (
+    SELECT pg_current_snapshot() AS visible
+), open AS MATERIALIZED (
     SELECT unnest(event_ids) AS id FROM {s}.outbox_batch
     WHERE cardinality($8::uuid[]) > 0 AND batch_id = ANY ($8) AND COALESCE(settled_at, 'infinity') = 'infinity'
 ), candidates AS MATERIALIZED (
@@ -132,8 +142,8 @@ WITH open AS MATERIALIZED (
         UNION ALL
         (SELECT late.* FROM (
              SELECT xid, xid AS last FROM pg_snapshot_xip($6::text::pg_snapshot) AS xid
-             WHERE pg_visible_in_snapshot(xid, pg_current_snapshot())
-             UNION ALL SELECT pg_snapshot_xmax($6::text::pg_snapshot), pg_snapshot_xmax(pg_current_snapshot())) AS t
+             WHERE pg_visible_in_snapshot(xid, (SELECT visible FROM now))
+             UNION ALL SELECT pg_snapshot_xmax($6::text::pg_snapshot), (SELECT pg_snapshot_xmax(visible) FROM now)) AS t
          CROSS JOIN LATERAL (
              SELECT {event} WHERE e.published_at IS NULL AND e.status || '' IN ('PENDING', 'PROCESSING')
                AND e.txid >= t.xid AND e.txid <= t.last AND e.seq + 0 <= $5 AND {settled} AND {claimable}
@@ -155,16 +165,23 @@ WITH open AS MATERIALIZED (
 ), journal AS (
     INSERT INTO {s}.outbox_batch (batch_id, relay_id, epoch, stream, event_ids, partitions)
     SELECT batch_id, $2, $3, $14 || aggregate_type, event_ids, partitions FROM batches ORDER BY first_seq
+    RETURNING 1
+), lockable AS MATERIALIZED (
+    SELECT id FROM {s}.event_outbox
+    WHERE id = ANY (ARRAY(SELECT id FROM candidates WHERE blocked AND (SELECT held FROM lease)))
+      AND status || '' IN ('PENDING', 'PROCESSING') AND next_retry_at IS NULL
+    FOR UPDATE SKIP LOCKED
 ), waiting AS (
     UPDATE {s}.event_outbox SET next_retry_at = statement_timestamp()
-    WHERE id = ANY (ARRAY(
-        SELECT id FROM {s}.event_outbox
-        WHERE id = ANY (ARRAY(SELECT id FROM candidates WHERE blocked AND (SELECT held FROM lease)))
-          AND status || '' IN ('PENDING', 'PROCESSING') AND next_retry_at IS NULL
-        FOR UPDATE SKIP LOCKED))
+    WHERE id = ANY (ARRAY(SELECT id FROM lockable))
     RETURNING id
+), rows AS (
+    SELECT (SELECT count(*) FROM journal) + (SELECT count(*) FROM waiting) AS changed,
+           (SELECT count(*) FROM batches) + (SELECT count(*) FROM lockable) AS meant
 )
-SELECT 'H' AS kind, count(*) = 0 OR (SELECT held FROM lease) AS held, pg_current_snapshot()::text AS snapshot, count(*) AS looked_at, max(n) AS n,
+SELECT 'H' AS kind, count(*) = 0 OR (SELECT held FROM lease) AS held,
+       (SELECT CASE WHEN changed = meant THEN visible::text
+                    ELSE ('commitstream: ' || changed || ' of ' || meant || ' rows changed')::bigint::text END FROM rows, now) AS snapshot, count(*) AS looked_at, max(n) AS n,
        max(seq) AS seq, NULL::uuid AS id, NULL AS event_type, NULL AS aggregate_type, NULL AS aggregate_id,
        NULL::timestamptz AS occurred_at, NULL::int AS retry_count, NULL::int AS payload_bytes, NULL::boolean AS was_waiting,
        NULL AS payload, '' AS headers
@@ -197,6 +214,8 @@ const EVENT: &str =
     FROM {s}.event_outbox e";
 
 const CLAIMABLE: &str = "($4::bigint >> e.partition_no::int) & 1 = 1
+    AND (cardinality($16::text[]) = 0 OR NOT EXISTS (
+        SELECT FROM unnest($16, $17::text[]) AS back(type, id) WHERE back.type = e.aggregate_type AND back.id = e.aggregate_id))
     AND (e.next_retry_at IS NULL OR (e.next_retry_at <= statement_timestamp() AND NOT ({held}) AND NOT EXISTS (
         SELECT 1 FROM {s}.event_outbox b
         WHERE b.aggregate_type = e.aggregate_type AND b.aggregate_id = e.aggregate_id AND b.seq < e.seq
@@ -223,7 +242,7 @@ impl OutboxRepository {
             .bind(i64::from(request.lease.partitions.len()))
             .bind(request.lease.relay_id)
             .bind(request.lease.epoch)
-            .bind(request.lease.partitions.bits())
+            .bind(request.lease.partitions.without(request.stopped).bits())
             .bind(request.after)
             .bind(&request.snapshot)
             .bind(&request.skipped)
@@ -235,6 +254,8 @@ impl OutboxRepository {
             .bind(request.max_payload_bytes)
             .bind(&request.stream_prefix)
             .bind(request.looks_back)
+            .bind(request.kept_back.iter().map(|(aggregate_type, _)| aggregate_type.as_str()).collect::<Vec<_>>())
+            .bind(request.kept_back.iter().map(|(_, aggregate_id)| aggregate_id.as_str()).collect::<Vec<_>>())
             .fetch(connection);
         let mut answer = Answer::default();
         let begun = Instant::now();

@@ -73,6 +73,19 @@ pub enum OutboxError {
         source: sqlx::Error,
     },
 
+    #[error(
+        "PostgreSQL accepted the statement and changed {changed} of {meant} rows while {doing}: row-level security or a trigger that returns NULL is in the way (`commitstream doctor` names it)"
+    )]
+    Unchanged { doing: &'static str, changed: i64, meant: i64 },
+
+    #[error(
+        "event {event_id} is in the stream {stream} (batch {batch_id}), but its row cannot become PUBLISHED ({reason}); it is not sent again. Rows like this one: {rows}"
+    )]
+    Unsettled { event_id: uuid::Uuid, batch_id: uuid::Uuid, stream: String, reason: String, rows: usize },
+
+    #[error("Redis refused event {event_id}, and its row cannot say so ({reason}). Rows like this one: {rows}")]
+    Unwritten { event_id: uuid::Uuid, reason: String, rows: usize },
+
     #[error("PostgreSQL refused while {doing}")]
     Database {
         doing: &'static str,
@@ -101,6 +114,22 @@ impl OutboxError {
     #[must_use]
     pub fn is_not_migrated(&self) -> bool {
         matches!(self, Self::NotMigrated { .. } | Self::Outdated { .. })
+    }
+
+    /// True when PostgreSQL answered, undid the statement and goes on: what stood in the way is a row, or what is set up around it.
+    #[must_use]
+    pub fn is_about_rows(&self) -> bool {
+        match self {
+            Self::Database { source: source @ sqlx::Error::Database(_), .. } => !is_outage(source),
+            Self::Unchanged { .. } => true,
+            _ => false,
+        }
+    }
+
+    /// Of a statement that was meant to change so many rows.
+    pub(super) fn unless_changed(doing: &'static str, changed: u64, meant: usize) -> Result<(), Self> {
+        let (changed, meant) = (i64::try_from(changed).unwrap_or(i64::MAX), i64::try_from(meant).unwrap_or(i64::MAX));
+        if changed == meant { Ok(()) } else { Err(Self::Unchanged { doing, changed, meant }) }
     }
 
     /// True when PostgreSQL says that this user may not do it: `insufficient_privilege`,

@@ -177,7 +177,8 @@ WITH looked AS MATERIALIZED ({looked}), changed AS (
     INSERT INTO {s}.outbox_audit (who, action, about, events, event_ids)
     SELECT $1, '{action}', $2, count(*), array_agg(id) FROM changed HAVING count(*) > 0
 )
-SELECT (SELECT count(*) FROM changed) AS changed, (SELECT count(*) FROM looked) AS looked, aggregate_type, aggregate_id, seq
+SELECT (SELECT count(*) FROM changed) AS changed, (SELECT count(*) FROM looked) AS looked,
+       ARRAY(SELECT id FROM looked WHERE matches EXCEPT SELECT id FROM changed) AS unchanged, aggregate_type, aggregate_id, seq
 FROM (SELECT) AS one LEFT JOIN
      (SELECT aggregate_type, aggregate_id, seq FROM looked ORDER BY aggregate_type DESC, aggregate_id DESC, seq DESC LIMIT 1) AS last ON true";
 
@@ -189,7 +190,7 @@ const STEPWISE: &str = "
            ($6::text IS NULL OR event_type = $6) AND ($7::text IS NULL OR {cause} = $7)
              AND ($8::text IS NULL OR pg_visible_in_snapshot(
                  (xmin::text::bigint + (((SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint) - xmin::text::bigint) >> 32 << 32))::text::xid8,
-                 $8::text::pg_snapshot)) AS matches
+                 (SELECT $8::text::pg_snapshot))) AS matches
     FROM {s}.event_outbox
     WHERE status || '' = 'FAILED' AND (aggregate_type, aggregate_id, seq) > ($3, $4, $5)
     ORDER BY aggregate_type, aggregate_id, seq LIMIT {step}";
@@ -312,11 +313,24 @@ impl OutboxRepository {
     }
 
     async fn stepped(&self, connection: &mut PgConnection, row: &PgRow, remedy: Remedy) -> Result<RemedyStep, OutboxError> {
-        let step = step_of(row).map_err(self.error("changing failed events"))?;
+        let doing = "changing failed events";
+        let step = step_of(row).map_err(self.error(doing))?;
+        let unchanged: Vec<Uuid> = row.try_get("unchanged").map_err(self.error(doing))?;
+        if !unchanged.is_empty() {
+            self.are_unfailed(connection, step.changed, &unchanged).await?;
+        }
         if remedy == Remedy::Retry && step.changed > 0 {
             self.notify(connection).await?;
         }
         Ok(step)
+    }
+
+    /// Somebody else may have changed these events in the meantime. If they are still `FAILED`, PostgreSQL has done nothing about them.
+    async fn are_unfailed(&self, connection: &mut PgConnection, changed: i64, ids: &[Uuid]) -> Result<(), OutboxError> {
+        let doing = "changing failed events";
+        let sql = "SELECT count(*) FROM {s}.event_outbox WHERE id = ANY ($1) AND COALESCE(status, '') = 'FAILED'";
+        let failed: i64 = sqlx::query_scalar(self.sql(sql)).bind(ids).fetch_one(connection).await.map_err(self.error(doing))?;
+        if failed == 0 { Ok(()) } else { Err(OutboxError::Unchanged { doing, changed, meant: changed + failed }) }
     }
 }
 

@@ -11,16 +11,24 @@ impl OutboxRepository {
     /// end of the first; if that rolls back, the event is the second one's.
     ///
     /// # Errors
-    /// PostgreSQL cannot be asked; the transaction is to be rolled back.
+    /// PostgreSQL cannot be asked, or a trigger or row-level security keeps the row out; the transaction is to be rolled back.
     pub async fn remember(&self, connection: &mut PgConnection, consumer: &str, event_id: Uuid) -> Result<bool, OutboxError> {
+        let doing = "writing to the inbox";
         let sql = "INSERT INTO {s}.event_inbox (consumer, event_id) VALUES ($1, $2) ON CONFLICT (consumer, event_id) DO NOTHING";
         let done = sqlx::query(self.sql(sql))
             .bind(consumer)
             .bind(event_id)
-            .execute(connection)
+            .execute(&mut *connection)
             .await
-            .map_err(self.error("writing to the inbox"))?;
-        Ok(done.rows_affected() == 1)
+            .map_err(self.error(doing))?;
+        if done.rows_affected() == 1 {
+            return Ok(true);
+        }
+        // A trigger that returns NULL inserts nothing either, and nothing was handled then.
+        let known = "SELECT EXISTS (SELECT FROM {s}.event_inbox WHERE consumer = $1 AND event_id = $2)";
+        let known = sqlx::query_scalar(self.sql(known)).bind(consumer).bind(event_id).fetch_one(connection).await;
+        let known: bool = known.map_err(self.error(doing))?;
+        if known { Ok(false) } else { Err(OutboxError::Unchanged { doing, changed: 0, meant: 1 }) }
     }
 
     /// Whether the inbox is there and this role may write to it. Nothing is written.

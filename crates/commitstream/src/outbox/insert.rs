@@ -1,5 +1,6 @@
 use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
+use sqlx::postgres::PgQueryResult;
 use uuid::Uuid;
 
 use super::{OutboxError, OutboxRepository};
@@ -14,7 +15,8 @@ impl OutboxRepository {
     /// which costs a round trip and works through any pooler.
     ///
     /// # Errors
-    /// PostgreSQL refuses the insert; the transaction is then aborted, as after any failed statement.
+    /// PostgreSQL refuses the insert; the transaction is then aborted, as after any failed statement. Or it accepts the statement and inserts
+    /// nothing, because of a trigger; the transaction is to be rolled back then.
     pub async fn insert(
         &self,
         connection: &mut PgConnection,
@@ -40,7 +42,7 @@ impl OutboxRepository {
             "INSERT INTO {s}.event_outbox (id, event_type, aggregate_type, aggregate_id, occurred_at, payload, headers)
              VALUES ($1, $2, $3, $4, $5, $6::text::jsonb, COALESCE($7::text::jsonb, '{}'))",
         );
-        sqlx::query(sql)
+        let done = sqlx::query(sql)
             .persistent(prepared)
             .bind(envelope.id)
             .bind(&envelope.event_type)
@@ -50,9 +52,8 @@ impl OutboxRepository {
             .bind(envelope.payload.get())
             .bind(envelope.headers_json())
             .execute(connection)
-            .await
-            .map_err(self.error("inserting an event into the outbox"))?;
-        Ok(())
+            .await;
+        self.inserted(done, 1)
     }
 
     /// One statement for many rows. `WITH ORDINALITY` keeps the caller's order in `seq`.
@@ -71,7 +72,7 @@ impl OutboxRepository {
         );
         let headers: Vec<_> = envelopes.iter().map(EventEnvelope::headers_json).collect();
         let column = |of: fn(&EventEnvelope) -> &str| envelopes.iter().map(of).collect::<Vec<_>>();
-        sqlx::query(sql)
+        let done = sqlx::query(sql)
             .persistent(prepared)
             .bind(envelopes.iter().map(|e| e.id).collect::<Vec<Uuid>>())
             .bind(column(|e| &e.event_type))
@@ -81,8 +82,12 @@ impl OutboxRepository {
             .bind(column(|e| e.payload.get()))
             .bind(headers)
             .execute(connection)
-            .await
-            .map_err(self.error("inserting events into the outbox"))?;
-        Ok(())
+            .await;
+        self.inserted(done, envelopes.len())
+    }
+
+    fn inserted(&self, done: Result<PgQueryResult, sqlx::Error>, rows: usize) -> Result<(), OutboxError> {
+        let doing = "inserting events into the outbox";
+        OutboxError::unless_changed(doing, done.map_err(self.error(doing))?.rows_affected(), rows)
     }
 }

@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use sqlx::postgres::PgRow;
-use sqlx::{PgConnection, Row};
+use sqlx::{Connection, PgConnection, Row};
 use uuid::Uuid;
 
 use super::{OutboxError, OutboxRepository, Partitions, millis};
@@ -12,6 +12,8 @@ pub struct OpenBatch {
     pub batch_id: Uuid,
     pub stream: String,
     pub events: i64,
+    /// Its events are in the stream, as the journal knows, and their rows could not become `PUBLISHED`.
+    pub is_stuck: bool,
 }
 
 /// A batch that was settled as appended.
@@ -47,8 +49,9 @@ const RECENT: &str = "
 
 /// One statement, one transaction: the events of these partitions (`$2`) in the batches (`$1`) are unsent again, and the batches
 /// say so. Of a batch, only those of partitions that it does not name as lost yet: the others were published again since. Rows that an
-/// operator has changed meanwhile are left alone. `status || ''` keeps the planner on the key. An aggregate type that ends in `:dead`, of a
-/// time when the table took it, may only wait (migration V8).
+/// operator has changed meanwhile are left alone. `unstuck`: what was set aside, because its row could not be settled, is lost with its
+/// batch, so it is to be sent again. `status || ''` keeps the planner on the key. An aggregate type that ends in `:dead`, of a time when
+/// the table took it, may only wait (migration V8).
 const REQUEUE: &str = "
 WITH found AS MATERIALIZED (
     SELECT batch_id, partitions & $2 & ~lost AS partitions FROM {s}.outbox_batch
@@ -57,6 +60,9 @@ WITH found AS MATERIALIZED (
     UPDATE {s}.outbox_batch b SET lost = b.lost | found.partitions FROM found
     WHERE b.batch_id = found.batch_id
     RETURNING b.event_ids[1:b.appended] AS ids, found.partitions
+), unstuck AS (
+    UPDATE {s}.outbox_batch SET settled_at = clock_timestamp(), appended = 0
+    WHERE settled_at IS NULL AND appended IS NOT NULL AND event_ids && ARRAY(SELECT unnest(ids) FROM lost)
 ), again AS (
     UPDATE {s}.event_outbox e SET status = 'PENDING', published_at = NULL,
         next_retry_at = CASE WHEN e.aggregate_type LIKE '%:dead' THEN statement_timestamp() ELSE e.next_retry_at END
@@ -65,7 +71,10 @@ WITH found AS MATERIALIZED (
       AND (l.partitions >> e.partition_no::int) & 1 = 1
     RETURNING 1
 )
-SELECT (SELECT count(*) FROM again) AS unsent,
+SELECT (SELECT count(*) FROM again) AS unsent, (SELECT count(*) FROM lost) AS noted,
+       (SELECT count(*) FROM {s}.outbox_batch WHERE batch_id = ANY ($1) AND partitions & $2 & ~lost <> 0) AS to_note,
+       (SELECT count(*) FROM lost, unnest(ids) AS lost_id JOIN {s}.event_outbox e ON e.id = lost_id
+        WHERE e.status || '' = 'PUBLISHED' AND (lost.partitions >> e.partition_no::int) & 1 = 1) AS published,
        (SELECT count(*) FROM lost, unnest(ids) AS lost_id
         WHERE NOT EXISTS (SELECT 1 FROM {s}.event_outbox e WHERE e.id = lost_id)) AS gone";
 
@@ -80,13 +89,18 @@ impl OutboxRepository {
         partitions: Partitions,
     ) -> Result<Vec<OpenBatch>, OutboxError> {
         let sql = self.sql(
-            "SELECT batch_id, stream, cardinality(event_ids)::bigint AS events FROM {s}.outbox_batch
+            "SELECT batch_id, stream, cardinality(event_ids)::bigint AS events, appended IS NOT NULL AS is_stuck FROM {s}.outbox_batch
              WHERE settled_at IS NULL AND partitions & $1 <> 0 ORDER BY batch_no",
         );
         let doing = "reading open batches";
         let rows = sqlx::query(sql).bind(partitions.bits()).fetch_all(connection).await.map_err(self.error(doing))?;
         let batch = |row: &PgRow| -> Result<OpenBatch, sqlx::Error> {
-            Ok(OpenBatch { batch_id: row.try_get("batch_id")?, stream: row.try_get("stream")?, events: row.try_get("events")? })
+            Ok(OpenBatch {
+                batch_id: row.try_get("batch_id")?,
+                stream: row.try_get("stream")?,
+                events: row.try_get("events")?,
+                is_stuck: row.try_get("is_stuck")?,
+            })
         };
         rows.iter().map(batch).collect::<Result<_, _>>().map_err(self.error(doing))
     }
@@ -154,10 +168,19 @@ impl OutboxRepository {
         partitions: Partitions,
     ) -> Result<Requeued, OutboxError> {
         let doing = "publishing lost batches again";
+        let mut tx = connection.begin().await.map_err(self.error(doing))?;
         let query = sqlx::query(self.sql(REQUEUE)).bind(batches).bind(partitions.bits());
-        let row = query.fetch_one(connection).await.map_err(self.error(doing))?;
-        let read = || Ok(Requeued { unsent: row.try_get("unsent")?, gone: row.try_get("gone")? });
-        read().map_err(self.error(doing))
+        let row = query.fetch_one(&mut *tx).await.map_err(self.error(doing))?;
+        let number = |column| row.try_get::<i64, _>(column).map_err(self.error(doing));
+        for (changed, meant) in [("noted", "to_note"), ("unsent", "published")] {
+            let (changed, meant) = (number(changed)?, number(meant)?);
+            // More may be meant by now: a row that was changed since the statement began is read as it was.
+            if changed < meant {
+                return Err(OutboxError::Unchanged { doing, changed, meant });
+            }
+        }
+        tx.commit().await.map_err(self.error(doing))?;
+        Ok(Requeued { unsent: number("unsent")?, gone: number("gone")? })
     }
 }
 

@@ -77,23 +77,27 @@ WITH free AS (
     LEFT JOIN unnest($2::smallint[], $3::uuid[]) AS wanted(partition_no, owner) USING (partition_no)
     WHERE l.relay_id = $1 OR (wanted.partition_no IS NOT NULL AND l.relay_id IS NOT DISTINCT FROM wanted.owner)
     ORDER BY l.partition_no FOR UPDATE OF l
+), changed AS (
+    UPDATE {s}.outbox_lease l
+    SET relay_id = $1, epoch = (SELECT max(epoch) + 1 FROM {s}.outbox_lease)
+    FROM free WHERE l.partition_no = free.partition_no
+    RETURNING l.partition_no, l.epoch, true AS is_owned
 )
-UPDATE {s}.outbox_lease l
-SET relay_id = $1, epoch = (SELECT max(epoch) + 1 FROM {s}.outbox_lease)
-FROM free WHERE l.partition_no = free.partition_no
-RETURNING l.partition_no, l.epoch, true AS is_owned";
+SELECT changed.*, (SELECT count(*) FROM free) AS meant FROM (SELECT) AS one LEFT JOIN changed ON true";
 
 /// Gives partitions back, and gives the others that the relay owns a new epoch: the batches of one epoch are of the same partitions from first to
 /// last. So whoever finds the last of them in Redis knows that all are there, and not only those of partitions that were kept.
 const GIVE: &str = "
 WITH mine AS (
     SELECT partition_no FROM {s}.outbox_lease WHERE relay_id = $1 ORDER BY partition_no FOR UPDATE
+), changed AS (
+    UPDATE {s}.outbox_lease l
+    SET relay_id = CASE WHEN ($2::bigint >> l.partition_no::int) & 1 = 1 THEN NULL ELSE l.relay_id END,
+        epoch = (SELECT max(epoch) + 1 FROM {s}.outbox_lease)
+    FROM mine WHERE l.partition_no = mine.partition_no
+    RETURNING l.partition_no, l.epoch, l.relay_id IS NOT NULL AS is_owned
 )
-UPDATE {s}.outbox_lease l
-SET relay_id = CASE WHEN ($2::bigint >> l.partition_no::int) & 1 = 1 THEN NULL ELSE l.relay_id END,
-    epoch = (SELECT max(epoch) + 1 FROM {s}.outbox_lease)
-FROM mine WHERE l.partition_no = mine.partition_no
-RETURNING l.partition_no, l.epoch, l.relay_id IS NOT NULL AS is_owned";
+SELECT changed.*, (SELECT count(*) FROM mine) AS meant FROM (SELECT) AS one LEFT JOIN changed ON true";
 
 impl OutboxRepository {
     /// Takes the `wanted` partitions, each with the owner that it was seen with, unless somebody was quicker. Returns all that the
@@ -115,7 +119,17 @@ impl OutboxRepository {
             .fetch_all(connection)
             .await
             .map_err(self.error(doing))?;
-        lease_of(relay_id, &rows).map_err(self.error(doing))
+        self.lease_of(doing, relay_id, &rows)
+    }
+
+    /// What the rows of a statement come to that has changed all leases that it locked.
+    fn lease_of(&self, doing: &'static str, relay_id: Uuid, rows: &[PgRow]) -> Result<Lease, OutboxError> {
+        let meant = |row: &PgRow| row.try_get::<i64, _>("meant").map_err(self.error(doing));
+        let meant = rows.first().map_or(Ok(0), meant)?;
+        let is_changed = |row: &&PgRow| row.try_get::<Option<bool>, _>("is_owned").is_ok_and(|is_owned| is_owned.is_some());
+        let changed = rows.iter().filter(is_changed).count();
+        OutboxError::unless_changed(doing, changed as u64, usize::try_from(meant).unwrap_or(usize::MAX))?;
+        lease_of(relay_id, rows).map_err(self.error(doing))
     }
 
     /// Gives partitions of `relay_id` back. What it has claimed of them and not settled, the next owner resolves. Returns what the relay
@@ -132,14 +146,14 @@ impl OutboxRepository {
         let doing = "giving partitions back";
         let query = sqlx::query(self.sql(GIVE)).bind(relay_id).bind(partitions.bits());
         let rows = query.fetch_all(connection).await.map_err(self.error(doing))?;
-        lease_of(relay_id, &rows).map_err(self.error(doing))
+        self.lease_of(doing, relay_id, &rows)
     }
 }
 
 fn lease_of(relay_id: Uuid, rows: &[PgRow]) -> Result<Lease, sqlx::Error> {
     let mut lease = Lease { relay_id, epoch: 0, partitions: Partitions::default() };
     for row in rows.iter() {
-        if row.try_get("is_owned")? {
+        if row.try_get::<Option<bool>, _>("is_owned")?.unwrap_or(false) {
             lease.epoch = row.try_get("epoch")?;
             lease.partitions.insert(usize::try_from(row.try_get::<i16, _>("partition_no")?).unwrap_or(usize::MAX));
         }

@@ -29,6 +29,7 @@ mod relays;
 mod search;
 mod sequences;
 mod settle;
+mod settle_rows;
 mod stats;
 mod two_phase;
 mod wake;
@@ -57,6 +58,7 @@ pub use relays::{Heartbeat, Members, RelayBatches, RelayRow};
 pub use search::{EventPage, EventSearch, EventStatus, EventSummary, SearchPlace};
 pub use sequences::{Continued, SequenceFacts};
 pub use settle::{AfterPublishing, Refusal, Settlement};
+pub use settle_rows::{SettledRows, StuckBatch, StuckRow};
 pub use stats::OutboxStats;
 pub(crate) use wake::{RELAYS_CHANGED, TABLE_REPLACED};
 

@@ -6,6 +6,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
+use super::settle::storable;
 use super::{OutboxError, OutboxRepository, millis};
 
 /// What a relay writes down of itself with each heartbeat.
@@ -108,10 +109,11 @@ impl OutboxRepository {
                      session_start = EXCLUDED.session_start, shares = EXCLUDED.shares, state = EXCLUDED.state,
                      reason = EXCLUDED.reason, published = EXCLUDED.published, failed = EXCLUDED.failed,
                      republished = EXCLUDED.republished, events_per_second = EXCLUDED.events_per_second
+                 RETURNING 1
              ), others AS MATERIALIZED (
                  SELECT relay_id, state FROM {{s}}.outbox_relay r WHERE relay_id <> $1 AND shares AND {ALIVE}
              )
-             SELECT ARRAY(SELECT relay_id FROM others) AS others,
+             SELECT (SELECT count(*) FROM beat) AS beats, ARRAY(SELECT relay_id FROM others) AS others,
                     EXISTS (SELECT 1 FROM others WHERE state <> 'unable') AS others_able,
                     ARRAY(SELECT relay_id FROM {{s}}.outbox_lease ORDER BY partition_no) AS owners,
                     EXISTS (SELECT FROM {{s}}.outbox_pause) AS is_paused"
@@ -124,7 +126,7 @@ impl OutboxRepository {
             .bind(millis(beat.life))
             .bind(beat.shares)
             .bind(beat.state)
-            .bind(beat.reason.as_ref().map(|reason| reason.replace('\0', "\u{fffd}")))
+            .bind(beat.reason.as_deref().map(storable))
             .bind(beat.published)
             .bind(beat.failed)
             .bind(beat.republished)
@@ -132,6 +134,8 @@ impl OutboxRepository {
             .fetch_one(connection)
             .await
             .map_err(self.error(doing))?;
+        // The others would take over from a relay that is not on the list.
+        OutboxError::unless_changed(doing, row.try_get::<i64, _>("beats").map_err(self.error(doing))?.unsigned_abs(), 1)?;
         let read = || {
             Ok(Members {
                 others: row.try_get("others")?,

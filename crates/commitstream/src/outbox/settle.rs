@@ -35,8 +35,9 @@ pub enum AfterPublishing {
     Delete,
 }
 
-/// One statement, one transaction. A batch that is settled already is left alone, and so are events that an operator has
-/// changed or deleted meanwhile: only unsent rows become PUBLISHED, PENDING or FAILED here.
+/// One statement, one transaction. A batch that is settled already is left alone. Every row that the batches mean must change, or nothing
+/// does: a trigger that returns NULL and row-level security leave a row as it is without an error, and what stays unsent would be sent
+/// again. The cast at the end fails then; it has the text that PostgreSQL's log shows.
 ///
 /// Rows are named by arrays and not by joins, so that their keys are the only way to find them: to a planner whose statistics are
 /// of an empty table, reading all of it looks as good, and the session keeps the plan while the table grows. The least and the
@@ -57,6 +58,7 @@ WITH settled AS (
     WHERE id = ANY (ARRAY(SELECT id FROM sent))
       AND id >= (SELECT id FROM sent ORDER BY id LIMIT 1) AND id <= (SELECT id FROM sent ORDER BY id DESC LIMIT 1)
       AND status || '' IN ('PENDING', 'PROCESSING')
+    RETURNING 1
 ), refused AS (
     UPDATE {s}.event_outbox e
     SET status = CASE WHEN r.retry_ms IS NULL THEN 'FAILED' ELSE 'PENDING' END,
@@ -66,10 +68,17 @@ WITH settled AS (
     FROM unnest($3::uuid[], $4::uuid[], $5::text[], $6::bigint[]) AS r(batch_id, id, error, retry_ms)
     WHERE e.id = ANY (ARRAY(SELECT unnest($4))) AND e.id = r.id AND e.status || '' IN ('PENDING', 'PROCESSING')
       AND r.batch_id IN (SELECT batch_id FROM settled)
+    RETURNING 1
+), rows AS (
+    SELECT (SELECT count(*) FROM published) + (SELECT count(*) FROM refused) AS changed,
+           (SELECT count(*) FROM sent) + (SELECT count(*) FROM unnest($3) AS batch_id WHERE batch_id IN (SELECT batch_id FROM settled)) AS meant
 )
-SELECT count(*) FROM settled";
+SELECT CASE WHEN changed = meant THEN (SELECT count(*) FROM settled)
+            ELSE ('commitstream: ' || changed || ' of ' || meant || ' rows changed')::bigint END
+FROM rows";
 
-const KEEP: &str = "UPDATE {s}.event_outbox SET status = 'PUBLISHED', published_at = clock_timestamp(), next_retry_at = NULL";
+pub(super) const KEEP: &str =
+    "UPDATE {s}.event_outbox SET status = 'PUBLISHED', published_at = clock_timestamp(), next_retry_at = NULL";
 const DELETE: &str = "DELETE FROM {s}.event_outbox";
 
 impl OutboxRepository {
@@ -77,7 +86,9 @@ impl OutboxRepository {
     /// Returns how many batches this call settled; settling again changes nothing.
     ///
     /// # Errors
-    /// When the answer was lost it may have been committed: the caller then resolves the open batches.
+    /// [`OutboxError::is_about_rows`] when nothing was done, because a row was refused, was not changed, or is not as it was claimed:
+    /// [`settle_rows`](Self::settle_rows) finds out. When the answer was lost it may have been committed: the caller then resolves the
+    /// open batches.
     pub async fn settle(
         &self,
         connection: &mut PgConnection,
@@ -94,11 +105,16 @@ impl OutboxRepository {
             .bind(settlements.iter().map(|s| s.appended).collect::<Vec<_>>())
             .bind(refusals().map(|(batch_id, _)| batch_id).collect::<Vec<_>>())
             .bind(refusals().map(|(_, r)| r.event_id).collect::<Vec<_>>())
-            .bind(refusals().map(|(_, r)| r.error.replace('\0', "\u{fffd}")).collect::<Vec<_>>())
+            .bind(refusals().map(|(_, r)| storable(&r.error)).collect::<Vec<_>>())
             .bind(refusals().map(|(_, r)| r.retry_after.map(millis)).collect::<Vec<_>>())
             .bind(settlements.iter().map(|s| s.last_entry.as_deref()).collect::<Vec<_>>())
             .fetch_one(connection)
             .await
             .map_err(self.error("settling batches"))
     }
+}
+
+/// A text that every encoding of a database can hold.
+pub(super) fn storable(text: &str) -> String {
+    text.replace(['\0', '\u{fffd}'], "?")
 }

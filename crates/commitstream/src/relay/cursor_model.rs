@@ -131,6 +131,8 @@ fn request(limit: i64) -> ClaimRequest {
         snapshot: None,
         skipped: Vec::new(),
         open: Vec::new(),
+        stopped: Partitions::default(),
+        kept_back: Vec::new(),
         looks_back: false,
         hold: false,
         max_events: limit,

@@ -8,21 +8,26 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use sqlx::PgConnection;
 use tokio::sync::Notify;
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use super::append::{self, Ended};
 use super::chain::Chains;
 use super::cleanup::after_publishing;
 use super::cursor::Cursor;
+use super::exceptions::Exceptions;
 use super::markers::{self, Markers};
 use super::pipeline::{Limits, Pipeline};
 use super::repair::Predecessors;
 use super::retry::Retries;
 use super::session::{SessionError, bounded};
+use super::settling::{self, Settled};
 use super::sleep::SleepLock;
-use super::status::Reporter;
+use super::status::{Outage, Reporter};
 use crate::config::{AfterFailure, Settings};
 use crate::metrics::Outcome;
-use crate::outbox::{Batch, Claim, ClaimRequest, Lease, OutboxError, OutboxRepository, Refusal};
+use crate::outbox::{
+    AfterPublishing, Batch, Claim, ClaimRequest, Lease, OutboxError, OutboxRepository, Partitions, Refusal, StuckBatch,
+};
 use crate::streams::{Streams, StreamsError};
 
 /// A claim takes this many batches at most, so that small batches do not mean a commit for each.
@@ -54,6 +59,8 @@ pub(super) struct Parts {
     pub reporter: Reporter,
     pub lease: Lease,
     pub predecessors: Predecessors,
+    /// What is in the streams and could not be settled so far.
+    pub stuck: Vec<StuckBatch>,
     pub looked_up: Instant,
     pub markers: Markers,
     /// How long after it was appended a batch is looked for.
@@ -98,7 +105,12 @@ pub(super) struct Engine {
     settles: Option<PgConnection>,
     claim: Slot<Result<(PgConnection, Claim), OutboxError>>,
     appends: FuturesUnordered<BoxFuture<'static, Ended>>,
-    settle: Slot<Result<PgConnection, SessionError>>,
+    settle: Slot<Result<(PgConnection, Settled), SessionError>>,
+    exceptions: Exceptions,
+    /// Batches that the settle under way tries again.
+    retried: Vec<Uuid>,
+    /// Partitions are stopped: this relay does not count as able to work.
+    stopped: Option<Outage>,
     expire: Slot<()>,
     pulse: Slot<Result<(), StreamsError>>,
     markers: Markers,
@@ -112,6 +124,8 @@ impl Engine {
             events: usize::try_from(per_claim(processor.batch_size) * CLAIMS_IN_FLIGHT).unwrap_or(usize::MAX),
             bytes: half(processor.max_in_flight_bytes),
         };
+        let mut exceptions = Exceptions::default();
+        exceptions.settled(&[], Settled { stuck: parts.stuck, ..Settled::default() }, now);
         Self {
             pipeline: Pipeline::new(limits),
             cursor: Cursor::default(),
@@ -131,6 +145,9 @@ impl Engine {
             claim: None,
             appends: FuturesUnordered::new(),
             settle: None,
+            exceptions,
+            retried: Vec::new(),
+            stopped: None,
             expire: None,
             pulse: None,
             markers: parts.markers,
@@ -151,6 +168,7 @@ impl Engine {
             // Producers need not notify meanwhile.
             self.sleep.release();
         }
+        self.report_exceptions();
         let mut stop = std::pin::pin!(stop.fuse());
         let mut stopping = false;
         loop {
@@ -172,6 +190,7 @@ impl Engine {
                     self.dirty = true;
                 }
                 () = wake.notified() => self.dirty = true,
+                () = sleep_until(self.exceptions.due()), if self.settles.is_some() => {}
                 // A claim under way may be the sweep that is due.
                 () = tokio::time::sleep_until(sweep_due), if !self.dirty && self.claim.is_none() => self.dirty = true,
                 () = tokio::time::sleep_until(self.not_before), if !stopping && self.lingers() => {}
@@ -196,30 +215,39 @@ impl Engine {
             let (streams, settings, reporter) = (self.streams.clone(), self.settings.clone(), self.reporter.clone());
             self.appends.push(append::append(streams, settings, reporter, batch, behind).boxed());
         }
-        if self.settles.is_some()
-            && let Some(settlements) = self.pipeline.take_settlements()
-            && let Some(mut connection) = self.settles.take()
-        {
-            let (outbox, limit) = (self.outbox.clone(), self.settings.database.timeout);
-            let after = after_publishing(&self.settings.outbox.cleanup);
-            let metrics = self.reporter.metrics.clone();
-            let settle = async move {
-                crash_window!("before-settle");
-                let began = Instant::now();
-                let settled = bounded("settling batches", limit, outbox.settle(&mut connection, &settlements, after)).await?;
-                metrics.settle.record(began.elapsed());
-                crash_window!("after-settle");
-                // Fewer means that another relay has resolved some of them.
-                let all = usize::try_from(settled).is_ok_and(|settled| settled == settlements.len());
-                if all { Ok(connection) } else { Err(SessionError::LeaseLost) }
-            };
-            self.settle = Some(settle.boxed());
+        if let Some(connection) = self.settles.take() {
+            self.start_settle(connection);
         }
         if self.expire.is_none() {
             let (streams, markers) = (self.streams.clone(), self.markers.take_due());
             let life = self.settings.outbox.processor.settled_marker_life;
             self.expire = (!markers.is_empty()).then(|| async move { markers::shorten(&markers, &streams, life).await }.boxed());
         }
+    }
+
+    /// Settles all that has ended, and what is to be tried again.
+    fn start_settle(&mut self, mut connection: PgConnection) {
+        if let Some(retried) = self.exceptions.take_due(Instant::now()) {
+            self.retried = retried;
+            self.look_at_all_again();
+        }
+        let settlements = self.pipeline.take_settlements().unwrap_or_default();
+        if settlements.is_empty() && self.retried.is_empty() {
+            self.settles = Some(connection);
+            return;
+        }
+        let (outbox, limit) = (self.outbox.clone(), self.settings.database.timeout);
+        let (after, retried) = (after_publishing(&self.settings.outbox.cleanup), self.retried.clone());
+        let metrics = self.reporter.metrics.clone();
+        let settle = async move {
+            crash_window!("before-settle");
+            let began = Instant::now();
+            let settled = settling::settle(&outbox, &mut connection, &settlements, &retried, after, limit).await?;
+            metrics.settle.record(began.elapsed());
+            crash_window!("after-settle");
+            if settled.is_taken_over { Err(SessionError::LeaseLost) } else { Ok((connection, settled)) }
+        };
+        self.settle = Some(settle.boxed());
     }
 
     fn start_claim(&mut self, mut connection: PgConnection) {
@@ -255,6 +283,8 @@ impl Engine {
             snapshot: None,
             skipped: Vec::new(),
             open: self.pipeline.open_batches(),
+            stopped: Partitions::default(),
+            kept_back: Vec::new(),
             looks_back: false,
             hold: processor.after_failure == AfterFailure::Hold,
             max_events: per_claim(processor.batch_size),
@@ -264,6 +294,7 @@ impl Engine {
             stream_prefix: self.settings.redis.stream_prefix.clone(),
         };
         self.cursor.aim(&mut request);
+        self.exceptions.aim(&mut request);
         request
     }
 
@@ -373,8 +404,16 @@ impl Engine {
         Ok(())
     }
 
-    fn on_settled(&mut self, connection: PgConnection) {
+    fn on_settled(&mut self, (connection, settled): (PgConnection, Settled)) {
         self.settles = Some(connection);
+        let retried = std::mem::take(&mut self.retried);
+        if after_publishing(&self.settings.outbox.cleanup) == AfterPublishing::Delete {
+            self.exceptions.note_kept(settled.refused.as_deref());
+        }
+        if !(retried.is_empty() && settled.stuck.is_empty() && settled.unwritten.is_empty()) {
+            self.exceptions.settled(&retried, settled, Instant::now());
+            self.report_exceptions();
+        }
         let done = self.pipeline.settled();
         self.reporter.count(done.published, done.refused, done.failed);
         let now = Instant::now();
@@ -382,10 +421,41 @@ impl Engine {
         self.retries.add(done.retries, now);
         self.dirty |= done.released || done.unblocked;
         if done.unblocked {
-            // What waited behind these is below the cursor. A sweep that is under way may have looked too early.
-            self.sweep_again = true;
-            self.next_sweep = now;
+            self.look_at_all_again();
         }
+    }
+
+    /// What has waited is below the cursor. A sweep that is under way may have looked too early.
+    fn look_at_all_again(&mut self) {
+        self.dirty = true;
+        self.sweep_again = true;
+        self.next_sweep = Instant::now();
+    }
+
+    /// A relay with stopped partitions cannot work; one that keeps single aggregates back works, and says so.
+    fn report_exceptions(&mut self) {
+        let error = self.exceptions.error();
+        let is_stopped = !self.exceptions.stopped().is_empty();
+        self.reporter.unsettled(error.as_ref());
+        match &error {
+            Some(error) if is_stopped => {
+                self.stopped.get_or_insert_with(|| self.reporter.outage());
+                self.reporter.unable(error);
+            }
+            _ => {
+                if self.stopped.take().is_some() {
+                    self.reporter.able();
+                }
+            }
+        }
+    }
+}
+
+/// Never, without a time.
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
     }
 }
 

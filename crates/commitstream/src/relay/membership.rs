@@ -196,7 +196,7 @@ impl Membership {
 
     fn heartbeat(&mut self, shares: bool) -> Heartbeat {
         let status = self.reporter.status();
-        let reason = if let RelayState::Unable { reason } = &status.state { Some(reason.clone()) } else { None };
+        let reason = self.reporter.reason();
         Heartbeat {
             relay_id: status.relay_id,
             host: whoami::hostname().unwrap_or_else(|_| "unknown".to_owned()),

@@ -18,11 +18,13 @@
 //! | `chain` | what must stand in a stream before the next batch | none |
 //! | `cursor` | where the next claim has to look | none |
 //! | `pipeline` | what is between claim and settle, and what may start next | none |
+//! | `exceptions` | what PostgreSQL does not let a relay settle | none |
 //! | `retry` | when to try again | none (dice) |
 //! | `append` | one batch: append it and find out what came of it | Redis |
 //! | `engine` | the loop that starts and ends claims, appends and settles | both |
 //! | `membership` | heartbeat, giving and taking partitions | PostgreSQL |
 //! | `repair` | open batches of earlier owners, and what a failover of Redis lost | both |
+//! | `settling` | all that has ended at once, or batch by batch and row by row | PostgreSQL |
 //! | `session` | connect, join, recover, run the engine | both |
 //! | `sleep` | the sleep lock: how an idle relay is woken | PostgreSQL |
 //!
@@ -43,6 +45,7 @@ pub mod cleanup;
 mod cursor;
 pub mod days;
 mod engine;
+mod exceptions;
 mod markers;
 mod membership;
 mod pipeline;
@@ -51,6 +54,7 @@ mod protocol_model;
 mod repair;
 mod retry;
 mod session;
+mod settling;
 mod sleep;
 mod status;
 
@@ -169,7 +173,7 @@ async fn supervise(relay: Relay) -> Result<(), RelayError> {
             SessionError::Streams(error) => metrics::redis_failed(error),
             SessionError::LeaseLost | SessionError::SteppedDown => {}
         }
-        relay.reporter.unable(&error);
+        relay.reporter.failed(&error);
         tokio::select! {
             () = relay.stopped() => break,
             () = tokio::time::sleep(backoff.next()) => {}

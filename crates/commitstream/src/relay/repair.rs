@@ -13,9 +13,10 @@ use uuid::Uuid;
 
 use super::cleanup::after_publishing;
 use super::session::{Relay, SessionError, bounded};
+use super::settling;
 use crate::backoff::Backoff;
 use crate::metrics::{OTHER, Outcome, redis_failed};
-use crate::outbox::{JournalBatch, OpenBatch, Partitions, Requeued, Settlement};
+use crate::outbox::{AfterPublishing, JournalBatch, OpenBatch, Partitions, Requeued, Settlement, StuckBatch};
 use crate::streams::{Marker, Presence, StreamsError};
 
 /// Batches looked up at a time, on the way back to the first that is there.
@@ -30,20 +31,36 @@ pub(super) type Predecessors = HashMap<String, Vec<Uuid>>;
 impl Relay {
     /// Resolves every batch with events of these partitions that is not settled: it was left open by an earlier owner, or by an
     /// earlier session of this relay whose commit or append went unanswered. Its marker says what became of it; where there is none it
-    /// is aborted, and can no longer be appended by anybody.
-    pub async fn recover(&self, connection: &mut PgConnection, partitions: Partitions) -> Result<(), SessionError> {
-        let open = bounded("reading open batches", self.timeout(), self.outbox.open_batches(connection, partitions)).await?;
-        if open.is_empty() {
-            return Ok(());
+    /// is aborted, and can no longer be appended by anybody. Returns what is in the streams and cannot be settled.
+    pub async fn recover(&self, connection: &mut PgConnection, partitions: Partitions) -> Result<Vec<StuckBatch>, SessionError> {
+        loop {
+            let read = self.outbox.open_batches(connection, partitions);
+            let open = bounded("reading open batches", self.timeout(), read).await?;
+            let (stuck, open): (Vec<OpenBatch>, Vec<OpenBatch>) = open.into_iter().partition(|batch| batch.is_stuck);
+            let stuck: Vec<Uuid> = stuck.iter().map(|batch| batch.batch_id).collect();
+            let after = after_publishing(&self.settings.outbox.cleanup);
+            if open.is_empty() {
+                let settled = settling::settle(&self.outbox, connection, &[], &stuck, after, self.timeout()).await?;
+                return Ok(settled.stuck);
+            }
+            self.settle_open(connection, &open, after).await?;
+            // Another owner may have settled some of them, and set aside what could not be.
         }
+    }
+
+    async fn settle_open(
+        &self,
+        connection: &mut PgConnection,
+        open: &[OpenBatch],
+        after: AfterPublishing,
+    ) -> Result<(), SessionError> {
         tracing::info!(batches = open.len(), "resolving open batches");
         let mut settlements = Vec::with_capacity(open.len());
         for batches in open.chunks(AT_ONCE) {
             settlements.extend(join_all(batches.iter().map(|batch| self.resolve(batch))).await);
         }
         crash_window!("after-resolve");
-        let after = after_publishing(&self.settings.outbox.cleanup);
-        bounded("settling recovered batches", self.timeout(), self.outbox.settle(connection, &settlements, after)).await?;
+        settling::settle(&self.outbox, connection, &settlements, &[], after, self.timeout()).await?;
         crash_window!("after-recovery");
         let appended: i32 = settlements.iter().map(|settlement| settlement.appended).sum();
         let appended = u64::try_from(appended).unwrap_or(0);

@@ -19,7 +19,7 @@ use super::sleep::{self, SleepLock};
 use super::status::{RelayState, Reporter};
 use crate::backoff::Backoff;
 use crate::config::Settings;
-use crate::outbox::{self, Continued, Lease, OutboxError, OutboxRepository};
+use crate::outbox::{self, Continued, Lease, OutboxError, OutboxRepository, StuckBatch};
 use crate::streams::{Streams, StreamsError};
 
 /// The owner of this partition cleans up for all.
@@ -40,6 +40,9 @@ pub(super) enum SessionError {
     #[error("this relay cannot use Redis and another one can: its partitions are for the others")]
     SteppedDown,
 }
+
+/// What cannot be settled, what the next batch of each stream must find, and since when that is known.
+type Prepared = (Vec<StuckBatch>, Predecessors, Instant);
 
 /// What every session of one relay shares.
 pub(super) struct Relay {
@@ -148,7 +151,7 @@ impl Relay {
             Some(connections) => connections,
             None => self.connections().await?,
         };
-        let (predecessors, looked_up) = tokio::select! {
+        let (stuck, predecessors, looked_up) = tokio::select! {
             prepared = self.prepare(lease, &mut connections) => prepared?,
             () = self.stopped() => return Ok(None),
         };
@@ -161,6 +164,7 @@ impl Relay {
             reporter: self.reporter.clone(),
             lease,
             predecessors,
+            stuck,
             looked_up,
             markers: markers.clone(),
             window: self.window(),
@@ -183,13 +187,13 @@ impl Relay {
 
     /// Recovers and looks up, and keeps an eye on the sleep lock: if it is granted now, that is news for the others. Returns also when
     /// it began to look up.
-    async fn prepare(&self, lease: Lease, connections: &mut Connections) -> Result<(Predecessors, Instant), SessionError> {
+    async fn prepare(&self, lease: Lease, connections: &mut Connections) -> Result<Prepared, SessionError> {
         let Connections { claims, sleep, .. } = connections;
         let mut prepare = std::pin::pin!(async {
             self.continue_sequences(claims).await?;
-            self.recover(claims, lease.partitions).await?;
+            let stuck = self.recover(claims, lease.partitions).await?;
             let looked_up = Instant::now();
-            Ok((self.look_up(claims, lease.partitions).await?, looked_up))
+            Ok((stuck, self.look_up(claims, lease.partitions).await?, looked_up))
         });
         loop {
             tokio::select! {

@@ -1,13 +1,15 @@
 //! What a relay says of itself.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use uuid::Uuid;
 
 use crate::chain::chain;
 use crate::metrics::RelayMetrics;
+use crate::outbox::OutboxError;
 
 /// What the relay is doing.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,7 +63,12 @@ pub struct RelayStatus {
     pub failed: u64,
     /// Events that Redis had acknowledged and lost, and that were made unsent again.
     pub republished: u64,
+    /// Why PostgreSQL does not let some events be settled, while the relay goes on with others.
+    pub unsettled: Option<String>,
 }
+
+/// How long a session's failure is told while the next one works.
+const TOLD_FOR: Duration = Duration::from_secs(60);
 
 /// Publishes the status, and logs each change of state once.
 #[derive(Debug, Clone)]
@@ -71,6 +78,7 @@ pub(super) struct Reporter {
     outages: Arc<AtomicU32>,
     /// The state of a relay that can work is not active but paused.
     is_paused: Arc<AtomicBool>,
+    last_failure: Arc<Mutex<Option<(Instant, String)>>>,
     pub metrics: Arc<RelayMetrics>,
 }
 
@@ -93,11 +101,18 @@ impl Reporter {
             refused: 0,
             failed: 0,
             republished: 0,
+            unsettled: None,
         };
         let metrics = Arc::new(RelayMetrics::new());
         metrics.state(&status.state);
         metrics.partitions.set(0);
-        Self { status: Arc::new(watch::Sender::new(status)), outages: Arc::default(), is_paused: Arc::default(), metrics }
+        Self {
+            status: Arc::new(watch::Sender::new(status)),
+            outages: Arc::default(),
+            is_paused: Arc::default(),
+            last_failure: Arc::default(),
+            metrics,
+        }
     }
 
     pub fn subscribe(&self) -> watch::Receiver<RelayStatus> {
@@ -145,6 +160,37 @@ impl Reporter {
 
     pub fn unable(&self, error: &(dyn std::error::Error + 'static)) {
         self.state(RelayState::Unable { reason: chain(error) });
+    }
+
+    /// Some events cannot be settled, for this reason, or all can.
+    pub fn unsettled(&self, error: Option<&OutboxError>) {
+        let reason = error.map(|error| chain(error));
+        self.status.send_if_modified(|status| {
+            let changed = status.unsettled != reason;
+            if let Some(reason) = reason.as_ref().filter(|_| changed) {
+                tracing::error!(relay = %status.relay_id, reason, "events are published and cannot be settled");
+            }
+            status.unsettled = reason;
+            changed
+        });
+    }
+
+    /// The session has failed. What it failed of is told until another one has worked for a while.
+    pub fn failed(&self, error: &(dyn std::error::Error + 'static)) {
+        let failure = Some((Instant::now(), chain(error)));
+        *self.last_failure.lock().unwrap_or_else(PoisonError::into_inner) = failure;
+        self.unable(error);
+    }
+
+    /// Why the relay cannot work, or not wholly, or could not until lately.
+    pub fn reason(&self) -> Option<String> {
+        let status = self.status.borrow();
+        if let RelayState::Unable { reason } = &status.state {
+            return Some(reason.clone());
+        }
+        let last_failure = self.last_failure.lock().unwrap_or_else(PoisonError::into_inner);
+        let lately = || last_failure.as_ref().filter(|(at, _)| at.elapsed() < TOLD_FOR);
+        status.unsettled.clone().or_else(|| lately().map(|(_, reason)| format!("until lately: {reason}")))
     }
 
     pub fn status(&self) -> RelayStatus {

@@ -53,4 +53,5 @@ mod support;
 mod tls;
 mod trim;
 mod two_phase;
+mod unsettled;
 mod verify;

@@ -179,6 +179,8 @@ impl World {
             snapshot: None,
             skipped: Vec::new(),
             open: Vec::new(),
+            stopped: Partitions::default(),
+            kept_back: Vec::new(),
             looks_back: false,
             hold: false,
             max_events: 10_000,
