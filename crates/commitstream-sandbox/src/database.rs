@@ -19,6 +19,10 @@ impl TestDatabase {
         Self::of_template(psql, server_url, "template0")
     }
 
+    pub(crate) fn create_encoded(psql: PathBuf, server_url: &str, encoding: &str) -> Result<TestDatabase, SandboxError> {
+        Self::of_template(psql, server_url, &format!("template0 ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C'"))
+    }
+
     /// Another database with all that is in this one, which nobody may be connected to for as long. Much faster than filling it again.
     pub fn copy(&self) -> Result<TestDatabase, SandboxError> {
         Self::of_template(self.psql.clone(), &self.server_url, &self.name)

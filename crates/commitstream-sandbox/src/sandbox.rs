@@ -98,6 +98,11 @@ impl Sandbox {
         TestDatabase::create(self.psql.clone(), &self.postgres_url())
     }
 
+    /// The same with an encoding such as `LATIN1` or `SQL_ASCII`, and the locale `C`.
+    pub fn database_encoded(&self, encoding: &str) -> Result<TestDatabase, SandboxError> {
+        TestDatabase::create_encoded(self.psql.clone(), &self.postgres_url(), encoding)
+    }
+
     /// A prefix for Redis keys that no other caller gets, such as `t5d41402a:events:`.
     pub fn key_prefix(&self) -> Result<String, SandboxError> {
         Ok(format!("t{}:events:", random::hex(8)?))

@@ -123,7 +123,12 @@ const PARTITIONS: u64 = commitstream::outbox::PARTITIONS as u64;
 /// What the table has no room for.
 fn remarks(relay: &RelayRow) -> impl Iterator<Item = String> {
     let who = format!("{} {}", printable(&relay.host), relay.pid);
-    let reason = relay.reason.as_ref().filter(|_| relay.alive).map(|why| format!("{who} cannot work: {}", printable(why)));
+    let says = match relay.state.as_str() {
+        "unable" => "cannot work",
+        "gone" => "said at last",
+        _ => "says",
+    };
+    let reason = relay.reason.as_ref().map(|why| format!("{who} {says}: {}", printable(why)));
     let events = plural(relay.republished.unsigned_abs(), "event");
     let republished = (relay.republished > 0).then(|| format!("{who} published {events} again that Redis had lost"));
     reason.into_iter().chain(republished)

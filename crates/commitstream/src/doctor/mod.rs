@@ -5,6 +5,7 @@
 //! full, and a server that cannot be reached is a finding like any other.
 
 mod advice;
+mod barriers;
 mod outbox;
 mod postgres;
 mod redis;
@@ -51,7 +52,7 @@ pub struct Finding {
 }
 
 /// Every check, in the order in which they are carried out.
-pub const CHECKS: [&str; 41] = [
+pub const CHECKS: [&str; 44] = [
     "postgres-reachable",
     "postgres-pooler",
     "postgres-version",
@@ -60,6 +61,7 @@ pub const CHECKS: [&str; 41] = [
     "postgres-connections",
     "postgres-wraparound",
     "postgres-visibility",
+    "postgres-encoding",
     "autovacuum",
     "vacuum-held-back",
     "privileges",
@@ -69,6 +71,8 @@ pub const CHECKS: [&str; 41] = [
     "leases",
     "sequences",
     "two-phase",
+    "row-security",
+    "triggers",
     "bloat",
     "partitions-ahead",
     "relays",

@@ -23,7 +23,7 @@ pub(super) fn judge(report: &mut Report, settings: &Settings, facts: &OutboxFact
     match &facts.relays {
         Ok(all) => {
             let alive: Vec<&RelayRow> = all.iter().filter(|relay| relay.alive).collect();
-            report.check("relays", relays(settings, &alive, backlog));
+            report.check("relays", relays(settings, all, &alive, backlog));
             report.check("relay-versions", versions(&alive));
             match &facts.open {
                 Ok(open) => report.check("open-batches", orphaned(settings, *open, !alive.is_empty())),
@@ -59,14 +59,23 @@ pub(super) fn judge(report: &mut Report, settings: &Settings, facts: &OutboxFact
     }
 }
 
-fn relays(settings: &Settings, alive: &[&RelayRow], backlog: Option<&Backlog>) -> Vec<Finding> {
+fn relays(settings: &Settings, all: &[RelayRow], alive: &[&RelayRow], backlog: Option<&Backlog>) -> Vec<Finding> {
     if alive.is_empty() {
         let mend = start_relay(settings);
         return vec![match backlog {
             Some(backlog) if backlog.events > 0 => {
                 let oldest = backlog.oldest_ms.map_or_else(String::new, |millis| format!(", the oldest for {}", age(millis)));
                 let seen = format!("no relay is alive; waiting: {}{oldest}", counted(backlog.events, "event", COUNTED));
-                error(seen, "nothing is published; nothing is lost either: a relay publishes what waits", mend)
+                match last_reason(all) {
+                    None => {
+                        error(seen, "nothing is published; nothing is lost either: a relay publishes what waits", mend.to_owned())
+                    }
+                    Some(reason) => error(
+                        format!("{seen}; {reason}"),
+                        "nothing is published, and a relay that is started anew most likely meets the same; nothing is lost",
+                        format!("mend what it names, then see whether a relay is there: commitstream relays; if not: {mend}"),
+                    ),
+                }
             }
             _ if !settings.outbox.enabled => {
                 note("no relay is alive, and outbox.enabled is false", "what other programs write to the outbox waits", mend)
@@ -75,6 +84,14 @@ fn relays(settings: &Settings, alive: &[&RelayRow], backlog: Option<&Backlog>) -
             None => warning("no relay is alive", "what is in the outbox waits until there is one", mend),
         }];
     }
+    let partly = alive.iter().filter(|relay| relay.state != "unable").filter_map(|relay| Some((relay, relay.reason.as_ref()?)));
+    let partly = partly.map(|(relay, reason)| {
+        warning(
+            format!("the relay on {} (pid {}) says: {reason}", relay.host, relay.pid),
+            "it goes on with what it can; no event is sent twice for it, and none is lost",
+            "mend what it names: the relay tries again every 15 s; to look again: commitstream relays",
+        )
+    });
     let unable: Vec<&&RelayRow> = alive.iter().filter(|relay| relay.state == "unable").collect();
     let severity = if unable.len() == alive.len() { Severity::Error } else { Severity::Warning };
     let tell = |relay: &&&RelayRow| {
@@ -86,7 +103,14 @@ fn relays(settings: &Settings, alive: &[&RelayRow], backlog: Option<&Backlog>) -
             "mend what it names; to look again: commitstream relays",
         )
     };
-    unable.iter().map(tell).collect()
+    unable.iter().map(tell).chain(partly).collect()
+}
+
+/// What the relay said that was heard of last.
+fn last_reason(all: &[RelayRow]) -> Option<String> {
+    let last = all.iter().min_by_key(|relay| relay.heartbeat_age_ms)?;
+    let reason = last.reason.as_ref()?;
+    Some(format!("the last one, on {} (pid {}), said {} ago: {reason}", last.host, last.pid, age(last.heartbeat_age_ms)))
 }
 
 fn start_relay(settings: &Settings) -> &'static str {

@@ -103,6 +103,26 @@ fn pooler() -> Finding {
     )
 }
 
+fn encoding(server: &ServerFacts) -> Option<Finding> {
+    let ServerFacts { encoding, database, .. } = server;
+    let mend = format!(
+        "createdb --encoding=UTF8 --template=template0 NEW; then load a dump of {database}, made with pg_dump --encoding of what its texts are"
+    );
+    match encoding.as_str() {
+        "UTF8" => None,
+        "SQL_ASCII" => Some(warning(
+            format!("the database {database} has the encoding SQL_ASCII: PostgreSQL checks and converts nothing"),
+            "an event whose texts are not UTF-8 cannot be published: a relay makes it FAILED, and all others go on",
+            mend,
+        )),
+        other => Some(note(
+            format!("the database {database} has the encoding {other}"),
+            "events are sent as UTF-8; what this encoding does not have cannot be stored, so such an insert fails",
+            mend,
+        )),
+    }
+}
+
 fn server_checks(report: &mut Report, server: &ServerFacts) {
     let major = server.version / 10_000;
     let old = (major < OLDEST_VERSION).then(|| {
@@ -114,6 +134,7 @@ fn server_checks(report: &mut Report, server: &ServerFacts) {
     });
     report.check("postgres-version", old);
     report.check("postgres-writable", writable(server));
+    report.check("postgres-encoding", encoding(server));
     report.check("postgres-durability", durability(server));
     let used = server.connections.saturating_mul(100) / server.max_connections.max(1);
     let full = (used >= 90).then(|| {

@@ -63,6 +63,7 @@ pub(super) fn judge(report: &mut Report, settings: &Settings, is_of_this_build: 
         Ok(found) => report.check("sequences", sequences(found)),
         Err(error) => report.unknown("sequences", error),
     }
+    super::barriers::judge(report, settings, &facts.barriers);
     match &facts.sizes {
         Ok(sizes) => report.check("bloat", bloat(settings, sizes)),
         Err(error) => report.unknown("bloat", error),

@@ -25,6 +25,7 @@ fn server() -> ServerFacts {
         sees_sessions: true,
         user: "app".into(),
         database: "app".into(),
+        encoding: "UTF8".into(),
     }
 }
 

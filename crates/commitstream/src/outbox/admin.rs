@@ -4,6 +4,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
+use super::text::{readable, readable_or_null};
 use super::{OutboxError, OutboxRepository};
 
 /// An event that is `FAILED`.
@@ -68,11 +69,11 @@ impl OutboxRepository {
 fn failed_event(row: &PgRow) -> Result<FailedEvent, sqlx::Error> {
     Ok(FailedEvent {
         id: row.try_get("id")?,
-        event_type: row.try_get("event_type")?,
-        aggregate_type: row.try_get("aggregate_type")?,
-        aggregate_id: row.try_get("aggregate_id")?,
+        event_type: readable(row, "event_type")?,
+        aggregate_type: readable(row, "aggregate_type")?,
+        aggregate_id: readable(row, "aggregate_id")?,
         retry_count: row.try_get("retry_count")?,
-        last_error: row.try_get("last_error")?,
+        last_error: readable_or_null(row, "last_error")?,
         created_at: row.try_get("created_at")?,
     })
 }

@@ -4,6 +4,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{Connection, PgConnection, Row};
 use uuid::Uuid;
 
+use super::text::readable_or_null;
 use super::{OutboxError, OutboxRepository, audit_settle};
 
 /// One event that is not where it should be, or not as it should be.
@@ -277,8 +278,8 @@ fn compared(found: &[PgRow], counts: &PgRow, named: u32) -> Result<Compared, sql
                 event_id: row.try_get("event_id")?,
                 stream: row.try_get("stream")?,
                 entry_id: row.try_get("entry_id")?,
-                aggregate_type: row.try_get("aggregate_type")?,
-                aggregate_id: row.try_get("aggregate_id")?,
+                aggregate_type: readable_or_null(row, "aggregate_type")?,
+                aggregate_id: readable_or_null(row, "aggregate_id")?,
             });
         }
     }

@@ -4,6 +4,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
+use super::text::{readable, readable_or_null};
 use super::{OutboxError, OutboxRepository, dated, parked};
 
 /// Waiting events that one page looks at, at most.
@@ -80,17 +81,17 @@ impl OutboxRepository {
 
 fn blocked(row: &PgRow) -> Result<BlockedAggregate, sqlx::Error> {
     Ok(BlockedAggregate {
-        aggregate_type: row.try_get("aggregate_type")?,
-        aggregate_id: row.try_get("aggregate_id")?,
+        aggregate_type: readable(row, "aggregate_type")?,
+        aggregate_id: readable(row, "aggregate_id")?,
         waiting: row.try_get("waiting")?,
         at_least: row.try_get("at_least")?,
         first: row.try_get("first")?,
-        event_type: row.try_get("event_type")?,
+        event_type: readable(row, "event_type")?,
         created_at: row.try_get("created_at")?,
         retry_count: row.try_get("retry_count")?,
         next_retry_at: row.try_get("next_retry_at")?,
         is_parked: row.try_get("is_parked")?,
-        last_error: row.try_get("last_error")?,
+        last_error: readable_or_null(row, "last_error")?,
         failed: row.try_get("failed")?,
     })
 }

@@ -6,6 +6,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
+use super::text::text;
 use super::{Lease, OutboxError, OutboxRepository, Partitions};
 
 /// What to claim, and its bounds.
@@ -88,13 +89,15 @@ pub struct OutboxEvent {
     /// 0 to 63.
     pub partition: i64,
     pub occurred_at: DateTime<Utc>,
-    /// JSON text, passed on as it came; `None` when it is over the limit.
+    /// JSON text, passed on as it came; `None` when it is over the limit or unreadable.
     pub payload: Option<String>,
     /// JSON text; empty when there are none.
     pub headers: String,
     /// Bytes of payload and headers, also when the payload was left out.
     pub bytes: i64,
     pub retry_count: i32,
+    /// Its columns that are not UTF-8, in a database that takes any bytes (SQL_ASCII): it comes without payload, and can never be sent.
+    pub unreadable: Vec<&'static str>,
     /// It was refused before, or waited behind such an event: others of its aggregate may be waiting for it.
     pub was_waiting: bool,
 }
@@ -128,11 +131,11 @@ pub struct OutboxEvent {
 /// * The rows of the answer are what the claim saw (`H`), the batches (`B`), and events: claimed (`E`), made waiting (`W`) or passed
 ///   over (`S`).
 const CLAIM: &str = "
-WITH now AS MATERIALIZED (
-    SELECT pg_current_snapshot() AS visible
-), open AS MATERIALIZED (
+WITH open AS MATERIALIZED (
     SELECT unnest(event_ids) AS id FROM {s}.outbox_batch
     WHERE cardinality($8::uuid[]) > 0 AND batch_id = ANY ($8) AND COALESCE(settled_at, 'infinity') = 'infinity'
+), now AS MATERIALIZED (
+    SELECT pg_current_snapshot() AS visible
 ), candidates AS MATERIALIZED (
     SELECT c.*, count(*) FILTER (WHERE NOT blocked) OVER w AS n,
            sum(LEAST(payload_bytes, $13::int)) FILTER (WHERE NOT blocked) OVER w AS running
@@ -294,7 +297,7 @@ impl Answer {
                 self.claim.batches.push(batch_of(row, stream_prefix, begun)?);
             }
             "E" => {
-                let (number, of): (i64, &str) = (row.try_get(column::N)?, row.try_get(column::AGGREGATE_TYPE)?);
+                let (number, of): (i64, _) = (row.try_get(column::N)?, readable_type(row)?);
                 let mut batches = self.claim.batches.iter_mut().zip(&self.numbers);
                 let batch = batches.find(|(batch, is)| **is == number && batch.aggregate_type == of);
                 // PostgreSQL answers a UNION ALL branch by branch, so an event comes after its batch.
@@ -346,25 +349,45 @@ mod column {
 }
 
 fn batch_of(row: &PgRow, stream_prefix: &str, claimed: Instant) -> Result<Batch, sqlx::Error> {
-    let aggregate_type: String = row.try_get(column::AGGREGATE_TYPE)?;
+    let aggregate_type = readable_type(row)?;
     let stream = format!("{stream_prefix}{aggregate_type}");
     // `created_at` may be set by whoever inserts, and be in the future.
     let age = Duration::from_micros(u64::try_from(row.try_get::<i64, _>(column::SEQ)?).unwrap_or(0));
     Ok(Batch { id: row.try_get(column::ID)?, stream, aggregate_type, events: Vec::new(), age, claimed })
 }
 
+/// The batch of a type that is not UTF-8 is settled and never sent.
+fn readable_type(row: &PgRow) -> Result<String, sqlx::Error> {
+    Ok(text(row, column::AGGREGATE_TYPE)?.map_or_else(String::new, |text| text.unwrap_or_else(|lossy| lossy)))
+}
+
 fn event_of(row: &PgRow) -> Result<OutboxEvent, sqlx::Error> {
+    let mut unreadable = Vec::new();
+    let mut read = |column: usize, name: &'static str| {
+        Ok::<_, sqlx::Error>(text(row, column)?.map(|text| {
+            text.unwrap_or_else(|lossy| {
+                unreadable.push(name);
+                lossy
+            })
+        }))
+    };
+    read(column::AGGREGATE_TYPE, "aggregate_type")?;
+    let event_type = read(column::EVENT_TYPE, "event_type")?.unwrap_or_default();
+    let aggregate_id = read(column::AGGREGATE_ID, "aggregate_id")?.unwrap_or_default();
+    let payload = read(column::PAYLOAD, "payload")?;
+    let headers = read(column::HEADERS, "headers")?.unwrap_or_default();
     Ok(OutboxEvent {
         seq: row.try_get(column::SEQ)?,
         id: row.try_get(column::ID)?,
-        event_type: row.try_get(column::EVENT_TYPE)?,
-        aggregate_id: row.try_get(column::AGGREGATE_ID)?,
+        event_type,
+        aggregate_id,
         partition: row.try_get(column::PARTITION)?,
         occurred_at: row.try_get(column::OCCURRED_AT)?,
-        payload: row.try_get(column::PAYLOAD)?,
-        headers: row.try_get(column::HEADERS)?,
+        payload: payload.filter(|_| unreadable.is_empty()),
+        headers,
         bytes: i64::from(row.try_get::<i32, _>(column::PAYLOAD_BYTES)?),
         retry_count: row.try_get(column::RETRY_COUNT)?,
+        unreadable,
         was_waiting: row.try_get(column::WAS_WAITING)?,
     })
 }

@@ -12,7 +12,8 @@ use super::{OutboxError, OutboxRepository};
 /// after a bulk insert; to plan a claim anew for its values takes as long as a small claim, and changes nothing. `work_mem`
 /// keeps a claim of many payloads off the disk. Commits are durable whatever the role or the database says of its own, since a batch must
 /// be in the journal for good before it is sent. Time-outs that a role or database may have are for other sessions: those of the
-/// relay wait and idle for long, and each of its calls has a limit of its own. All belong to this session alone.
+/// relay wait and idle for long, and each of its calls has a limit of its own. A database that takes any bytes (SQL_ASCII) gives them as they
+/// are: it would otherwise refuse a claim for one text that is not UTF-8. All belong to this session alone.
 ///
 /// # Errors
 /// The URL cannot be read, or the server cannot be reached within `timeout`.
@@ -23,7 +24,8 @@ pub async fn connect(url: &str, application_name: &str, timeout: Duration) -> Re
     let settings = "SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_mergejoin = off; SET enable_hashjoin = off; \
                     SET plan_cache_mode = force_generic_plan; SET work_mem = '32MB'; SET jit = off; \
                     SET idle_in_transaction_session_timeout = '60s'; SET statement_timeout = 0; SET lock_timeout = 0; SET idle_session_timeout = 0; \
-                    SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'";
+                    SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'; \
+                    SELECT set_config('client_encoding', 'SQL_ASCII', false) WHERE current_setting('server_encoding') = 'SQL_ASCII'";
     tokio::time::timeout(timeout, connection.execute(settings)).await.map_err(timed_out)?.map_err(unreachable_or_refused)?;
     // A session that waits for a lock would otherwise not notice that its process is gone, and stay. Servers on some systems cannot check.
     let check = connection.execute("SET client_connection_check_interval = '1s'");

@@ -10,6 +10,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
+use super::text::readable;
 use super::{OutboxError, OutboxRepository};
 
 /// The newest failed events that are looked at to group or count them: to find the cause of each takes 5 µs.
@@ -342,8 +343,8 @@ fn step_of(row: &PgRow) -> Result<RemedyStep, sqlx::Error> {
     let is_full = row.try_get::<i64, _>("looked")? >= STEP;
     let last = || {
         Ok::<_, sqlx::Error>(FailurePlace {
-            aggregate_type: row.try_get("aggregate_type")?,
-            aggregate_id: row.try_get("aggregate_id")?,
+            aggregate_type: readable(row, "aggregate_type")?,
+            aggregate_id: readable(row, "aggregate_id")?,
             seq: row.try_get("seq")?,
         })
     };
@@ -352,7 +353,7 @@ fn step_of(row: &PgRow) -> Result<RemedyStep, sqlx::Error> {
 
 fn group(row: &PgRow) -> Result<FailureGroup, sqlx::Error> {
     Ok(FailureGroup {
-        event_type: row.try_get("event_type")?,
+        event_type: readable(row, "event_type")?,
         cause: row.try_get("cause")?,
         example: row.try_get("example")?,
         events: row.try_get("events")?,

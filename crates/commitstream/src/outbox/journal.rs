@@ -4,6 +4,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{Connection, PgConnection, Row};
 use uuid::Uuid;
 
+use super::text::readable;
 use super::{OutboxError, OutboxRepository, Partitions, millis};
 
 /// A batch that is not settled, as the journal has it.
@@ -97,7 +98,7 @@ impl OutboxRepository {
         let batch = |row: &PgRow| -> Result<OpenBatch, sqlx::Error> {
             Ok(OpenBatch {
                 batch_id: row.try_get("batch_id")?,
-                stream: row.try_get("stream")?,
+                stream: readable(row, "stream")?,
                 events: row.try_get("events")?,
                 is_stuck: row.try_get("is_stuck")?,
             })
@@ -187,7 +188,7 @@ impl OutboxRepository {
 fn journal_batch(row: &PgRow) -> Result<JournalBatch, sqlx::Error> {
     Ok(JournalBatch {
         batch_id: row.try_get("batch_id")?,
-        stream: row.try_get("stream")?,
+        stream: readable(row, "stream")?,
         relay_id: row.try_get("relay_id")?,
         epoch: row.try_get("epoch")?,
         batch_no: row.try_get("batch_no")?,

@@ -7,6 +7,7 @@ use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
 use super::search::EventStatus;
+use super::text::{readable, readable_or_null};
 use super::{OutboxError, OutboxRepository, dated, parked};
 
 /// An event with all that its row says.
@@ -114,20 +115,20 @@ fn detail(row: &PgRow) -> Result<EventDetail, sqlx::Error> {
     Ok(EventDetail {
         id: row.try_get("id")?,
         seq: row.try_get("seq")?,
-        event_type: row.try_get("event_type")?,
-        aggregate_type: row.try_get("aggregate_type")?,
-        aggregate_id: row.try_get("aggregate_id")?,
+        event_type: readable(row, "event_type")?,
+        aggregate_type: readable(row, "aggregate_type")?,
+        aggregate_id: readable(row, "aggregate_id")?,
         partition: row.try_get("partition_no")?,
         status: EventStatus::of(row.try_get("status")?, false),
         retry_count: row.try_get("retry_count")?,
         next_retry_at: row.try_get("next_retry_at")?,
         is_parked: row.try_get("is_parked")?,
-        last_error: row.try_get("last_error")?,
+        last_error: readable_or_null(row, "last_error")?,
         created_at: row.try_get("created_at")?,
         published_at: row.try_get("published_at")?,
         occurred_at: row.try_get("occurred_at")?,
-        payload: row.try_get("payload_text")?,
-        headers: row.try_get("headers_text")?,
+        payload: readable(row, "payload_text")?,
+        headers: readable(row, "headers_text")?,
         bytes: row.try_get("payload_bytes")?,
         traceparent: row.try_get("traceparent")?,
         batch: None,

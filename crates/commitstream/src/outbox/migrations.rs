@@ -93,6 +93,17 @@ impl OutboxRepository {
         Ok(Migrated { from, to: LATEST_VERSION })
     }
 
+    /// The encoding of the database, such as `UTF8`.
+    ///
+    /// # Errors
+    /// PostgreSQL cannot be asked.
+    pub async fn encoding(&self, connection: &mut PgConnection) -> Result<String, OutboxError> {
+        sqlx::query_scalar("SELECT current_setting('server_encoding')")
+            .fetch_one(connection)
+            .await
+            .map_err(self.error("asking for the encoding of the database"))
+    }
+
     /// Waits for other migrations of the schema to end, and keeps them waiting until the transaction ends.
     pub(super) async fn take_turns(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
         sqlx::query("SELECT pg_advisory_xact_lock(1129139027, hashtext($1))")

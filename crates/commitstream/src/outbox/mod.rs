@@ -31,6 +31,7 @@ mod sequences;
 mod settle;
 mod settle_rows;
 mod stats;
+mod text;
 mod two_phase;
 mod wake;
 

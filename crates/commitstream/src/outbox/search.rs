@@ -11,6 +11,7 @@ use sqlx::{PgConnection, Row};
 use uuid::Uuid;
 
 use super::failures::CAUSE;
+use super::text::{readable, readable_or_null};
 use super::{OutboxError, OutboxRepository, dated};
 
 /// Rows that one page looks at, at most.
@@ -279,14 +280,14 @@ fn summary(row: &PgRow) -> Result<(EventSummary, SearchPlace), sqlx::Error> {
     let event = EventSummary {
         id: row.try_get("id")?,
         seq: row.try_get("seq")?,
-        event_type: row.try_get("event_type")?,
-        aggregate_type: row.try_get("aggregate_type")?,
-        aggregate_id: row.try_get("aggregate_id")?,
+        event_type: readable(row, "event_type")?,
+        aggregate_type: readable(row, "aggregate_type")?,
+        aggregate_id: readable(row, "aggregate_id")?,
         status: EventStatus::of(row.try_get("status")?, row.try_get("is_open")?),
         retry_count: row.try_get("retry_count")?,
         created_at: row.try_get("created_at")?,
         published_at: row.try_get("published_at")?,
-        last_error: row.try_get("last_error")?,
+        last_error: readable_or_null(row, "last_error")?,
     };
     Ok((event, place(row)?))
 }

@@ -5,6 +5,7 @@ use sqlx::{Connection, Executor, PgConnection, Row};
 use uuid::Uuid;
 
 use super::settle::{KEEP, storable};
+use super::text::readable;
 use super::{OutboxError, OutboxRepository, Partitions, Refusal, Settlement, millis};
 
 /// Rows of one batch that are tried one by one when PostgreSQL raises errors; what is left of such a batch counts as they do.
@@ -193,7 +194,7 @@ impl OutboxRepository {
         let stuck = |row: &PgRow| {
             let event_id = row.try_get("id")?;
             let partition = usize::try_from(row.try_get::<i16, _>("partition_no")?).unwrap_or(usize::MAX);
-            let (aggregate_type, aggregate_id) = (row.try_get("aggregate_type")?, row.try_get("aggregate_id")?);
+            let (aggregate_type, aggregate_id) = (readable(row, "aggregate_type")?, readable(row, "aggregate_id")?);
             Ok(StuckRow { event_id, aggregate_type, aggregate_id, partition, error: error(event_id) })
         };
         rows.iter().map(stuck).collect::<Result<_, sqlx::Error>>().map_err(self.error(DOING))

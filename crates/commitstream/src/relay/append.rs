@@ -66,10 +66,7 @@ async fn run(streams: Streams, settings: Arc<Settings>, reporter: Reporter, batc
         Some(refusal) if refusal.outage => Vec::new(),
         Some(refusal) if refusal.whole_stream => refusals(&batch.events[count..], |_| refusal.error.clone(), &settings),
         Some(refusal) => refusals(batch.events.get(count..=count).unwrap_or_default(), |_| refusal.error.clone(), &settings),
-        None if count == sendable && sendable < batch.events.len() => {
-            let max = settings.publishing.max_payload_bytes;
-            refusals(&batch.events[count..=count], |e| too_large(e, max), &settings)
-        }
+        None if count == sendable && sendable < batch.events.len() => unsendable(&batch.events[count..], &settings),
         None => Vec::new(),
     };
     Ended::Known { batch, appended: count, last_entry: appended.last_entry, refusals: refused }
@@ -151,6 +148,24 @@ fn never_to_be_sent(batch: &Batch) -> Vec<Refusal> {
         EventError::Dead(batch.aggregate_type.clone())
     );
     batch.events.iter().map(|e| Refusal { event_id: e.id, error: error.clone(), retry_after: None }).collect()
+}
+
+/// Refusals of what cannot be sent, of which the first event is one: all that are unreadable for good, or one that is too large.
+fn unsendable(events: &[OutboxEvent], settings: &Settings) -> Vec<Refusal> {
+    let max = settings.publishing.max_payload_bytes;
+    if events.first().is_none_or(|first| first.unreadable.is_empty()) {
+        return refusals(events.get(..1).unwrap_or_default(), |e| too_large(e, max), settings);
+    }
+    let unreadable = events.iter().filter(|event| !event.unreadable.is_empty());
+    let refusal = |event: &OutboxEvent| Refusal {
+        event_id: event.id,
+        error: format!(
+            "not UTF-8: {}; UPDATE the row with convert_from(...::bytea, its encoding) and retry it, or discard it (the database has the encoding SQL_ASCII, which takes any bytes)",
+            event.unreadable.join(", ")
+        ),
+        retry_after: None,
+    };
+    unreadable.map(refusal).collect()
 }
 
 fn too_large(event: &OutboxEvent, max: usize) -> String {

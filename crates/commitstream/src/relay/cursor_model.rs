@@ -120,6 +120,7 @@ fn event(seq: i64) -> OutboxEvent {
         headers: String::new(),
         bytes: 0,
         retry_count: 0,
+        unreadable: Vec::new(),
         was_waiting: false,
     }
 }

@@ -94,6 +94,7 @@ fn event(seq: i64, aggregate: i64) -> OutboxEvent {
         headers: String::new(),
         bytes: 2,
         retry_count: 0,
+        unreadable: Vec::new(),
         was_waiting: false,
     }
 }

@@ -9,7 +9,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use commitstream::outbox::{self, AfterPublishing, ClaimRequest, Heartbeat, JournalBatch, Lease, Partitions, Settlement};
+use commitstream::outbox::{
+    self, AfterPublishing, ClaimRequest, Heartbeat, JournalBatch, Lease, Partitions, Refusal, Settlement,
+};
 use commitstream_sandbox::{Sandbox, TestDatabase};
 use serde_json::Value;
 use sqlx::{AssertSqlSafe, PgConnection};
@@ -255,6 +257,49 @@ async fn the_settle_goes_by_index() -> Result<()> {
             let plans = plans(&mut connection, "WITH settled AS", &values).await?;
             assert_indexes(&plans, TABLE, &[(KEY, "id = ANY")]);
             assert!(plans.iter().all(|(_, scans)| scans.iter().all(|s| s.node.starts_with("Index"))), "{plans:#?}");
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_settle_row_by_row_goes_by_index() -> Result<()> {
+    for case in CASES {
+        let (world, mut connection) = populated(case).await?;
+        world.database.psql(
+            "CREATE FUNCTION object() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no'; END $$;
+             CREATE TRIGGER object BEFORE UPDATE ON event_outbox FOR EACH ROW WHEN (OLD.aggregate_id = '7') EXECUTE FUNCTION object();",
+        )?;
+        let claim = request(&world, &mut connection, 0).await?;
+        let claimed = world.outbox.claim(&mut connection, &claim).await?.batches;
+        let first = claimed.iter().find(|batch| batch.events.iter().any(|event| event.aggregate_id == "7"));
+        let first = first.context("a batch of that aggregate")?;
+        let last = first.events.last().context("an event")?.id;
+        let refusals = vec![Refusal { event_id: last, error: "why".into(), retry_after: None }];
+        let appended = i32::try_from(first.events.len())? - 1;
+        let settlement = Settlement { batch_id: first.id, appended, last_entry: None, refusals };
+        let settled = world.outbox.settle_rows(&mut connection, &settlement).await?;
+        let stuck = settled.stuck.context("a stuck row")?;
+        assert!(world.outbox.settle_stuck(&mut connection, stuck.batch_id).await?.is_some());
+        let id = first.events[0].id;
+        let rows = format!("'{{{id}}}', '{id}', '{id}'");
+        for (part, values) in [
+            ("'PUBLISHED', published_at = clock_timestamp(), next_retry_at = NULL WHERE", rows.as_str()),
+            ("SELECT id, aggregate_type, aggregate_id, partition_no FROM", rows.as_str()),
+            ("SET status = CASE WHEN $3::bigint IS NULL", &format!("'{id}', 'why', 1000")),
+        ] {
+            assert_indexes(&plans(&mut connection, part, values).await?, TABLE, &[(KEY, "id = ")]);
+        }
+        for (part, values) in [
+            ("appended IS NULL\nRETURNING", format!("'{id}', 1, NULL")),
+            ("appended IS NOT NULL FOR NO KEY UPDATE", format!("'{id}'")),
+            ("cardinality($2::uuid[])", format!("'{id}', '{{{id}}}', 1")),
+        ] {
+            assert_indexes(
+                &plans(&mut connection, part, &values).await?,
+                "outbox_batch",
+                &[("outbox_batch_pkey", "batch_id = ")],
+            );
         }
     }
     Ok(())

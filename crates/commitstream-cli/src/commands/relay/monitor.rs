@@ -87,7 +87,8 @@ async fn look_after(
             set_backlog(backlog);
         }
         let status = relay.borrow().clone();
-        let is_active = status.state == RelayState::Active;
+        // A restart does not help against rows that PostgreSQL does not let anybody settle.
+        let is_active = status.state == RelayState::Active && status.unsettled.is_none();
         let done = status.published + status.refused + status.failed + status.republished;
         let due = backlog.is_some_and(|backlog| backlog.oldest_due.is_some());
         progress.send_modify(|progress| progress.observe(Instant::now(), is_active, done, due));

@@ -33,7 +33,7 @@ pub enum HolderKind {
 /// query is shown up to the first one only.
 const HOLDERS: &str = r"
 SELECT 'session' AS kind, pid::text AS name, usename::text AS role, application_name AS application, state,
-       left(regexp_replace(left(NULLIF(query, '<insufficient privilege>'), 400), '(''|\$\w*\$).*', '…'), 120) AS query,
+       left(regexp_replace(left(NULLIF(query, '<insufficient privilege>'), 400), '(''|\$\w*\$).*', '...'), 120) AS query,
        (extract(epoch FROM clock_timestamp() - xact_start) * 1000)::bigint AS age_ms,
        GREATEST(age(backend_xmin), age(backend_xid))::bigint AS transactions
 FROM pg_stat_activity

@@ -4,6 +4,7 @@
 //! look is a short read-only transaction with time-outs of its own, so that one that fails leaves the others alone.
 
 mod backlog;
+mod barriers;
 mod horizon;
 mod schema;
 mod server;
@@ -15,6 +16,7 @@ use chrono::{DateTime, Utc};
 use sqlx::{Connection, Executor, PgConnection, Postgres, Transaction};
 
 pub use backlog::{Backlog, FailedFacts, History, OpenFacts};
+pub use barriers::{Barrier, BarrierKind};
 pub use horizon::{Holder, HolderKind};
 pub(super) use schema::expected_indexes;
 pub use schema::{Difference, Recorded, Rights, SchemaFacts};
@@ -56,6 +58,7 @@ pub struct DirectFacts {
 #[derive(Debug)]
 pub struct OutboxFacts {
     pub schema: Result<SchemaFacts, OutboxError>,
+    pub barriers: Result<Vec<Barrier>, OutboxError>,
     pub sizes: Result<SizeFacts, OutboxError>,
     pub backlog: Result<Backlog, OutboxError>,
     pub failed: Result<FailedFacts, OutboxError>,
@@ -109,6 +112,7 @@ impl OutboxRepository {
     async fn outbox_facts(&self, connection: &mut PgConnection) -> OutboxFacts {
         OutboxFacts {
             schema: self.schema_facts(connection).await,
+            barriers: self.barriers(connection).await,
             sizes: self.size_facts(connection).await,
             backlog: self.examine_backlog(connection).await,
             failed: self.failed_facts(connection).await,

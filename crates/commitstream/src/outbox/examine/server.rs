@@ -29,6 +29,8 @@ pub struct ServerFacts {
     pub sees_sessions: bool,
     pub user: String,
     pub database: String,
+    /// Of the database, such as `UTF8`.
+    pub encoding: String,
 }
 
 impl OutboxRepository {
@@ -47,7 +49,7 @@ impl OutboxRepository {
                     current_setting('max_prepared_transactions')::int AS max_prepared,
                     (SELECT age(datfrozenxid) FROM pg_database WHERE datname = current_database()) AS frozen_age,
                     pg_has_role('pg_read_all_stats', 'USAGE') AS sees_sessions, current_user::text AS user,
-                    current_database()::text AS database,
+                    current_database()::text AS database, current_setting('server_encoding') AS encoding,
                     (SELECT source FROM pg_settings WHERE name = 'default_transaction_read_only') AS read_only_source,
                     (SELECT source FROM pg_settings WHERE name = 'synchronous_commit') AS synchronous_commit_source",
         )
@@ -73,6 +75,7 @@ impl OutboxRepository {
                 sees_sessions: row.try_get("sees_sessions")?,
                 user: row.try_get("user")?,
                 database: row.try_get("database")?,
+                encoding: row.try_get("encoding")?,
             })
         };
         read().map_err(self.error(doing))
