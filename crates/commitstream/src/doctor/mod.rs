@@ -13,11 +13,14 @@ mod schema;
 mod streams;
 #[cfg(test)]
 mod tests;
+mod verdict;
 
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
+
+pub use verdict::{Consumers, Flow, Verdict, judge_flow};
 
 use crate::config::Settings;
 use crate::outbox::examine::PostgresFacts;
@@ -222,7 +225,7 @@ pub fn judge(settings: &Settings, facts: &Facts) -> Report {
     postgres::judge(&mut report, settings, facts.postgres.as_ref());
     redis::judge(&mut report, settings, facts.redis.as_ref());
     report.check("clocks", clocks(facts));
-    report.findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
+    report.sort();
     report
 }
 

@@ -5,10 +5,11 @@ use std::collections::BTreeSet;
 use super::advice::{age, counted, identifier, psql};
 use super::{Finding, Report, Severity, error, finding, note, warning};
 use crate::config::{AfterFailure, Settings};
-use crate::outbox::examine::{Backlog, COUNTED, FailedFacts, History, OpenFacts, OutboxFacts};
-use crate::outbox::{Pause, RelayRow};
+use crate::outbox::examine::{Backlog, COUNTED, FailedFacts, History, OpenFacts, OutboxFacts, OutboxFlow};
+use crate::outbox::{OutboxError, Pause, RelayRow};
 
 /// A relay that works publishes an event within milliseconds.
+const SLOW_EVENT_MS: i64 = 30 * 1_000;
 const OLD_EVENT_MS: i64 = 5 * 60 * 1_000;
 const VERY_OLD_EVENT_MS: i64 = 60 * 60 * 1_000;
 
@@ -19,35 +20,15 @@ const OLD_BATCH_MS: i64 = 60 * 1_000;
 const SILENT_DAYS: i64 = 3;
 
 pub(super) fn judge(report: &mut Report, settings: &Settings, facts: &OutboxFacts) {
-    let backlog = facts.backlog.as_ref().ok();
-    match &facts.relays {
-        Ok(all) => {
-            let alive: Vec<&RelayRow> = all.iter().filter(|relay| relay.alive).collect();
-            report.check("relays", relays(settings, all, &alive, backlog));
-            report.check("relay-versions", versions(&alive));
-            match &facts.open {
-                Ok(open) => report.check("open-batches", orphaned(settings, *open, !alive.is_empty())),
-                Err(error) => report.unknown("open-batches", error),
-            }
-            // Without a relay, or while relays are paused, that is the finding.
-            let may_work = !alive.is_empty() && !matches!(&facts.pause, Ok(Some(_)));
-            if let Some(backlog) = backlog.filter(|backlog| may_work || backlog.events == 0) {
-                report.check("backlog", old_backlog(*backlog));
-            }
+    let OutboxFacts { relays, pause, backlog, failed, .. } = facts;
+    flow(report, settings, &Parts { relays, pause, backlog, failed });
+    if let Ok(all) = relays {
+        let alive = alive(all);
+        report.check("relay-versions", versions(&alive));
+        match &facts.open {
+            Ok(open) => report.check("open-batches", orphaned(settings, *open, !alive.is_empty())),
+            Err(error) => report.unknown("open-batches", error),
         }
-        Err(error) => report.unknown("relays", error),
-    }
-    match &facts.pause {
-        Ok(pause) => report.check("pause", pause.as_ref().map(paused)),
-        Err(error) => report.unknown("pause", error),
-    }
-    match &facts.backlog {
-        Ok(backlog) => report.check("refused-events", refused(settings, *backlog)),
-        Err(error) => report.unknown("backlog", error),
-    }
-    match &facts.failed {
-        Ok(failed) => report.check("failed-events", failed_events(settings, failed)),
-        Err(error) => report.unknown("failed-events", error),
     }
     match &facts.history {
         Ok(history) => {
@@ -57,6 +38,52 @@ pub(super) fn judge(report: &mut Report, settings: &Settings, facts: &OutboxFact
         }
         Err(error) => report.unknown("writers", error),
     }
+}
+
+/// What tells whether events flow out of the outbox.
+pub(super) struct Parts<'a> {
+    pub relays: &'a Result<Vec<RelayRow>, OutboxError>,
+    pub pause: &'a Result<Option<Pause>, OutboxError>,
+    pub backlog: &'a Result<Backlog, OutboxError>,
+    pub failed: &'a Result<FailedFacts, OutboxError>,
+}
+
+impl<'a> From<&'a OutboxFlow> for Parts<'a> {
+    fn from(OutboxFlow { relays, pause, backlog, failed }: &'a OutboxFlow) -> Self {
+        Self { relays, pause, backlog, failed }
+    }
+}
+
+pub(super) fn flow(report: &mut Report, settings: &Settings, facts: &Parts<'_>) {
+    let backlog = facts.backlog.as_ref().ok();
+    match facts.relays {
+        Ok(all) => {
+            let alive = alive(all);
+            report.check("relays", relays(settings, all, &alive, backlog));
+            // Without a relay, or while relays are paused, that is the finding.
+            let may_work = !alive.is_empty() && !matches!(facts.pause, Ok(Some(_)));
+            if let Some(backlog) = backlog.filter(|backlog| may_work || backlog.events == 0) {
+                report.check("backlog", old_backlog(*backlog));
+            }
+        }
+        Err(error) => report.unknown("relays", error),
+    }
+    match facts.pause {
+        Ok(pause) => report.check("pause", pause.as_ref().map(paused)),
+        Err(error) => report.unknown("pause", error),
+    }
+    match facts.backlog {
+        Ok(backlog) => report.check("refused-events", refused(settings, *backlog)),
+        Err(error) => report.unknown("backlog", error),
+    }
+    match facts.failed {
+        Ok(failed) => report.check("failed-events", failed_events(settings, failed)),
+        Err(error) => report.unknown("failed-events", error),
+    }
+}
+
+fn alive(all: &[RelayRow]) -> Vec<&RelayRow> {
+    all.iter().filter(|relay| relay.alive).collect()
 }
 
 fn relays(settings: &Settings, all: &[RelayRow], alive: &[&RelayRow], backlog: Option<&Backlog>) -> Vec<Finding> {
@@ -153,8 +180,12 @@ fn orphaned(settings: &Settings, open: OpenFacts, is_relay_alive: bool) -> Optio
 }
 
 fn old_backlog(backlog: Backlog) -> Option<Finding> {
-    let oldest = backlog.oldest_ms.filter(|millis| *millis >= OLD_EVENT_MS)?;
-    let severity = if oldest >= VERY_OLD_EVENT_MS { Severity::Error } else { Severity::Warning };
+    let oldest = backlog.oldest_ms.filter(|millis| *millis >= SLOW_EVENT_MS)?;
+    let severity = match oldest {
+        VERY_OLD_EVENT_MS.. => Severity::Error,
+        OLD_EVENT_MS.. => Severity::Warning,
+        _ => Severity::Note,
+    };
     Some(finding(
         severity,
         format!("waiting though a relay is alive: {}, the oldest for {}", counted(backlog.events, "event", COUNTED), age(oldest)),

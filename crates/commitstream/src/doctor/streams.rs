@@ -1,13 +1,17 @@
 //! The streams and who reads them.
 
 use super::advice::{age, quoted, redis_cli};
-use super::{Finding, Report, note, warning};
+use super::{Finding, Report, Severity, finding, note, warning};
 use crate::config::Settings;
 use crate::streams::GroupInfo;
 use crate::streams::examine::{KeyFacts, Place, RedisFacts, StreamFacts};
 
 /// An entry may be in hand for so long.
 const OLD_ENTRY_MS: u64 = 10 * 60 * 1_000;
+
+/// So late an entry is read when consumers cannot keep up.
+const SLOW_ENTRY_MS: u64 = 30 * 1_000;
+const LATE_ENTRY_MS: u64 = 5 * 60 * 1_000;
 
 const DAY_MS: u64 = 24 * 60 * 60 * 1_000;
 
@@ -28,6 +32,11 @@ pub(super) fn judge(report: &mut Report, settings: &Settings, facts: &RedisFacts
         }
         Err(error) => report.unknown("consumer-groups", error),
     }
+}
+
+/// What consumers have not handled, of groups that were looked at without anything else.
+pub(super) fn consumers(report: &mut Report, groups: &[GroupInfo]) {
+    report.check("consumer-groups", groups.iter().flat_map(|of| group(None, of)));
 }
 
 fn foreign(settings: &Settings, place: Option<&Place>, keys: &KeyFacts) -> Vec<Finding> {
@@ -68,6 +77,15 @@ fn group(place: Option<&Place>, group: &GroupInfo) -> Vec<Finding> {
             format!("{named} has {} entries pending, the oldest written {} ago", group.pending, age(oldest.cast_signed())),
             "a handler hangs or keeps failing, or the group is far behind; later events of the same aggregates wait",
             format!("who has them: commitstream groups {} --consumers", quoted(&group.stream)),
+        ));
+    } else if let Some(oldest) = group.oldest_behind_age_ms.filter(|millis| *millis >= SLOW_ENTRY_MS) {
+        let behind = group.behind.map_or_else(|| format!("over {}", GroupInfo::COUNTED), |entries| entries.to_string());
+        let severity = if oldest >= LATE_ENTRY_MS { Severity::Warning } else { Severity::Note };
+        found.push(finding(
+            severity,
+            format!("{named} is {behind} entries behind, the oldest of them written {} ago", age(oldest.cast_signed())),
+            "its consumers are slower than the publishers, or do not read",
+            format!("see what they do, and start more of them: commitstream groups {} --consumers", quoted(&group.stream)),
         ));
     }
     if group.dead != Some(0) {

@@ -28,6 +28,16 @@ static PAGE: LazyLock<Script> = LazyLock::new(|| {
     )
 });
 
+static NEXT: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(
+        r"
+        local entries = redis.pcall('XRANGE', KEYS[1], '(' .. ARGV[1], '+', 'COUNT', 1)
+        if entries.err then return entries end
+        return entries[1] and entries[1][1] or false
+        ",
+    )
+});
+
 const MOST_DEAD: u64 = GroupInfo::COUNTED as u64;
 
 /// Most consumers of a group that are looked at.
@@ -47,6 +57,8 @@ pub struct GroupInfo {
     pub oldest_pending_age_ms: Option<u64>,
     /// Entries that were not delivered yet; `None` if they are more than [`GroupInfo::COUNTED`] and Redis does not know their number.
     pub behind: Option<u64>,
+    /// How long ago the oldest of those was written, by the server's clock.
+    pub oldest_behind_age_ms: Option<u64>,
     /// Id of the last entry that was delivered.
     pub last_delivered: String,
     /// Dead letters; `None` if those of the stream are more than [`GroupInfo::COUNTED`].
@@ -172,6 +184,7 @@ impl Streams {
         consumers.truncate(MOST_CONSUMERS);
         let members: HashMap<String, f64> = members.into_iter().collect();
         let oldest = self.oldest_pending(stream, &name, &consumers).await?;
+        let next = if behind == Some(0) { None } else { self.next_after(stream, &last_delivered).await? };
         let age = |id: &String| id.split('-').next()?.parse().ok().map(|written: u64| now.saturating_sub(written));
         let consumers = consumers.into_iter().map(|consumer| GroupConsumer {
             oldest_pending_age_ms: oldest.get(&consumer.name).and_then(age),
@@ -185,11 +198,18 @@ impl Streams {
             consumers: consumers.collect(),
             pending: pending.0,
             oldest_pending_age_ms: pending.1.as_ref().and_then(age),
+            oldest_behind_age_ms: next.as_ref().and_then(age),
             behind,
             last_delivered,
             dead,
             group: name,
         })
+    }
+
+    /// The id of the first entry after this one, without reading its payload.
+    async fn next_after(&self, stream: &str, id: &str) -> Result<Option<String>, StreamsError> {
+        let mut call = NEXT.key(stream);
+        self.invoke(DOING, stream, call.arg(id)).await
     }
 
     /// The id of the oldest entry of each consumer that has any.

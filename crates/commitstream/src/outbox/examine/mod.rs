@@ -73,7 +73,26 @@ pub struct OutboxFacts {
     pub is_two_phase: Result<bool, OutboxError>,
 }
 
+/// Whether events flow out of the outbox: the part of [`OutboxFacts`] that is cheap enough to be asked every few seconds.
+#[derive(Debug)]
+pub struct OutboxFlow {
+    pub relays: Result<Vec<RelayRow>, OutboxError>,
+    pub pause: Result<Option<Pause>, OutboxError>,
+    pub backlog: Result<Backlog, OutboxError>,
+    pub failed: Result<FailedFacts, OutboxError>,
+}
+
 impl OutboxRepository {
+    /// Asks whether events flow. Counts stop at [`COUNTED`], each look is a short read-only transaction.
+    pub async fn flow(&self, connection: &mut PgConnection) -> OutboxFlow {
+        OutboxFlow {
+            relays: self.relays(connection).await,
+            pause: self.paused(connection).await,
+            backlog: self.examine_backlog(connection).await,
+            failed: self.failed_facts(connection).await,
+        }
+    }
+
     /// Looks at the server that `url` leads to and at the outbox there. Two sessions, each closed at the end.
     ///
     /// # Errors
