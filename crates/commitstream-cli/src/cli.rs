@@ -49,8 +49,8 @@ pub struct Cli {
 #[derive(Args, Clone)]
 #[command(next_help_heading = "Global options")]
 pub struct Global {
-    /// Settings file [default: application.conf in this directory, if it is there]
-    #[arg(long, global = true, value_name = "FILE")]
+    /// Settings file [environment: COMMITSTREAM_CONFIG] [default: application.conf in this directory, if it is there]
+    #[arg(long, global = true, value_name = "FILE", env = "COMMITSTREAM_CONFIG", hide_env = true)]
     pub config: Option<PathBuf>,
 
     /// postgres://user:password@host:5432/database [environment: DATABASE_URL]

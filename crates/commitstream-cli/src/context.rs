@@ -29,7 +29,9 @@ impl Context {
         let urls = [("app.database.url", self.global.database_url.as_ref()), ("app.redis.url", self.global.redis_url.as_ref())];
         let given = urls.iter().chain(flags).filter_map(|(key, value)| Some(((*key).to_owned(), (*value)?.clone())));
         let variable = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
-        Ok(Settings::load(self.global.config.as_deref(), variable, &given.collect::<Vec<_>>())?)
+        // As for the variables of settings, an empty one counts as not set.
+        let file = self.global.config.as_deref().filter(|file| !file.as_os_str().is_empty());
+        Ok(Settings::load(file, variable, &given.collect::<Vec<_>>())?)
     }
 
     pub fn settings(&self) -> anyhow::Result<Settings> {

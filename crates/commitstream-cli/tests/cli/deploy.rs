@@ -13,6 +13,7 @@ const DOCKERFILE: &str = "deploy/Dockerfile";
 const UNIT: &str = "deploy/commitstream.service";
 const COMPOSE: &str = "deploy/compose.yml";
 const KUBERNETES: &str = "deploy/kubernetes/relay.yml";
+const KUBERNETES_MIGRATE: &str = "deploy/kubernetes/migrate.yml";
 
 /// What stands between the two marks, each time.
 fn between<'a>(text: &'a str, begin: &str, end: &str) -> Vec<&'a str> {
@@ -28,7 +29,7 @@ fn variables(text: &str) -> BTreeSet<&str> {
 #[test]
 fn commands_and_their_options_exist() -> Result<()> {
     let (dockerfile, unit) = (read(DOCKERFILE)?, read(UNIT)?);
-    let (compose, kubernetes) = (read(COMPOSE)?, read(KUBERNETES)?);
+    let (compose, kubernetes) = (read(COMPOSE)?, read(KUBERNETES)? + &read(KUBERNETES_MIGRATE)?);
     let lists = [between(&dockerfile, "CMD [", "]"), between(&compose, "command: [", "]"), between(&kubernetes, "args: [", "]")];
     ensure!(lists.iter().map(Vec::len).eq([1, 2, 2]), "{lists:?}");
     let lists = lists.concat().into_iter().map(|list| list.replace(['"', ','], ""));
@@ -47,7 +48,8 @@ fn environment_variables_exist_and_their_values_are_taken() -> Result<()> {
     let (dockerfile, compose) = (read(DOCKERFILE)?, read(COMPOSE)?);
     for (file, text) in [(DOCKERFILE, &dockerfile), (UNIT, &read(UNIT)?), (COMPOSE, &compose), (KUBERNETES, &read(KUBERNETES)?)] {
         // Of other programs: PostgreSQL, Grafana, and what systemd calls address families.
-        let others = |name: &str| ["POSTGRES_", "GF_", "AF_"].iter().any(|program| name.starts_with(program));
+        let others =
+            |name: &str| ["POSTGRES_", "GF_", "AF_", "COMMITSTREAM_CONFIG"].iter().any(|program| name.starts_with(program));
         let named: BTreeSet<&str> = variables(text).into_iter().filter(|name| !others(name)).collect();
         let unknown: Vec<_> = named.difference(&known).collect();
         ensure!(!named.is_empty() && unknown.is_empty(), "{file} names {unknown:?}");
@@ -87,6 +89,45 @@ fn ports_and_paths_are_those_that_a_relay_serves() -> Result<()> {
         ensure!(daemon.get(path)?.0 != 404, "{path}");
     }
     daemon.end()
+}
+
+/// An image without a tag is whatever was pulled last, on each node; and relays of the old version must not meet new tables.
+#[test]
+fn kubernetes_runs_this_version_and_migrates_before_its_relays() -> Result<()> {
+    let (relay, migrate) = (read(KUBERNETES)?, read(KUBERNETES_MIGRATE)?);
+    let version = env!("CARGO_PKG_VERSION");
+    for text in [&relay, &migrate] {
+        ensure!(between(text, "image: ", "\n") == [format!("commitstream:{version}")], "another version than {version}");
+    }
+    ensure!(!relay.contains("initContainers") && migrate.contains("kind: Job"));
+    ensure!(migrate.contains(&format!("name: commitstream-migrate-{version}\n")));
+    Ok(())
+}
+
+/// The unit starts the relay in the directory that has its settings file.
+#[test]
+fn the_unit_finds_the_settings_file_in_its_directory() -> Result<()> {
+    let unit = read(UNIT)?;
+    ensure!(between(&unit, "\nWorkingDirectory=", "\n") == ["/etc/commitstream"], "{unit}");
+    let directory = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("settings-of-the-unit");
+    std::fs::create_dir_all(&directory)?;
+    std::fs::write(directory.join("application.conf"), "app.outbox.processor.batchSize = 77")?;
+    let mut config = bare_command(&["config"]);
+    config.current_dir(&directory);
+    let found = finish(config)?.stdout;
+    ensure!(found.contains("application.conf:1"), "{found}");
+    let mut elsewhere = bare_command(&["config"]);
+    elsewhere.env("COMMITSTREAM_CONFIG", directory.join("application.conf"));
+    let found = finish(elsewhere)?.stdout;
+    ensure!(found.contains("application.conf:1"), "{found}");
+    let mut missing = bare_command(&["config"]);
+    missing.env("COMMITSTREAM_CONFIG", directory.join("missing.conf"));
+    let answer = finish(missing)?;
+    ensure!(answer.code == Some(2) && answer.stderr.contains("missing.conf"), "{answer:?}");
+    let mut empty = bare_command(&["config"]);
+    empty.env("COMMITSTREAM_CONFIG", "");
+    ensure!(finish(empty)?.code == Some(0), "an empty variable counts as not set");
+    Ok(())
 }
 
 #[test]

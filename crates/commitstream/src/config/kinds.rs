@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::redact::HIDDEN;
 use super::units::{parse_duration, parse_size, print_duration, print_number, print_size};
-use super::{AfterFailure, Route, Settings, StartFrom, Strategy, UnknownEvents, redact_url};
+use super::{AfterFailure, Color, Route, Settings, StartFrom, Strategy, UnknownEvents, redact_url};
 
 /// Where in [`Settings`] a value lives.
 pub(super) struct Field<T> {
@@ -41,6 +41,11 @@ pub(super) enum Kind {
     Ratio(Field<f64>),
     Schema(Field<String>),
     Name(Field<String>),
+    /// A name that may be missing; empty is none.
+    Label(Field<Option<String>>),
+    Color(Field<Color>),
+    /// Of a URL; empty, or from a slash on.
+    Path(Field<String>),
     Prefix(Field<String>),
     Strategy(Field<Strategy>),
     AfterFailure(Field<AfterFailure>),
@@ -69,6 +74,14 @@ const UNKNOWN_EVENTS: &[(&str, UnknownEvents)] =
     &[("skip", UnknownEvents::Skip), ("park", UnknownEvents::Park), ("error", UnknownEvents::Error)];
 const START_FROM: &[(&str, StartFrom)] = &[("beginning", StartFrom::Beginning), ("now", StartFrom::Now)];
 const ROUTES: &[(&str, Route)] = &[("outbox", Route::Outbox), ("streams", Route::Streams)];
+const COLORS: &[(&str, Color)] = &[
+    (Color::Gray.name(), Color::Gray),
+    (Color::Blue.name(), Color::Blue),
+    (Color::Green.name(), Color::Green),
+    (Color::Amber.name(), Color::Amber),
+    (Color::Red.name(), Color::Red),
+    (Color::Violet.name(), Color::Violet),
+];
 // As in HOCON; the first of each value is the one that is printed.
 const SWITCHES: &[(&str, bool)] = &[("true", true), ("false", false), ("yes", true), ("no", false), ("on", true), ("off", false)];
 
@@ -101,6 +114,9 @@ impl Kind {
             Kind::Endpoint(field) => *(field.get_mut)(settings) = (!word.is_empty()).then(|| word.to_owned()),
             Kind::Secret(field) | Kind::File(field) => *(field.get_mut)(settings) = (!text.is_empty()).then(|| text.to_owned()),
             Kind::Address(field) => *(field.get_mut)(settings) = parse_address(word)?,
+            Kind::Label(field) => *(field.get_mut)(settings) = (!word.is_empty()).then(|| word.to_owned()),
+            Kind::Color(field) => *(field.get_mut)(settings) = named(word, COLORS)?,
+            Kind::Path(field) => *(field.get_mut)(settings) = word.trim_end_matches('/').to_owned(),
             Kind::Schema(field) | Kind::Prefix(field) | Kind::Name(field) => *(field.get_mut)(settings) = text.to_owned(),
             Kind::Strategy(field) => *(field.get_mut)(settings) = named(word, STRATEGIES)?,
             Kind::AfterFailure(field) => *(field.get_mut)(settings) = named(word, AFTER_FAILURE)?,
@@ -133,6 +149,19 @@ impl Kind {
                 let holds = !name.trim().is_empty() && name.len() <= LONGEST_NAME && !name.contains(char::is_control);
                 (holds, format!("must be a name of 1 to {LONGEST_NAME} bytes, on one line"))
             }
+            Kind::Label(field) => {
+                let is_name = |name: &String| name.len() <= LONGEST_NAME && !name.contains(char::is_control);
+                let holds = (field.get)(settings).as_ref().is_none_or(is_name);
+                (holds, format!("must be a name of at most {LONGEST_NAME} bytes, on one line"))
+            }
+            Kind::Path(field) => {
+                let path = (field.get)(settings);
+                let is_plain = |c: char| c.is_ascii_alphanumeric() || "/-_.~".contains(c);
+                // Two slashes at the beginning would lead to another host.
+                let holds = path.is_empty()
+                    || (path.starts_with('/') && !path.contains("//") && !path.ends_with('/') && path.chars().all(is_plain));
+                (holds, "must be empty, or a path such as /ops/events: letters, digits, and - _ . ~ between slashes".to_owned())
+            }
             Kind::Prefix(field) => (
                 !(field.get)(settings).contains(['{', '}']),
                 "must not contain { or }: Redis Cluster takes braces for a hash tag".to_owned(),
@@ -143,7 +172,9 @@ impl Kind {
                 (holds, "must be the path of a file".to_owned())
             }
             Kind::Switch(_) | Kind::Secret(_) | Kind::Address(_) => return Ok(()),
-            Kind::Strategy(_) | Kind::AfterFailure(_) | Kind::UnknownEvents(_) | Kind::StartFrom(_) => return Ok(()),
+            Kind::Color(_) | Kind::Strategy(_) | Kind::AfterFailure(_) | Kind::UnknownEvents(_) | Kind::StartFrom(_) => {
+                return Ok(());
+            }
         };
         if holds { Ok(()) } else { Err(Refusal::new(reason)) }
     }
@@ -160,6 +191,9 @@ impl Kind {
             Kind::File(field) => (field.get)(settings).clone()?,
             Kind::Address(field) => (field.get)(settings).map_or_else(|| OFF.to_owned(), |address| address.to_string()),
             Kind::Ratio(field) => (field.get)(settings).to_string(),
+            Kind::Label(field) => (field.get)(settings).clone()?,
+            Kind::Color(field) => name_of(*(field.get)(settings), COLORS),
+            Kind::Path(field) => (field.get)(settings).clone(),
             Kind::Schema(field) | Kind::Prefix(field) | Kind::Name(field) => (field.get)(settings).clone(),
             Kind::Strategy(field) => name_of(*(field.get)(settings), STRATEGIES),
             Kind::AfterFailure(field) => name_of(*(field.get)(settings), AFTER_FAILURE),
@@ -175,7 +209,7 @@ impl Kind {
             Kind::Url(..) | Kind::Endpoint(_) => redact_url(text.trim()),
             Kind::Secret(_) => HIDDEN.to_owned(),
             // Quoted where the eye would miss what is wrong: an empty name, a NUL.
-            Kind::Schema(_) | Kind::Prefix(_) | Kind::Name(_) | Kind::File(_) => format!("{:?}", harmless(text)),
+            Kind::Schema(_) | Kind::Prefix(_) | Kind::Name(_) | Kind::File(_) | Kind::Label(_) | Kind::Path(_) => format!("{:?}", harmless(text)),
             _ => harmless(text.trim()).escape_debug().to_string(),
         }
     }

@@ -10,7 +10,7 @@ use super::error::{ConfigError, from_where};
 use super::file;
 use super::hocon::Place;
 use super::keys::{KEYS, Key, Setting, is_section, sections};
-use super::kinds::Refusal;
+use super::kinds::{Kind, Refusal};
 use super::resolve::{Document, Meaning};
 use super::units::print_duration;
 use super::{RedisSettings, Settings, suggest};
@@ -104,7 +104,7 @@ impl Settings {
                 && let Some(value) = env(name).filter(|value| !value.is_empty())
                 && (!name.starts_with(SHARED) || fits(key, &value))
             {
-                loaded.set(key.path, &value, Source::Environment(name))?;
+                loaded.set_from_env(key, name, &value)?;
             }
         }
         for (key, value) in flags {
@@ -210,6 +210,25 @@ impl Loaded {
         find(&key, &source)?;
         let reason = "must be one value".to_owned();
         Err(ConfigError::Value { key, value: shown.to_owned(), origin: Some(source), reason, cause: None })
+    }
+
+    /// A map is written as `UserCreated=outbox,MetricUpdated=streams`.
+    fn set_from_env(&mut self, key: &'static Key, name: &'static str, value: &str) -> Result<(), ConfigError> {
+        let source = Source::Environment(name);
+        if !matches!(key.kind, Kind::Routes(_)) {
+            return self.set(key.path, value, source);
+        }
+        for pair in value.split(',').map(str::trim).filter(|pair| !pair.is_empty()) {
+            let (member, route) = pair.split_once('=').ok_or_else(|| ConfigError::Value {
+                key: key.path.to_owned(),
+                value: key.kind.shown(pair),
+                origin: Some(source.clone()),
+                reason: "must be pairs such as UserCreated=outbox,MetricUpdated=streams".to_owned(),
+                cause: None,
+            })?;
+            self.set(&format!("{}.{}", key.path, member.trim()), route, source.clone())?;
+        }
+        Ok(())
     }
 
     fn set(&mut self, path: &str, text: &str, source: Source) -> Result<(), ConfigError> {

@@ -295,6 +295,39 @@ pub struct ConsoleSettings {
     pub password: Option<String>,
     /// Of those who may look and not act (`CONSOLE_READ_ONLY_PASSWORD`); without one there are none.
     pub read_only_password: Option<String>,
+    /// What this installation is called on every page (`CONSOLE_ENVIRONMENT`), such as `production`: at most 255 bytes. Default none.
+    pub environment: Option<String>,
+    /// Of that name (`CONSOLE_ENVIRONMENT_COLOR`). Default [`Color::Gray`].
+    pub environment_color: Color,
+    /// Where a proxy in front serves the console, without `/console` (`CONSOLE_PATH_PREFIX`): `/ops` for `/ops/console`. It may
+    /// pass the prefix on or take it off. Default empty.
+    pub path_prefix: String,
+}
+
+/// By which an environment is told from another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Color {
+    Gray,
+    Blue,
+    Green,
+    Amber,
+    Red,
+    Violet,
+}
+
+impl Color {
+    /// As it is written in the settings.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Gray => "gray",
+            Self::Blue => "blue",
+            Self::Green => "green",
+            Self::Amber => "amber",
+            Self::Red => "red",
+            Self::Violet => "violet",
+        }
+    }
 }
 
 /// What a `FAILED` event means for the later ones of its aggregate.
@@ -431,7 +464,14 @@ impl Default for TracingSettings {
 
 impl Default for ConsoleSettings {
     fn default() -> Self {
-        Self { enabled: true, password: None, read_only_password: None }
+        Self {
+            enabled: true,
+            password: None,
+            read_only_password: None,
+            environment: None,
+            environment_color: Color::Gray,
+            path_prefix: String::new(),
+        }
     }
 }
 
@@ -454,6 +494,9 @@ impl fmt::Debug for ConsoleSettings {
             .field("enabled", &self.enabled)
             .field("password", &self.password.as_ref().map(|_| HIDDEN))
             .field("read_only_password", &self.read_only_password.as_ref().map(|_| HIDDEN))
+            .field("environment", &self.environment)
+            .field("environment_color", &self.environment_color)
+            .field("path_prefix", &self.path_prefix)
             .finish()
     }
 }

@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use super::super::keys::KEYS;
 use super::super::{Route, Settings, Source, Strategy};
-use super::{load, load_path, settings};
+use super::{load, load_path, refusal, settings};
 
 #[test]
 fn nothing_said_means_the_defaults() {
@@ -108,6 +108,43 @@ fn every_environment_variable_of_the_table_takes_effect() {
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://otel:4318"),
         ("OTEL_TRACES_SAMPLER_ARG", "0.01"),
         ("OTEL_SERVICE_NAME", "shop relay"),
+        ("DATABASE_TIMEOUT", "7s"),
+        ("DATABASE_PREPARED_STATEMENTS", "false"),
+        ("REDIS_CONNECT_TIMEOUT", "3s"),
+        ("REDIS_RESPONSE_TIMEOUT", "4s"),
+        ("REDIS_WAIT_REPLICAS", "2"),
+        ("REDIS_WAIT_TIMEOUT", "2s"),
+        ("OUTBOX_RETRY_BASE_DELAY", "2s"),
+        ("OUTBOX_RETRY_MAX_DELAY", "10m"),
+        ("OUTBOX_AFTER_FAILURE", "hold"),
+        ("OUTBOX_MAX_IN_FLIGHT_BYTES", "16MiB"),
+        ("OUTBOX_LEASE_DURATION", "20s"),
+        ("OUTBOX_SHUTDOWN_TIMEOUT", "11s"),
+        ("OUTBOX_MARKER_LIFE", "8d"),
+        ("OUTBOX_SETTLED_MARKER_LIFE", "6m"),
+        ("OUTBOX_CLEANUP_ENABLED", "false"),
+        ("OUTBOX_CLEANUP_INTERVAL", "2h"),
+        ("OUTBOX_CLEANUP_BATCH_SIZE", "100"),
+        ("EVENT_PUBLISHING_MAX_PAYLOAD_BYTES", "2MiB"),
+        ("EVENT_PUBLISHING_FALLBACK_TO_OUTBOX", "true"),
+        ("CONSUMER_BATCH_SIZE", "100"),
+        ("CONSUMER_CONCURRENCY", "4"),
+        ("CONSUMER_MAX_IN_FLIGHT_BYTES", "8MiB"),
+        ("CONSUMER_MAX_DELIVERIES", "9"),
+        ("CONSUMER_MAX_DEAD_LETTERS_IN_ROW", "5"),
+        ("CONSUMER_RETRY_BASE_DELAY", "2s"),
+        ("CONSUMER_RETRY_MAX_DELAY", "10m"),
+        ("CONSUMER_CLAIM_IDLE", "30s"),
+        ("CONSUMER_UNKNOWN_EVENTS", "park"),
+        ("CONSUMER_START_FROM", "now"),
+        ("CONSUMER_SHUTDOWN_TIMEOUT", "11s"),
+        ("CONSUMER_INBOX_RETENTION_DAYS", "60"),
+        ("STREAMS_TRIM", "false"),
+        ("STREAMS_RETENTION_DAYS", "14"),
+        ("STREAMS_MAX_ENTRIES", "1000000"),
+        ("CONSOLE_ENVIRONMENT", "production"),
+        ("CONSOLE_ENVIRONMENT_COLOR", "red"),
+        ("CONSOLE_PATH_PREFIX", "/ops"),
     ];
     let loaded = load("", &env, &[]).unwrap();
     for (name, value) in env {
@@ -115,7 +152,10 @@ fn every_environment_variable_of_the_table_takes_effect() {
         assert_eq!(entry.value.as_deref(), Some(value), "{name}");
         assert!(matches!(entry.source, Source::Environment(from) if from == name));
     }
-    assert_eq!(KEYS.iter().filter(|key| key.env.is_some()).count(), env.len());
+    let untried: Vec<_> =
+        KEYS.iter().filter_map(|key| key.env).filter(|name| env.iter().all(|(tried, _)| tried != name)).collect();
+    // A map, which has a test of its own.
+    assert_eq!(untried, ["EVENT_PUBLISHING_OVERRIDES"]);
 }
 
 #[test]
@@ -214,4 +254,38 @@ fn files_for_tls_become_part_of_the_url_of_postgresql() {
         with("postgres://u@h/d?sslrootcert=x&ssl-mode=verify-ca", &all[..1]),
         "postgres://u@h/d?sslrootcert=x&ssl-mode=verify-ca"
     );
+}
+
+#[test]
+fn every_setting_has_an_environment_variable_of_its_own() {
+    let mut names = std::collections::BTreeSet::new();
+    for key in KEYS {
+        let name = key.env.unwrap_or_else(|| panic!("{} has none", key.path));
+        assert!(names.insert(name), "{name} is of two settings");
+    }
+}
+
+#[test]
+fn overrides_are_pairs_in_the_environment() {
+    let env = [("EVENT_PUBLISHING_OVERRIDES", "MetricUpdated=outbox, user.created = streams,")];
+    let loaded = load("app.eventPublishing.overrides.MetricUpdated = streams", &env, &[]).unwrap();
+    let routes = &loaded.settings.publishing.overrides;
+    assert_eq!((routes.get("MetricUpdated"), routes.get("user.created")), (Some(&Route::Outbox), Some(&Route::Streams)));
+    assert_eq!(loaded.source("app.eventPublishing.overrides.MetricUpdated"), Source::Environment("EVENT_PUBLISHING_OVERRIDES"));
+    for (value, expected) in [("MetricUpdated", "must be pairs"), ("A=nowhere", "allowed are"), ("=outbox", "")] {
+        let refused = refusal("", &[("EVENT_PUBLISHING_OVERRIDES", value)], &[]);
+        assert!(refused.contains(expected) && refused.contains("EVENT_PUBLISHING_OVERRIDES"), "{value}: {refused}");
+    }
+}
+
+#[test]
+fn the_console_takes_a_name_a_color_and_a_path() {
+    let text = "app.console { environment = production, environmentColor = red, pathPrefix = /ops/ }";
+    let console = settings(text).console;
+    assert_eq!((console.environment.as_deref(), console.environment_color.name()), (Some("production"), "red"));
+    assert_eq!(console.path_prefix, "/ops");
+    for wrong in ["ops", "//evil.example", "/a b", "/a?b", "/a<b>"] {
+        let refused = refusal("", &[("CONSOLE_PATH_PREFIX", wrong)], &[]);
+        assert!(refused.contains("must be empty, or a path"), "{wrong}: {refused}");
+    }
 }
