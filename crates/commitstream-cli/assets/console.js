@@ -86,6 +86,18 @@ if (live && window.EventSource) {
   const latency = chart("chart-latency", ["median", "99 % within"], 1);
   let source = null;
   let entries = null;
+  // A finding in one line, as the page has it.
+  const line = ({ tone, sign, text, href }) => {
+    const item = document.createElement("li");
+    const [mark, link] = [document.createElement("span"), document.createElement("a")];
+    item.className = tone;
+    mark.className = "sign";
+    mark.textContent = sign;
+    link.href = href;
+    link.textContent = "Look";
+    item.append(mark, ` ${text} `, link);
+    return item;
+  };
   const show = (event) => {
     const now = JSON.parse(event.data);
     for (const [name, text] of Object.entries(now.texts)) {
@@ -93,6 +105,10 @@ if (live && window.EventSource) {
       if (place) place.textContent = text;
     }
     document.getElementById("verdict").className = "verdict " + now.tone;
+    const look = document.getElementById("look");
+    look.hidden = !now.look;
+    if (now.look) look.href = now.look;
+    document.getElementById("findings").replaceChildren(...now.findings.map(line));
     const all = entries && now.entries !== null ? Math.max(0, (now.entries - entries.n) / (now.t - entries.t)) : null;
     if (now.entries !== null) entries = { n: now.entries, t: now.t };
     rates(now.t, [now.rate, all]);

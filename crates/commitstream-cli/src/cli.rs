@@ -50,7 +50,7 @@ pub struct Cli {
 #[command(next_help_heading = "Global options")]
 pub struct Global {
     /// Settings file [environment: COMMITSTREAM_CONFIG] [default: application.conf in this directory, if it is there]
-    #[arg(long, global = true, value_name = "FILE", env = "COMMITSTREAM_CONFIG", hide_env = true)]
+    #[arg(long, global = true, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
     /// postgres://user:password@host:5432/database [environment: DATABASE_URL]

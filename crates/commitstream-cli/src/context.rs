@@ -1,5 +1,7 @@
 //! What commands share: the settings in force, and connections made after them.
 
+use std::path::PathBuf;
+
 use anyhow::Context as _;
 use commitstream::config::{Loaded, Settings, redact_url};
 use commitstream::outbox::{self, OutboxRepository};
@@ -30,8 +32,9 @@ impl Context {
         let given = urls.iter().chain(flags).filter_map(|(key, value)| Some(((*key).to_owned(), (*value)?.clone())));
         let variable = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
         // As for the variables of settings, an empty one counts as not set.
-        let file = self.global.config.as_deref().filter(|file| !file.as_os_str().is_empty());
-        Ok(Settings::load(file, variable, &given.collect::<Vec<_>>())?)
+        let named = || std::env::var_os("COMMITSTREAM_CONFIG").filter(|file| !file.is_empty()).map(PathBuf::from);
+        let file = self.global.config.clone().or_else(named);
+        Ok(Settings::load(file.as_deref(), variable, &given.collect::<Vec<_>>())?)
     }
 
     pub fn settings(&self) -> anyhow::Result<Settings> {

@@ -104,3 +104,9 @@ async fn apply(streams: &Streams, change: Change, letter: &DeadLetter) -> anyhow
         applied => Ok(applied?),
     }
 }
+
+/// An entry id, `<milliseconds>-<sequence>`, as numbers.
+pub fn position(id: &str) -> Option<(u64, u64)> {
+    let (millis, sequence) = id.split_once('-')?;
+    Some((millis.parse().ok()?, sequence.parse().ok()?))
+}

@@ -6,6 +6,7 @@ mod console;
 mod context;
 mod dead_letters;
 mod failure;
+mod flow;
 mod http;
 mod logging;
 mod names;

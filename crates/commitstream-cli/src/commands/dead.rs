@@ -16,11 +16,11 @@ use sqlx::PgConnection;
 
 use super::failed::agrees;
 use crate::context::{self, Context};
-use crate::dead_letters::{Audit, Change, carry_out};
+use crate::dead_letters::{Audit, Change, carry_out, position};
 use crate::failure::WrongUse;
 use crate::output::{Table, age, plural};
 
-use select::{Filter, Id, position, visit, visit_all};
+use select::{Filter, Id, visit, visit_all};
 
 /// List, retry or discard what consumers gave up
 ///

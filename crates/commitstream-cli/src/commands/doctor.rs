@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use commitstream::doctor::{self, Finding, Report, Severity};
+use commitstream::doctor::{self, Finding, Report, Severity, Step, Verdict};
 use serde::Serialize;
 
 use crate::context::Context;
@@ -20,8 +20,8 @@ Examples:
   commitstream doctor --passed                         name the checks that found nothing, too
   commitstream doctor --json | jq -r '.findings[] | [.severity, .check, .mend] | @tsv'
 
-Exit codes: 0 nothing worse than notes, 3 warnings, 4 errors; as for every command, 1 when the work \\
-itself failed and 2 after wrong use.")]
+Exit codes: 0 nothing worse than notes, 3 warnings, 4 errors; as for every command, 1 when the work itself
+failed and 2 after wrong use.")]
 pub struct Args {
     /// List the checks that found nothing
     #[arg(long)]
@@ -32,7 +32,7 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
     let settings = context.settings()?;
     let report = doctor::examine(&settings).await;
     if context.output.json {
-        context.output.json(&Answer { worst: report.worst(), report: &report })?;
+        context.output.json(&Answer { worst: report.worst(), verdict: report.verdict(), report: &report })?;
     } else {
         context.output.write(&describe(&report, args.passed, &context.output))?;
     }
@@ -47,6 +47,7 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
 #[derive(Serialize)]
 struct Answer<'a> {
     worst: Option<Severity>,
+    verdict: Verdict,
     #[serde(flatten)]
     report: &'a Report,
 }
@@ -71,20 +72,24 @@ pub fn verdict(report: &Report) -> String {
     if found.is_empty() { "all is well".to_owned() } else { found.join(", ") }
 }
 
-/// The finding in one line, then what to know and what to do.
+/// The finding in one line, then what to know and what to do: each command on a line of its own, such that all of it can be pasted.
 fn entry(finding: &Finding, output: &Output) -> String {
     let (style, word) = look(finding.severity);
+    let steps = finding.steps().into_iter().map(|step| match step {
+        Step::Command(command) => output.paint(Style::Label, &printable(&command)),
+        Step::Words(words) => output.paint(Style::Quiet, &format!("# {}", printable(&words))),
+    });
     format!(
-        "{} {}  {}\n  why   {}\n  mend  {}\n\n",
+        "{} {}  {}\n  why   {}\n  fix   {}\n\n",
         output.paint(style, &format!("{word:<8}")),
         printable(&finding.seen),
         output.paint(Style::Quiet, &format!("[{}]", finding.check)),
         printable(&finding.why),
-        output.paint(Style::Label, &printable(&finding.mend)),
+        steps.collect::<Vec<_>>().join("\n        "),
     )
 }
 
-fn look(severity: Severity) -> (Style, &'static str) {
+pub fn look(severity: Severity) -> (Style, &'static str) {
     match severity {
         Severity::Error => (Style::Error, "error:"),
         Severity::Warning => (Style::Warning, "warning:"),

@@ -86,7 +86,8 @@ async fn relay(
     let server = match (listener, metrics, &monitor) {
         (Some(listener), Some(metrics), Some(monitor)) => {
             let settings = Arc::new(settings.clone());
-            let shared = Shared { settings, status: status.clone(), progress: monitor.progress(), metrics };
+            let (progress, verdict) = (monitor.progress(), monitor.verdict());
+            let shared = Shared { settings, status: status.clone(), progress, verdict, metrics };
             Some(HttpServer::start(listener, shared)?)
         }
         _ => None,

@@ -5,12 +5,15 @@ use std::time::Duration;
 
 use chrono::Utc;
 use commitstream::config::Settings;
+use commitstream::doctor::Verdict;
 use commitstream::outbox::{FailedEvent, OutboxStats};
 use sqlx::PgConnection;
 
+use super::doctor;
 use crate::context::{self, Context};
 use crate::failure::on_one_line;
-use crate::output::{Output, Style, Table, age, count};
+use crate::flow;
+use crate::output::{Output, Style, Table, age, count, printable};
 
 /// Show how many events wait, are on their way, are published or failed
 ///
@@ -34,11 +37,13 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
         return watch(context, &settings, Duration::from_secs(seconds)).await;
     }
     let mut connection = context::migrated(&settings, "stats").await?;
-    let stats = context::repository(&settings).stats(&mut connection).await?;
+    let outbox = context::repository(&settings);
+    let stats = outbox.stats(&mut connection).await?;
     if context.output.json {
         context.output.json(&stats)?;
     } else {
-        context.output.write(&describe(&stats, &context.output))?;
+        let verdict = flow::verdict(&settings, &outbox, &mut connection).await?;
+        context.output.write(&describe(&stats, &verdict, &context.output))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -49,7 +54,7 @@ async fn watch(context: &Context, settings: &Settings, pause: Duration) -> anyho
     let mut session = Some(context::migrated(settings, "stats").await?);
     loop {
         let figures = match look(settings, &mut session).await {
-            Ok(stats) => describe(&stats, output),
+            Ok((stats, verdict)) => describe(&stats, &verdict, output),
             Err(error) => format!("{} {}\n", output.paint(Style::Warning, "no figures:"), on_one_line(&error)),
         };
         // On a terminal each picture replaces the last one; in a file they follow each other.
@@ -60,17 +65,19 @@ async fn watch(context: &Context, settings: &Settings, pause: Duration) -> anyho
     }
 }
 
-async fn look(settings: &Settings, session: &mut Option<PgConnection>) -> anyhow::Result<OutboxStats> {
+async fn look(settings: &Settings, session: &mut Option<PgConnection>) -> anyhow::Result<(OutboxStats, Verdict)> {
     let mut connection = match session.take() {
         Some(connection) => connection,
         None => context::migrated(settings, "stats").await?,
     };
-    let stats = context::repository(settings).stats(&mut connection).await?;
+    let outbox = context::repository(settings);
+    let stats = outbox.stats(&mut connection).await?;
+    let verdict = flow::verdict(settings, &outbox, &mut connection).await?;
     *session = Some(connection);
-    Ok(stats)
+    Ok((stats, verdict))
 }
 
-fn describe(stats: &OutboxStats, output: &Output) -> String {
+fn describe(stats: &OutboxStats, verdict: &Verdict, output: &Output) -> String {
     let figures =
         [("pending", stats.pending), ("processing", stats.processing), ("published", stats.published), ("failed", stats.failed)];
     let figures = figures.map(|(name, events)| (name, count(u64::try_from(events).unwrap_or(0))));
@@ -87,6 +94,8 @@ fn describe(stats: &OutboxStats, output: &Output) -> String {
             _ => "\n".to_owned(),
         };
     }
+    let style = verdict.severity.map_or(Style::Good, |severity| doctor::look(severity).0);
+    text += &format!("\n{}\n", output.paint(style, &printable(&verdict.sentence)));
     if stats.pending + stats.processing + stats.published + stats.failed == 0 {
         text += "\nThe outbox is empty. An INSERT INTO event_outbox, or `commitstream publish`, puts the first event in.\n";
     }

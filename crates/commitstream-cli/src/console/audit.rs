@@ -2,7 +2,7 @@ use axum::extract::State;
 use maud::{Markup, html};
 
 use super::Console;
-use super::page::{Query, Refusal, link, nothing, number, page, time};
+use super::page::{Query, Refusal, at, link, nothing, number, page, time};
 use super::session::Viewer;
 
 const PAGE: usize = 50;
@@ -35,13 +35,13 @@ pub async fn list(viewer: Viewer, State(console): State<Console>, Query(asked): 
                         td.error { (deed.about) }
                         td.number { @if deed.events > 0 { (number(deed.events)) } }
                         td {
-                            @for id in deed.event_ids.iter().take(SHOWN) { a href={ "/console/events/" (id) } { code { (id) } } " " }
+                            @for id in deed.event_ids.iter().take(SHOWN) { a href={ (at("/events/")) (id) } { code { (id) } } " " }
                             @if deed.event_ids.len() > SHOWN { "and " (deed.event_ids.len() - SHOWN) " more" }
                         }
                     } } }
                 } }
                 @if has_more && let Some(last) = deeds.last() {
-                    p { a href=(link("/console/audit", &[("before", &last.audit_id.to_string())])) { "Older" } }
+                    p { a href=(link("/audit", &[("before", &last.audit_id.to_string())])) { "Older" } }
                 }
             }
         },

@@ -3,7 +3,7 @@ use commitstream::config::AfterFailure;
 use maud::{Markup, html};
 
 use super::Console;
-use super::page::{Query, Refusal, link, nothing, number, page, time};
+use super::page::{Query, Refusal, at, link, nothing, number, page, time};
 use super::session::Viewer;
 use crate::output::plural;
 
@@ -35,12 +35,12 @@ pub async fn list(viewer: Viewer, State(console): State<Console>, Query(after): 
                 div.wide { table #blocked {
                     thead { tr { th { "Aggregate" } th.number { "Waiting" } th { "First of them" } th { "Held back by" } th { "Next attempt" } th { "Error" } } }
                     tbody { @for aggregate in &blocked { tr {
-                        td.text { a href=(link("/console/events", &[("status", "PENDING"), ("aggregate_type", &aggregate.aggregate_type), ("aggregate_id", &aggregate.aggregate_id)])) {
+                        td.text { a href=(link("/events", &[("status", "PENDING"), ("aggregate_type", &aggregate.aggregate_type), ("aggregate_id", &aggregate.aggregate_id)])) {
                             (aggregate.aggregate_type) " " (aggregate.aggregate_id) } }
                         td.number { @if aggregate.at_least { "≥ " } (number(aggregate.waiting)) }
-                        td.text { a href={ "/console/events/" (aggregate.first) } { (aggregate.event_type) } br; (time(aggregate.created_at)) }
+                        td.text { a href={ (at("/events/")) (aggregate.first) } { (aggregate.event_type) } br; (time(aggregate.created_at)) }
                         td { @match aggregate.failed.filter(|_| holds) {
-                            Some(failed) => { "a failed event before it: " a href={ "/console/events/" (failed) } { "decide" } }
+                            Some(failed) => { "a failed event before it: " a href={ (at("/events/")) (failed) } { "decide" } }
                             None if aggregate.is_parked => { "itself: parked, since next_retry_at is 'infinity'" }
                             None if aggregate.retry_count <= 0 => { "itself, until its next attempt" }
                             None => { "itself, refused " (plural(aggregate.retry_count.unsigned_abs().into(), "time")) }
@@ -50,7 +50,7 @@ pub async fn list(viewer: Viewer, State(console): State<Console>, Query(after): 
                     } } }
                 } }
                 @if has_more && let Some(last) = blocked.last() {
-                    p { a href=(link("/console/blocked", &[("aggregate_type", &last.aggregate_type), ("aggregate_id", &last.aggregate_id)])) { "More" } }
+                    p { a href=(link("/blocked", &[("aggregate_type", &last.aggregate_type), ("aggregate_id", &last.aggregate_id)])) { "More" } }
                 }
             }
         },

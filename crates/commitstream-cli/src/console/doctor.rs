@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::extract::State;
-use commitstream::doctor::{self, Report, Severity};
+use commitstream::doctor::{self, Report, Severity, Step};
 use maud::{Markup, html};
 use serde::Serialize;
 
 use super::Console;
-use super::page::{Refusal, Tone, nothing, page};
+use super::page::{Refusal, Tone, at, nothing, page, page_of};
 use super::servers::Servers;
 use super::session::Viewer;
 use crate::commands::doctor::verdict;
@@ -67,8 +67,8 @@ impl Examiner {
         let asking = || Line { tone: "", sign: "…", text: "is being asked".to_owned() };
         let line = self.latest().map_or_else(asking, |(_, line)| line);
         html! {
-            p #doctor .{ "finding " (line.tone) } data-source="/console/doctor/line" {
-                span.sign { (line.sign) } " " a href="/console/doctor" { "Doctor" } ": " span.text { (line.text) }
+            p #doctor .{ "finding " (line.tone) } data-source=(at("/doctor/line")) {
+                span.sign { (line.sign) } " " a href=(at("/doctor")) { "Doctor" } ": " span.text { (line.text) }
             }
         }
     }
@@ -110,7 +110,11 @@ pub async fn show(viewer: Viewer, State(console): State<Console>) -> Result<Mark
                 section .{ "verdict finding " (class) } data-test=(finding.check) {
                     p { span.sign { (word) } " " (finding.seen) " " code.quiet { (finding.check) } }
                     p.quiet { (finding.why) }
-                    pre { (finding.mend) }
+                    pre { @for step in finding.steps() { @match step {
+                        Step::Command(command) => { (command) "\n" }
+                        Step::Words(words) => { span.quiet { "# " (words) } "\n" }
+                    } } }
+                    @if let Some(path) = page_of(finding.check) { p { a href=(at(path)) { "Look at it here" } } }
                 }
             }
         },

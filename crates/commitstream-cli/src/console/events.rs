@@ -8,7 +8,7 @@ use maud::{Markup, html};
 use uuid::Uuid;
 
 use super::Console;
-use super::page::{Query, Refusal, beginning, cause_text, link, millis, moment, nothing, page, time, token};
+use super::page::{Query, Refusal, at, beginning, cause_text, link, millis, moment, nothing, page, time, token};
 use super::session::Viewer;
 use crate::output::plural;
 
@@ -65,7 +65,7 @@ impl Form {
         ];
         let cause = self.cause.iter().map(|cause| ("cause", cause.as_str()));
         let query: Vec<_> = query.into_iter().filter(|(_, value)| !value.is_empty()).chain(cause).collect();
-        link("/console/events", &query)
+        link("/events", &query)
     }
 }
 
@@ -104,7 +104,7 @@ fn search_form(form: &Form) -> Markup {
         }
     };
     html! {
-        form.search #search method="get" action="/console/events" role="search" {
+        form.search #search method="get" action=(at("/events")) role="search" {
             (field("id", "Id", "text", &form.id))
             (field("type", "Type", "text", &form.event_type))
             (field("aggregate_type", "Aggregate type", "text", &form.aggregate_type))
@@ -138,7 +138,7 @@ fn results(form: &Form, found: &EventPage) -> Markup {
                     td { span .{ "status " (event.status.name()) } { (event.status.name()) } }
                     td.text { (event.event_type) }
                     td.text { (event.aggregate_type) " " (event.aggregate_id) }
-                    td { a href={ "/console/events/" (event.id) } { code { (event.id) } } }
+                    td { a href={ (at("/events/")) (event.id) } { code { (event.id) } } }
                     @if is_marred { td.error { (event.last_error.as_deref().unwrap_or_default()) } }
                 } } }
             } }
@@ -187,7 +187,7 @@ async fn show(viewer: &Viewer, console: &Console, id: Uuid) -> Result<Markup, Re
             (facts(&event))
             @if event.status == EventStatus::Failed && viewer.may_act() { (acts(viewer, &event)) }
             h2 { "Its way" }
-            (way(&event, &whereabouts))
+            (way(&event, &console.servers.streams.stream_of(&event.aggregate_type), &whereabouts))
             h2 { "Payload" }
             div #payload { (beginning(&event.payload, EventDetail::SHOWN)) }
             h2 { "Headers" }
@@ -216,7 +216,7 @@ fn facts(event: &EventDetail) -> Markup {
             dt { "Id" } dd { code { (event.id) } }
             dt { "Status" } dd { span #status .{ "status " (event.status.name()) } { (event.status.name()) } }
             dt { "Type" } dd { (event.event_type) }
-            dt { "Aggregate" } dd { a href=(link("/console/events", &[("aggregate_type", &event.aggregate_type), ("aggregate_id", &event.aggregate_id)])) {
+            dt { "Aggregate" } dd { a href=(link("/events", &[("aggregate_type", &event.aggregate_type), ("aggregate_id", &event.aggregate_id)])) {
                 (event.aggregate_type) " " (event.aggregate_id) } }
             dt { "Order" } dd { "seq " (event.seq) ", partition " (event.partition) }
             dt { "Size" } dd { (plural(u64::try_from(event.bytes).unwrap_or_default(), "byte")) " of payload and headers" }
@@ -230,11 +230,11 @@ fn facts(event: &EventDetail) -> Markup {
 fn acts(viewer: &Viewer, event: &EventDetail) -> Markup {
     html! {
         div.acts {
-            form method="post" action="/console/failures/act" {
+            form method="post" action=(at("/failures/act")) {
                 (token(viewer)) input type="hidden" name="id" value=(event.id);
                 button.main #retry name="remedy" value="retry" { "Retry" }
             }
-            form method="get" action="/console/failures/confirm" {
+            form method="get" action=(at("/failures/confirm")) {
                 input type="hidden" name="id" value=(event.id);
                 button.danger #discard name="remedy" value="discard" { "Discard …" }
             }
@@ -242,7 +242,7 @@ fn acts(viewer: &Viewer, event: &EventDetail) -> Markup {
     }
 }
 
-fn way(event: &EventDetail, whereabouts: &Result<Whereabouts, String>) -> Markup {
+fn way(event: &EventDetail, stream: &str, whereabouts: &Result<Whereabouts, String>) -> Markup {
     html! {
         dl #way {
             @if let Some(at) = event.occurred_at { dt { "Happened" } dd { (moment(at)) } }
@@ -268,7 +268,12 @@ fn way(event: &EventDetail, whereabouts: &Result<Whereabouts, String>) -> Markup
                     @if event.published_at.is_some() {
                         dt { "Entry" } dd { @match &found.entry { Some(id) => { code #entry { (id) } }, None => { "not found near its time: trimmed, or too far away" } } }
                     }
-                    @for group in &found.groups { dt { "Group " (group.group) } dd data-test="delivery" { (delivery(&group.delivery)) } }
+                    @for group in &found.groups { dt { "Group " (group.group) } dd data-test="delivery" {
+                        (delivery(&group.delivery))
+                        @if let Delivery::Dead { dead_id } = &group.delivery {
+                            " " a data-test="dead-letter" href=(link("/dead", &[("stream", stream), ("id", dead_id)])) { "Show" }
+                        }
+                    } }
                     @if found.entry.is_some() && found.groups.is_empty() { dt { "Consumers" } dd { "the stream has no consumer group" } }
                 }
             }

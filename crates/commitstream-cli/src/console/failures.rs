@@ -9,7 +9,7 @@ use maud::{Markup, html};
 use uuid::Uuid;
 
 use super::Console;
-use super::page::{Query, Refusal, cause_text, counted, link, nothing, number, page, time, token};
+use super::page::{Query, Refusal, at, cause_text, counted, link, nothing, number, page, time, token};
 use super::session::{Act, Viewer};
 use crate::output::plural;
 
@@ -43,7 +43,7 @@ pub async fn list(viewer: Viewer, State(console): State<Console>) -> Result<Mark
                         td { (time(group.oldest)) }
                         td { (time(group.newest)) }
                         td.deeds {
-                            a href=(link("/console/events", &[("type", &group.event_type), ("status", "FAILED"), ("cause", &group.cause)])) { "Show" }
+                            a href=(link("/events", &[("type", &group.event_type), ("status", "FAILED"), ("cause", &group.cause)])) { "Show" }
                             @if viewer.may_act() {
                                 (buttons(&FailureFilter { event_type: Some(group.event_type.clone()), cause: Some(group.cause.clone()) }, "group"))
                             }
@@ -66,7 +66,7 @@ fn fields(filter: &FailureFilter) -> Markup {
 fn buttons(filter: &FailureFilter, which: &str) -> Markup {
     html! {
         div.acts {
-            form method="get" action="/console/failures/confirm" {
+            form method="get" action=(at("/failures/confirm")) {
                 (fields(filter))
                 button name="remedy" value="retry" data-test={ "retry-" (which) } { @if which == "all" { "Retry all …" } @else { "Retry …" } }
                 button.danger name="remedy" value="discard" data-test={ "discard-" (which) } { @if which == "all" { "Discard all …" } @else { "Discard …" } }
@@ -151,14 +151,14 @@ pub async fn confirm(viewer: Viewer, State(console): State<Console>, Query(asked
             }
             div.acts {
                 @if is_refused {
-                    form method="get" action="/console/failures/confirm" {
+                    form method="get" action=(at("/failures/confirm")) {
                         (fields(&filter))
                         input type="hidden" name="count_all" value="true";
                         button #count-all name="remedy" value=(remedy.name()) { "Count them all" }
                     }
                     p.quiet { "Not yet: " (NOT_COUNTED) "." }
                 } @else if viewer.may_act() {
-                    form method="post" action="/console/failures/act" {
+                    form method="post" action=(at("/failures/act")) {
                         (token(&viewer)) (brings)
                         @match remedy {
                             Remedy::Retry => { button.main #confirm name="remedy" value="retry" { "Retry" } }
@@ -166,7 +166,7 @@ pub async fn confirm(viewer: Viewer, State(console): State<Console>, Query(asked
                         }
                     }
                 }
-                a #back href="/console/failures" { "Back" }
+                a #back href=(at("/failures")) { "Back" }
             }
         },
     ))
@@ -223,7 +223,7 @@ async fn many(console: &Console, act: &Act, remedy: Remedy) -> Result<Markup, Re
         @if left > 0 { p #left { (events(left)) " of those that were shown had been changed meanwhile, and what has failed since was not shown: these are left alone." } }
         @if has_more {
             p { "There are more. Each step is done and written down; it goes on from here." }
-            form method="post" action="/console/failures/act" {
+            form method="post" action=(at("/failures/act")) {
                 (token(&act.viewer)) (question.fields())
                 input type="hidden" name="place" value=(serde_json::to_string(&place).map_err(anyhow::Error::from)?);
                 input type="hidden" name="before" value=(changed);
@@ -248,6 +248,6 @@ fn outcome(remedy: Remedy, changed: i64, more: &Markup) -> Markup {
             @if changed == 0 { "Nothing was done: no failed event is as it was shown." } @else { (events(changed)) " " (done) "." }
         }
         (more)
-        p { a href="/console/failures" { "To the failures" } " · " a href="/console/audit" { "To the audit" } }
+        p { a href=(at("/failures")) { "To the failures" } " · " a href=(at("/audit")) { "To the audit" } }
     }
 }

@@ -27,11 +27,11 @@ use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::header::{self, HeaderValue};
 use axum::middleware::{self, Next};
-use axum::response::{IntoResponse, Redirect, Response};
+use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use commitstream::config::{ConsoleSettings, Settings};
 
-use page::Refusal;
+use page::{Frame, Refusal};
 use servers::Servers;
 use session::{Doorman, Passwords, Viewer};
 
@@ -73,8 +73,10 @@ pub fn routes(settings: &Settings, address: SocketAddr) -> anyhow::Result<(Route
     let generated = if password.is_none() { Some(session::secret()?.chars().take(GENERATED).collect::<String>()) } else { None };
     let operator = password.or_else(|| generated.clone()).unwrap_or_default();
     let passwords = Passwords { operator, read_only: read_only_password };
-    let doorman = Doorman::new(passwords, address);
-    let console = Console { servers: Arc::new(Servers::new(settings)?), doorman: Arc::new(doorman) };
+    page::serve_below(&settings.console.path_prefix);
+    let frame = Arc::new(Frame::new(settings));
+    let doorman = Doorman::new(passwords, address, Arc::clone(&frame));
+    let console = Console { servers: Arc::new(Servers::new(settings, frame)?), doorman: Arc::new(doorman) };
     let pages = Router::new()
         .route("/", get(overview::page))
         .route("/live", get(overview::live))
@@ -90,6 +92,7 @@ pub fn routes(settings: &Settings, address: SocketAddr) -> anyhow::Result<(Route
         .route("/failures/act", post(failures::act))
         .route("/blocked", get(blocked::list))
         .route("/dead", get(dead::list))
+        .route("/dead/confirm", get(dead::confirm))
         .route("/dead/act", post(dead::act))
         .route("/streams", get(streams::list))
         .route("/relays", get(relays::list))
@@ -99,10 +102,14 @@ pub fn routes(settings: &Settings, address: SocketAddr) -> anyhow::Result<(Route
         .route("/assets/{name}", get(asset))
         .route("/{*nowhere}", get(nowhere))
         .with_state(console.clone());
-    let home = || async { Redirect::to("/console") };
+    let home = || async { page::to("") };
     let routes = Router::new().route("/", get(home)).route("/console/", get(home)).nest("/console", pages);
     let routes = if address.ip().is_loopback() { routes.route_layer(middleware::from_fn(local_only)) } else { routes };
-    Ok((routes.route_layer(middleware::from_fn_with_state(console, guarded)), generated))
+    let routes = routes.route_layer(middleware::from_fn_with_state(console, guarded));
+    // A proxy may pass the prefix on or take it off.
+    let prefix = &settings.console.path_prefix;
+    let routes = if prefix.is_empty() { routes } else { Router::new().nest(prefix, routes.clone()).merge(routes) };
+    Ok((routes, generated))
 }
 
 /// A console on loopback is for this host: whoever asks by another name than an address or localhost comes from a page of somebody else,

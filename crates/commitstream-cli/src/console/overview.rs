@@ -8,23 +8,23 @@ use axum::extract::{FromRequestParts, State};
 use axum::http::request::Parts;
 use axum::response::Sse;
 use axum::response::sse::{Event, KeepAlive};
-use commitstream::outbox::{Glance, RelayRow};
-use commitstream::streams::StreamFigures;
+use commitstream::doctor::{Consumers, Finding, Flow, Report, Verdict, judge_flow};
+use commitstream::outbox::{Counted, Glance, RelayRow};
+use commitstream::streams::{GroupInfo, StreamFigures};
 use futures_util::stream::{self, Stream, StreamExt};
 use maud::{Markup, html};
+use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
 use super::Console;
-use super::page::{self, Refusal, Tone, counted, millis};
+use super::page::{self, Counts, Refusal, Tone, at, counted, millis};
 use super::servers::Servers;
 use super::session::Viewer;
+use crate::flow;
 use crate::names::StreamNames;
 use crate::output::{count, size};
-
-/// An unsent event that waits for longer is not usual.
-const USUAL_WAIT_MS: i64 = 30_000;
 
 /// Streams that are measured for the overview.
 const MOST_STREAMS: usize = 50;
@@ -34,6 +34,12 @@ const REFRESH: Duration = Duration::from_secs(1);
 
 /// A picture is taken so much less often than it could be.
 const SPARING: u32 = 20;
+
+/// Consumer groups are looked at less often than the rest: that takes several round trips for each.
+const CONSUMERS_FRESH: Duration = Duration::from_secs(10);
+
+/// Findings on the overview; doctor has all.
+const MOST_FINDINGS: usize = 8;
 
 /// How long each server may take for a picture.
 const LONGEST: Duration = Duration::from_secs(5);
@@ -47,51 +53,42 @@ const MOST_VIEWERS: usize = 16;
 struct Picture {
     glance: Glance,
     relays: Vec<RelayRow>,
+    /// What is wrong with the flow of events, the worst first.
+    report: Report,
     /// While Redis cannot be asked, why.
     streams: Result<Vec<StreamFigures>, String>,
+    counts: Counts,
 }
 
 impl Picture {
     /// What does not come in time is given up, and the session of PostgreSQL with it.
-    async fn take(servers: &Servers, names: &mut StreamNames) -> Result<Self, Refusal> {
+    async fn take(servers: &Servers, names: &mut StreamNames, latest: &mut Option<Looked>) -> Result<Self, Refusal> {
         let late = |server| anyhow::anyhow!("{server} has not answered within {} seconds", LONGEST.as_secs());
         let rows = async {
             let mut session = servers.session().await?;
             let glance = servers.outbox.glance(&mut session.connection).await?;
-            let relays = servers.outbox.relays(&mut session.connection).await?;
+            let outbox = servers.outbox.flow(&mut session.connection).await;
             session.done();
-            Ok::<_, Refusal>((glance, relays))
+            Ok::<_, Refusal>((glance, outbox))
         };
-        let (glance, relays) = timeout(LONGEST, rows).await.map_err(|_| late("PostgreSQL"))??;
+        let (glance, outbox) = timeout(LONGEST, rows).await.map_err(|_| late("PostgreSQL"))??;
         let figures = timeout(LONGEST, figures(servers, names)).await.unwrap_or_else(|_| Err(late("Redis")));
         let streams = figures.map_err(|error| crate::failure::on_one_line(&error));
-        Ok(Self { glance, relays, streams })
+        let consumers = match &streams {
+            Ok(_) => Looked::fresh(latest, servers, names).await,
+            Err(why) => Consumers::Unreachable(why.clone()),
+        };
+        let counts = Counts { failed: positive(glance.failed), dead: dead_letters(&consumers) };
+        let relays = outbox.relays.as_ref().map(Clone::clone).unwrap_or_default();
+        let report = judge_flow(&servers.settings, &Flow { outbox, consumers });
+        Ok(Self { glance, relays, report, streams, counts })
     }
 
-    fn verdict(&self) -> (Tone, String) {
-        let (glance, unsent) = (&self.glance, counted(self.glance.unsent));
-        let alive: Vec<_> = self.relays.iter().filter(|relay| relay.alive).collect();
-        let unable = alive.iter().find_map(|relay| Some((relay, relay.reason.as_ref()?)));
-        if let Err(why) = &self.streams {
-            return (Tone::Bad, format!("Redis cannot be used: {why}"));
-        }
-        if glance.is_paused {
-            return (Tone::Warn, format!("Publishing is paused by an operator; {unsent} events wait."));
-        }
-        if alive.is_empty() && glance.unsent.events > 0 {
-            return (Tone::Bad, format!("No relay is alive, and {unsent} events wait: start `commitstream relay`."));
-        }
-        if let Some((relay, why)) = unable {
-            return (Tone::Bad, format!("The relay {} {} cannot work: {why}", relay.host, relay.pid));
-        }
-        if let Some(waits) = glance.oldest_unsent_ms.filter(|waits| *waits > USUAL_WAIT_MS) {
-            return (Tone::Warn, format!("{unsent} events wait, the oldest for {}.", millis(waits)));
-        }
-        match (alive.len(), glance.failed.events) {
-            (_, 1..) => (Tone::Warn, format!("Events flow, but {} failed and wait for a decision.", counted(glance.failed))),
-            (0, _) => (Tone::Warn, "No relay is alive. Nothing waits, but nothing would be published.".to_owned()),
-            _ => (Tone::Good, "All is well: events flow.".to_owned()),
-        }
+    /// The findings but for the one that is the verdict.
+    fn others(&self, verdict: &Verdict) -> Vec<Line> {
+        let told = self.report.findings.iter().position(|finding| finding.check == verdict.check);
+        let others = self.report.findings.iter().enumerate().filter(|(i, _)| Some(*i) != told);
+        others.take(MOST_FINDINGS).map(|(_, finding)| Line::of(finding)).collect()
     }
 
     fn rate(&self) -> f32 {
@@ -124,13 +121,72 @@ impl Picture {
     }
 
     fn json(&self) -> Value {
-        let (tone, sentence) = self.verdict();
+        let verdict = &self.report.verdict();
+        let tone = Tone::of(verdict.severity);
         let mut texts: serde_json::Map<_, _> =
             self.cards().into_iter().map(|(id, _, _, text)| (id.to_owned(), Value::from(text))).collect();
-        texts.insert("sentence".to_owned(), sentence.into());
+        texts.insert("sentence".to_owned(), verdict.sentence.clone().into());
         texts.insert("sign".to_owned(), tone.sign().into());
-        json!({ "tone": tone.class(), "texts": texts, "rate": self.rate(), "entries": self.entries_added(),
+        json!({ "tone": tone.class(), "texts": texts, "look": look(verdict), "findings": self.others(verdict), "rate": self.rate(), "entries": self.entries_added(),
                 "p50": self.glance.latency_p50_ms, "p99": self.glance.latency_p99_ms })
+    }
+}
+
+/// As the menu shows it: nothing where there is none.
+fn positive(events: Counted) -> Option<String> {
+    (events.events > 0).then(|| counted(events))
+}
+
+fn dead_letters(consumers: &Consumers) -> Option<String> {
+    let Consumers::Known(groups) = consumers else { return None };
+    let is_counted = groups.iter().all(|group| group.dead.is_some());
+    let known: u64 = groups.iter().filter_map(|group| group.dead).sum();
+    match (known, is_counted) {
+        (0, true) => None,
+        (known, true) => Some(count(known)),
+        (known, false) => Some(format!("over {}", count(known.max(GroupInfo::COUNTED as u64)))),
+    }
+}
+
+/// The consumer groups, and when they were looked at.
+struct Looked {
+    at: Instant,
+    took: Duration,
+    consumers: Consumers,
+}
+
+impl Looked {
+    async fn fresh(latest: &mut Option<Self>, servers: &Servers, names: &mut StreamNames) -> Consumers {
+        if let Some(latest) = latest
+            && latest.at.elapsed() < CONSUMERS_FRESH.max(latest.took * SPARING)
+        {
+            return latest.consumers.clone();
+        }
+        let begun = Instant::now();
+        let consumers = flow::consumers(&servers.streams, names).await;
+        *latest = Some(Self { at: Instant::now(), took: begun.elapsed(), consumers: consumers.clone() });
+        consumers
+    }
+}
+
+/// The page that says more; none where all is well.
+fn look(verdict: &Verdict) -> Option<String> {
+    verdict.severity.map(|_| at(page::page_of(verdict.check).unwrap_or("/doctor")))
+}
+
+/// A finding in one line, with the page that says more.
+#[derive(Serialize)]
+struct Line {
+    tone: &'static str,
+    sign: &'static str,
+    text: String,
+    href: String,
+}
+
+impl Line {
+    fn of(finding: &Finding) -> Self {
+        let (tone, path) = page::look(finding);
+        Self { tone: tone.class(), sign: tone.sign(), text: finding.seen.clone(), href: at(path) }
     }
 }
 
@@ -156,7 +212,7 @@ impl Sample {
     fn json(&self) -> Value {
         let mut json = match &self.picture {
             Ok(picture) => picture.json(),
-            Err(why) => json!({ "tone": "bad", "texts": { "sentence": why, "sign": Tone::Bad.sign() },
+            Err(why) => json!({ "tone": "bad", "texts": { "sentence": why, "sign": Tone::Bad.sign() }, "findings": [],
                                 "rate": null, "entries": null, "p50": null, "p99": null }),
         };
         json["t"] = self.t.into();
@@ -167,8 +223,15 @@ impl Sample {
 /// Takes one picture for all who look, and none while nobody does: whoever finds the latest too old takes the next, and the others wait
 /// for that one.
 pub struct Sampler {
-    state: Mutex<(Option<Arc<Sample>>, StreamNames)>,
+    state: Mutex<Sampled>,
     viewers: Arc<Semaphore>,
+}
+
+#[derive(Default)]
+struct Sampled {
+    latest: Option<Arc<Sample>>,
+    names: StreamNames,
+    consumers: Option<Looked>,
 }
 
 impl Default for Sampler {
@@ -181,15 +244,16 @@ impl Sampler {
     /// The latest sample, if it is not older than this, or than its pause; otherwise a new one.
     async fn sample(&self, servers: &Servers, oldest: Option<Duration>) -> Arc<Sample> {
         let mut state = self.state.lock().await;
-        let (latest, names) = &mut *state;
+        let Sampled { latest, names, consumers } = &mut *state;
         if let Some(latest) = latest
             && latest.at.elapsed() < oldest.unwrap_or(latest.pause)
         {
             return Arc::clone(latest);
         }
         let begun = Instant::now();
-        let picture = Picture::take(servers, names).await.map_err(|refusal| refusal.why().to_owned());
+        let picture = Picture::take(servers, names, consumers).await.map_err(|refusal| refusal.why().to_owned());
         let pause = REFRESH.max(begun.elapsed() * SPARING);
+        servers.frame.count(picture.as_ref().ok().map(|picture| picture.counts.clone()));
         let t = chrono::Utc::now().timestamp_millis() as f64 / 1_000.0;
         let sample = Arc::new(Sample { picture, at: Instant::now(), pause, t });
         *latest = Some(Arc::clone(&sample));
@@ -200,21 +264,26 @@ impl Sampler {
 pub async fn page(viewer: Viewer, State(console): State<Console>) -> Result<Markup, Refusal> {
     let sample = console.servers.sampler.sample(&console.servers, Some(PAGE_AGE)).await;
     let picture = sample.picture.as_ref().map_err(|why| anyhow::anyhow!("{why}"))?;
-    let (tone, sentence) = picture.verdict();
+    let verdict = picture.report.verdict();
+    let tone = Tone::of(verdict.severity);
     Ok(page::page(
         "Overview",
         &viewer,
         &html! {
             p #verdict .{ "verdict " (tone.class()) } role="status" {
-                span #sign .sign { (tone.sign()) } " " span #sentence { (sentence) }
+                span #sign .sign { (tone.sign()) } " " span #sentence { (verdict.sentence) }
+                " " a #look href=[look(&verdict)] hidden[verdict.severity.is_none()] { "Look" }
             }
             (console.servers.examiner.line())
+            ul #findings { @for finding in picture.others(&verdict) {
+                li .(finding.tone) { span.sign { (finding.sign) } " " (finding.text) " " a href=(finding.href) { "Look" } }
+            } }
             div .cards {
                 @for (id, label, path, text) in picture.cards() {
-                    div.card { b id=(id) { (text) } @if path.is_empty() { span { (label) } } @else { a href={ "/console" (path) } { (label) } } }
+                    div.card { b id=(id) { (text) } @if path.is_empty() { span { (label) } } @else { a href=(at(path)) { (label) } } }
                 }
             }
-            div #live .charts data-source="/console/live" {
+            div #live .charts data-source=(at("/live")) {
                 div.chart #chart-rates { h2 { "Events per second" } }
                 div.chart #chart-latency { h2 { "Insert to published, in ms" } }
             }

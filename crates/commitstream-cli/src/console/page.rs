@@ -1,13 +1,16 @@
 //! The frame of a page, and how things are written in it.
 
-use std::time::Duration;
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use axum::Extension;
 use axum::extract::FromRequestParts;
 use axum::http::StatusCode;
 use axum::http::request::Parts;
-use axum::response::{IntoResponse, Response};
+use axum::response::{IntoResponse, Redirect, Response};
 use chrono::{DateTime, SecondsFormat, Utc};
+use commitstream::config::{Settings, redact_url};
+use commitstream::doctor::{Finding, Severity};
 use commitstream::outbox::{Counted, OutboxError};
 use commitstream::streams::StreamsError;
 use maud::{DOCTYPE, Markup, html};
@@ -18,16 +21,101 @@ use crate::failure::on_one_line;
 use crate::output::{age, count};
 
 const PAGES: [(&str, &str); 9] = [
-    ("Overview", "/console"),
-    ("Doctor", "/console/doctor"),
-    ("Events", "/console/events"),
-    ("Failures", "/console/failures"),
-    ("Blocked", "/console/blocked"),
-    ("Dead letters", "/console/dead"),
-    ("Streams", "/console/streams"),
-    ("Relays", "/console/relays"),
-    ("Audit", "/console/audit"),
+    ("Overview", ""),
+    ("Doctor", "/doctor"),
+    ("Events", "/events"),
+    ("Failures", "/failures"),
+    ("Blocked", "/blocked"),
+    ("Dead letters", "/dead"),
+    ("Streams", "/streams"),
+    ("Relays", "/relays"),
+    ("Audit", "/audit"),
 ];
+
+/// Of a URL, where a proxy in front serves the console: one for the process.
+static PREFIX: OnceLock<String> = OnceLock::new();
+
+/// Where the pages are, from the browser's side. Only the first call counts.
+pub fn serve_below(prefix: &str) {
+    PREFIX.get_or_init(|| prefix.to_owned());
+}
+
+/// The address of a page, from its path below `/console`.
+pub fn at(path: &str) -> String {
+    format!("{}/console{path}", PREFIX.get().map_or("", String::as_str))
+}
+
+/// Leads to a page.
+pub fn to(path: &str) -> Redirect {
+    Redirect::to(&at(path))
+}
+
+/// Counts in the menu are of the last minute, or are left out.
+const COUNTS_LIVE: Duration = Duration::from_secs(60);
+
+/// What stands on every page: which servers these are, and what waits for a decision.
+pub struct Frame {
+    environment: Option<(String, &'static str)>,
+    place: String,
+    counts: Mutex<Option<(Instant, Counts)>>,
+}
+
+/// How much waits for somebody, as the menu says it.
+#[derive(Clone, Default)]
+pub struct Counts {
+    pub failed: Option<String>,
+    pub dead: Option<String>,
+}
+
+impl Frame {
+    pub fn new(settings: &Settings) -> Self {
+        let console = &settings.console;
+        let url = |url: &Option<String>| url.as_deref().map_or_else(|| "none".to_owned(), redact_url);
+        let place = format!(
+            "PostgreSQL {}, schema {} · Redis {}, prefix {} · Commitstream {}",
+            url(&settings.database.url),
+            settings.database.schema,
+            url(&settings.redis.url),
+            settings.redis.stream_prefix,
+            env!("CARGO_PKG_VERSION"),
+        );
+        let environment = console.environment.clone().map(|name| (name, console.environment_color.name()));
+        Self { environment, place, counts: Mutex::default() }
+    }
+
+    pub fn count(&self, counts: Option<Counts>) {
+        let counted = counts.map(|counts| (Instant::now(), counts));
+        *self.counts.lock().unwrap_or_else(PoisonError::into_inner) = counted;
+    }
+
+    fn counts(&self) -> Counts {
+        let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let fresh = counts.as_ref().filter(|(at, _)| at.elapsed() < COUNTS_LIVE);
+        fresh.map(|(_, counts)| counts.clone()).unwrap_or_default()
+    }
+
+    fn badge(&self) -> Markup {
+        html! { @if let Some((name, color)) = &self.environment { span #environment .{ "environment " (color) } { (name) } } }
+    }
+}
+
+/// The page that says more about what a check has found.
+pub fn page_of(check: &str) -> Option<&'static str> {
+    Some(match check {
+        "relays" | "relay-versions" | "pause" | "open-batches" | "leases" => "/relays",
+        "backlog" => "/events?status=PENDING",
+        "refused-events" => "/blocked",
+        "failed-events" => "/failures",
+        "consumer-groups" | "stream-keys" | "trimming" => "/streams",
+        "dead-letters" => "/dead",
+        _ => return None,
+    })
+}
+
+/// How a finding looks: class, sign, and the page that says more.
+pub fn look(finding: &Finding) -> (Tone, &'static str) {
+    (Tone::of(Some(finding.severity)), page_of(finding.check).unwrap_or("/doctor"))
+}
 
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +126,15 @@ pub enum Tone {
 }
 
 impl Tone {
+    /// Of a verdict.
+    pub fn of(severity: Option<Severity>) -> Self {
+        match severity {
+            Some(Severity::Error) => Self::Bad,
+            Some(Severity::Warning | Severity::Note) => Self::Warn,
+            None => Self::Good,
+        }
+    }
+
     pub fn class(self) -> &'static str {
         match self {
             Self::Good => "good",
@@ -66,10 +163,10 @@ pub fn bare(title: &str, body: &Markup) -> Markup {
                 meta name="viewport" content="width=device-width, initial-scale=1";
                 title { (title) " · Commitstream" }
                 link rel="icon" href="data:,";
-                link rel="stylesheet" href="/console/assets/uplot.min.css";
-                link rel="stylesheet" href="/console/assets/console.css";
-                script defer src="/console/assets/uplot.min.js" {}
-                script defer src="/console/assets/console.js" {}
+                link rel="stylesheet" href=(at("/assets/uplot.min.css"));
+                link rel="stylesheet" href=(at("/assets/console.css"));
+                script defer src=(at("/assets/uplot.min.js")) {}
+                script defer src=(at("/assets/console.js")) {}
             }
             body { (body) }
         }
@@ -77,22 +174,32 @@ pub fn bare(title: &str, body: &Markup) -> Markup {
 }
 
 pub fn page(title: &str, viewer: &Viewer, body: &Markup) -> Markup {
+    let counts = viewer.frame.counts();
+    let count = |name: &str| match name {
+        "Failures" => counts.failed.as_deref(),
+        "Dead letters" => counts.dead.as_deref(),
+        _ => None,
+    };
     bare(
         title,
         &html! {
             a.skip href="#main" { "To the content" }
             header {
                 strong { "Commitstream" }
+                (viewer.frame.badge())
                 nav aria-label="Pages" {
-                    // One event's page is among `Events`.
                     @for (name, path) in PAGES {
-                        @if name.starts_with(title) { a href=(path) aria-current="page" { (name) } } @else { a href=(path) { (name) } }
+                        // One event's page is among `Events`.
+                        a href=(at(path)) aria-current=[name.starts_with(title).then_some("page")] {
+                            (name) @if let Some(count) = count(name) { " " span.count data-test={ "count-" (name) } { (count) } }
+                        }
                     }
                 }
                 span.quiet data-test="viewer" { (viewer.who) @if !viewer.may_act() { " (read-only)" } }
-                form method="post" action="/console/logout" { (token(viewer)) button #logout { "Log out" } }
+                form method="post" action=(at("/logout")) { (token(viewer)) button #logout { "Log out" } }
             }
             main #main tabindex="-1" { h1 { (title) } (body) }
+            footer.quiet #place { (viewer.frame.place) }
         },
     )
 }
@@ -142,7 +249,7 @@ pub fn cause_text(cause: &str) -> &str {
 }
 
 pub fn link(path: &str, query: &[(&str, &str)]) -> String {
-    format!("{path}?{}", serde_urlencoded::to_string(query).unwrap_or_default())
+    format!("{}?{}", at(path), serde_urlencoded::to_string(query).unwrap_or_default())
 }
 
 /// PostgreSQL has no text with a zero byte.
@@ -223,7 +330,7 @@ pub fn with_refusal(mut response: Response, viewer: Option<&Viewer>) -> Response
     let problem = html! { p.verdict.bad role="alert" data-test="problem" { (why) } };
     let page = match viewer {
         Some(viewer) => page(title, viewer, &problem),
-        None => bare(title, &html! { main { h1 { (title) } (problem) p { a href="/console" { "To the overview" } } } }),
+        None => bare(title, &html! { main { h1 { (title) } (problem) p { a href=(at("")) { "To the overview" } } } }),
     };
     (code, page).into_response()
 }

@@ -4,7 +4,7 @@ use commitstream::outbox::{RelayBatches, RelayRow};
 use maud::{Markup, html};
 
 use super::Console;
-use super::page::{Refusal, millis, nothing, number, page, time, token};
+use super::page::{Refusal, at, millis, nothing, number, page, time, token};
 use super::session::{Act, Viewer};
 
 pub async fn list(viewer: Viewer, State(console): State<Console>) -> Result<Markup, Refusal> {
@@ -22,7 +22,7 @@ pub async fn list(viewer: Viewer, State(console): State<Console>) -> Result<Mark
                 p.verdict.warn #paused { "Paused by " (pause.who) " since " (time(pause.since)) ": relays claim nothing." }
             }
             @if viewer.may_act() {
-                form.acts method="post" action="/console/relays/switch" {
+                form.acts method="post" action=(at("/relays/switch")) {
                     (token(&viewer))
                     @if pause.is_some() { button.main #resume name="to" value="resume" { "Resume" } }
                     @else { details { summary { "Pause …" }
@@ -85,5 +85,5 @@ pub async fn switch(State(console): State<Console>, act: Act) -> Result<Redirect
         _ => return Err(Refusal::wrong("pause, or resume?")),
     };
     session.done();
-    Ok(Redirect::to("/console/relays"))
+    Ok(super::page::to("/relays"))
 }

@@ -1,4 +1,4 @@
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use commitstream::config::Settings;
@@ -9,7 +9,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::doctor::Examiner;
 use super::overview::Sampler;
-use super::page::Refusal;
+use super::page::{Frame, Refusal};
 use crate::context;
 
 /// Pages that may ask PostgreSQL at a time.
@@ -31,6 +31,8 @@ pub struct Servers {
     pub streams: Streams,
     pub sampler: Sampler,
     pub examiner: Examiner,
+    /// What stands on every page.
+    pub frame: Arc<Frame>,
     turns: Semaphore,
     idle: Mutex<Vec<PgConnection>>,
 }
@@ -44,13 +46,14 @@ pub struct Session<'a> {
 }
 
 impl Servers {
-    pub fn new(settings: &Settings) -> anyhow::Result<Self> {
+    pub fn new(settings: &Settings, frame: Arc<Frame>) -> anyhow::Result<Self> {
         Ok(Self {
             settings: settings.clone(),
             outbox: context::repository(settings),
             streams: Streams::new(context::redis_url(settings)?, &settings.redis)?,
             sampler: Sampler::default(),
             examiner: Examiner::default(),
+            frame,
             turns: Semaphore::new(SESSIONS),
             idle: Mutex::default(),
         })

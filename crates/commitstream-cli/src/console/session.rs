@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Form;
@@ -17,7 +17,7 @@ use rand::rngs::OsRng;
 use subtle::ConstantTimeEq;
 
 use super::Console;
-use super::page::{self, Refusal};
+use super::page::{self, Frame, Refusal, at};
 use crate::output::printable;
 
 /// With the port behind it: browsers send cookies to all ports of a host.
@@ -60,13 +60,15 @@ impl Role {
 }
 
 /// Somebody who is logged in.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Viewer {
     /// As they called themselves.
     pub who: String,
     pub role: Role,
     /// What a form of theirs must bring along.
     pub token: String,
+    /// What stands on every page.
+    pub frame: Arc<Frame>,
     since: Instant,
 }
 
@@ -80,6 +82,7 @@ pub struct Doorman {
     passwords: Passwords,
     secure: bool,
     cookie_name: String,
+    frame: Arc<Frame>,
     state: Mutex<DoorState>,
 }
 
@@ -106,9 +109,9 @@ struct DoorState {
 }
 
 impl Doorman {
-    pub fn new(passwords: Passwords, address: SocketAddr) -> Self {
+    pub fn new(passwords: Passwords, address: SocketAddr, frame: Arc<Frame>) -> Self {
         let cookie_name = format!("{COOKIE_NAME}{}", address.port());
-        Self { passwords, secure: !address.ip().is_loopback(), cookie_name, state: Mutex::default() }
+        Self { passwords, secure: !address.ip().is_loopback(), cookie_name, frame, state: Mutex::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, DoorState> {
@@ -176,7 +179,7 @@ impl Doorman {
         {
             state.sessions.remove(&oldest);
         }
-        let viewer = Viewer { who: who.to_owned(), role, token, since: Instant::now() };
+        let viewer = Viewer { who: who.to_owned(), role, token, frame: Arc::clone(&self.frame), since: Instant::now() };
         state.sessions.insert(id.clone(), Session { viewer, outcomes: VecDeque::new() });
         Ok(self.cookie(&id, LIFE.as_secs()))
     }
@@ -190,7 +193,7 @@ impl Doorman {
 
     fn cookie(&self, id: &str, seconds: u64) -> String {
         let secure = if self.secure { "; Secure" } else { "" };
-        format!("{}={id}; Path=/console; Max-Age={seconds}; HttpOnly; SameSite=Strict{secure}", self.cookie_name)
+        format!("{}={id}; Path={}; Max-Age={seconds}; HttpOnly; SameSite=Strict{secure}", self.cookie_name, at(""))
     }
 
     /// Of the session, as the browser has it.
@@ -239,7 +242,7 @@ impl FromRequestParts<Console> for Viewer {
     type Rejection = Redirect;
 
     async fn from_request_parts(parts: &mut Parts, console: &Console) -> Result<Self, Redirect> {
-        console.doorman.viewer(&parts.headers).ok_or_else(|| Redirect::to("/console/login"))
+        console.doorman.viewer(&parts.headers).ok_or_else(|| page::to("/login"))
     }
 }
 
@@ -263,7 +266,9 @@ impl Act {
 
     /// Leads to the page of its outcome.
     pub fn ended(&self, console: &Console, title: &'static str, outcome: Markup) -> Redirect {
-        Redirect::to(&format!("/console/outcome/{}", console.doorman.keep(&self.session, title, outcome)))
+        // What is counted in the menu has changed.
+        self.viewer.frame.count(None);
+        page::to(&format!("/outcome/{}", console.doorman.keep(&self.session, title, outcome)))
     }
 }
 
@@ -272,7 +277,7 @@ impl FromRequest<Console> for Act {
 
     async fn from_request(request: Request, console: &Console) -> Result<Self, Response> {
         let headers = request.headers().clone();
-        let viewer = console.doorman.viewer(&headers).ok_or_else(|| Redirect::to("/console/login").into_response())?;
+        let viewer = console.doorman.viewer(&headers).ok_or_else(|| page::to("/login").into_response())?;
         if !viewer.may_act() {
             return Err(Refusal::forbidden("you may look and not act: log in with the operator's password").into_response());
         }
@@ -309,7 +314,7 @@ fn login_page(problem: Option<&str>) -> Markup {
             div.login {
                 h1 { "Commitstream" }
                 @if let Some(problem) = problem { p.verdict.bad role="alert" data-test="problem" { (problem) } }
-                form method="post" action="/console/login" {
+                form method="post" action=(at("/login")) {
                     label for="name" { "Your name, for the audit" }
                     input #name name="name" required maxlength=(LONGEST_NAME) autocomplete="username" autofocus;
                     label for="password" { "Password" }
@@ -353,13 +358,13 @@ pub async fn login(
     };
     let cookie = console.doorman.enter(&name, role)?;
     tracing::info!("{} has logged in to the console from {client}, role {}", printable(&name), role.name());
-    Ok(([(SET_COOKIE, cookie)], Redirect::to("/console/entered")).into_response())
+    Ok(([(SET_COOKIE, cookie)], page::to("/entered")).into_response())
 }
 
 /// Where a login leads: it would lead to the form again, without a word, for who does not send the cookie back.
 pub async fn entered(State(console): State<Console>, headers: HeaderMap) -> Response {
     if console.doorman.viewer(&headers).is_some() {
-        return Redirect::to("/console").into_response();
+        return page::to("").into_response();
     }
     let problem = "The password was right, but the browser has not sent the cookie of the session back. It has to allow cookies, and where the \
                    console is not on this computer it has to ask for it by https.";
@@ -373,11 +378,13 @@ pub async fn logout(
     Form(fields): Form<HashMap<String, String>>,
 ) -> Result<Response, Refusal> {
     check_form(&headers, &viewer, &fields)?;
-    Ok(([(SET_COOKIE, console.doorman.leave(&headers))], Redirect::to("/console/login")).into_response())
+    Ok(([(SET_COOKIE, console.doorman.leave(&headers))], page::to("/login")).into_response())
 }
 
 #[cfg(test)]
 mod tests {
+    use commitstream::config::Settings;
+
     use super::*;
 
     #[test]
@@ -393,7 +400,8 @@ mod tests {
     #[test]
     fn wrong_passwords_are_counted_by_address_and_in_total() {
         let passwords = Passwords { operator: "right".to_owned(), read_only: None };
-        let doorman = Doorman::new(passwords, SocketAddr::from(([127, 0, 0, 1], 9464)));
+        let doorman =
+            Doorman::new(passwords, SocketAddr::from(([127, 0, 0, 1], 9464)), Arc::new(Frame::new(&Settings::default())));
         let client = |n: u8| IpAddr::from([10, 0, 0, n]);
         for n in 1..=10 {
             assert_eq!(doorman.locked(client(n)), None, "others do not lock {n} out");

@@ -75,7 +75,7 @@ fn group_table(groups: &[GroupInfo]) -> Markup {
                 td.number { (known(group.behind)) }
                 td.number { (count(group.pending)) }
                 td.number { (group.oldest_pending_age_ms.map_or_else(|| "–".to_owned(), |ms| age(Duration::from_millis(ms)))) }
-                td.number { @if group.dead == Some(0) { "0" } @else { a href=(link("/console/dead", &[("stream", &group.stream)])) { (known(group.dead)) } } }
+                td.number { @if group.dead == Some(0) { "0" } @else { a href=(link("/dead", &[("stream", &group.stream)])) { (known(group.dead)) } } }
             } } }
         } }
     }

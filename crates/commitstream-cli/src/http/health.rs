@@ -6,6 +6,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::IntoResponse;
+use commitstream::doctor::Verdict;
 use commitstream::relay::{RelayState, RelayStatus};
 use serde::Serialize;
 
@@ -20,11 +21,14 @@ struct Health {
     reason: String,
     /// Of the 64, those that this relay works on.
     partitions: u32,
+    /// Whether events flow, from all producers to all consumers, as it was lately: what `commitstream stats` says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    verdict: Option<Verdict>,
 }
 
 impl Health {
     fn new(status: &RelayStatus, ok: bool, reason: impl Into<String>) -> Self {
-        Self { ok, state: status.state.name(), reason: reason.into(), partitions: status.partitions }
+        Self { ok, state: status.state.name(), reason: reason.into(), partitions: status.partitions, verdict: None }
     }
 }
 
@@ -41,9 +45,10 @@ pub async fn livez(State(shared): State<Shared>) -> impl IntoResponse {
     live(&shared.status.borrow(), stalled)
 }
 
-/// Succeeds while both servers can be used.
+/// Succeeds while both servers can be used. What else is wrong is said and does not count: no other instance would do better.
 pub async fn readyz(State(shared): State<Shared>) -> impl IntoResponse {
-    ready(&shared.status.borrow())
+    let verdict = shared.verdict.borrow().clone();
+    Health { verdict, ..ready(&shared.status.borrow()) }
 }
 
 /// A restart mends a relay that stands still though both servers answer it. It brings back no server, and no event that was refused.

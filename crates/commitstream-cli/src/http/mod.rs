@@ -20,6 +20,7 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
 use axum::routing::get;
 use commitstream::config::Settings;
+use commitstream::doctor::Verdict;
 use commitstream::relay::RelayStatus;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio::sync::watch;
@@ -33,6 +34,8 @@ pub struct Shared {
     pub settings: Arc<Settings>,
     pub status: watch::Receiver<RelayStatus>,
     pub progress: watch::Receiver<Progress>,
+    /// `None` until it was looked at.
+    pub verdict: watch::Receiver<Option<Verdict>>,
     pub metrics: PrometheusHandle,
 }
 

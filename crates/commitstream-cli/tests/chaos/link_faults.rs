@@ -19,15 +19,18 @@ pub enum LinkFault {
     Slow,
     DropReply,
     HalfReply,
+    /// The connections of now never say anything again; new ones work.
+    Swallow,
 }
 
-const FAULTS: [(u32, LinkFault); 6] = [
+const FAULTS: [(u32, LinkFault); 7] = [
     (2, LinkFault::Cut),
     (2, LinkFault::Refuse),
     (2, LinkFault::Stall),
     (1, LinkFault::Slow),
     (4, LinkFault::DropReply),
     (2, LinkFault::HalfReply),
+    (2, LinkFault::Swallow),
 ];
 
 impl LinkFault {
@@ -43,6 +46,7 @@ impl LinkFault {
             Self::Slow => "slow",
             Self::DropReply => "reply lost",
             Self::HalfReply => "half a reply",
+            Self::Swallow => "swallowed for ever",
         }
     }
 
@@ -58,6 +62,7 @@ impl LinkFault {
             Self::Cut => links.iter().for_each(|link| link.cut()),
             Self::DropReply => links.iter().for_each(|link| link.drop_reply()),
             Self::HalfReply => links.iter().for_each(|link| link.half_reply()),
+            Self::Swallow => links.iter().for_each(|link| link.swallow()),
             Self::Refuse => {
                 tokio::task::block_in_place(|| links.iter().for_each(|link| link.refuse()));
                 sleep(millis(100..2_000)).await;

@@ -40,12 +40,16 @@ fn stats_as_people_read_them() -> Result<()> {
     published   0
     failed      0
 
+    No relay is alive, and nothing waits.
+
     The outbox is empty. An INSERT INTO event_outbox, or `commitstream publish`, puts the first event in.
     ");
     world.fail_users()?;
     let stats = world.ok(&["stats"])?;
     assert!(
-        stats.contains("failed      3\n\nRecent failures\nID ") && stats.contains("  WRONGTYPE Operation against"),
+        stats.contains("failed      3\n\nFAILED: 3 events of 3 aggregates")
+            && stats.contains("\n\nRecent failures\nID ")
+            && stats.contains("  WRONGTYPE Operation against"),
         "{stats}"
     );
     assert!(stats.contains("commitstream failed retry --all"), "{stats}");

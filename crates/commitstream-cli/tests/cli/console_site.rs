@@ -55,16 +55,29 @@ impl Site {
     pub fn with(world: &World, args: &[&str]) -> Result<Self> {
         let mut command = world.command(&[&["console", "--listen", "127.0.0.1:0"], args].concat());
         command.env("CONSOLE_PASSWORD", PASSWORD).env("CONSOLE_READ_ONLY_PASSWORD", READ_ONLY);
-        let mut server = Running::new(command)?;
+        Self::of(Running::new(command)?)
+    }
+
+    /// A console that was started otherwise.
+    pub fn of(mut server: Running) -> Result<Self> {
         let line = server.prints("console on http://")?;
-        let address = line.trim_start_matches("console on http://").trim_end_matches("/console").to_owned();
+        let address = line.trim_start_matches("console on http://").split('/').next().unwrap_or_default().to_owned();
         Ok(Self { server, address })
     }
 
     pub fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Result<Page> {
+        self.request(method, &format!("/console{path}"), headers, body)
+    }
+
+    /// Of a path that may be outside of `/console`.
+    pub fn raw(&self, method: &str, path: &str, headers: &[(&str, &str)]) -> Result<Page> {
+        self.request(method, path, headers, "")
+    }
+
+    fn request(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Result<Page> {
         let mut stream = TcpStream::connect(&self.address)?;
         stream.set_read_timeout(Some(PATIENCE))?;
-        let mut request = format!("{method} /console{path} HTTP/1.1\r\nConnection: close\r\n");
+        let mut request = format!("{method} {path} HTTP/1.1\r\nConnection: close\r\n");
         if !headers.iter().any(|(name, _)| *name == "Host") {
             request += &format!("Host: {}\r\n", self.address);
         }

@@ -6,6 +6,7 @@ mod config;
 mod console;
 mod console_deeds;
 mod console_site;
+mod console_verdict;
 mod daemon;
 mod dead;
 mod deploy;

@@ -10,6 +10,7 @@ mod outbox;
 mod postgres;
 mod redis;
 mod schema;
+mod steps;
 mod streams;
 #[cfg(test)]
 mod tests;
@@ -20,6 +21,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 
+pub use steps::Step;
 pub use verdict::{Consumers, Flow, Verdict, judge_flow};
 
 use crate::config::Settings;
@@ -50,12 +52,12 @@ pub struct Finding {
     pub seen: String,
     /// Why it matters.
     pub why: String,
-    /// What mends it: a command, or several parted by ` && `; where none can, what to do.
+    /// What fixes it: a command, or several parted by ` && `; where none can, what to do. [`Finding::steps`] has its parts.
     pub mend: String,
 }
 
 /// Every check, in the order in which they are carried out.
-pub const CHECKS: [&str; 44] = [
+pub const CHECKS: [&str; 45] = [
     "postgres-reachable",
     "postgres-pooler",
     "postgres-version",
@@ -98,6 +100,7 @@ pub const CHECKS: [&str; 44] = [
     "redis-replicas",
     "stream-keys",
     "consumer-groups",
+    "dead-letters",
     "trimming",
     "clocks",
 ];

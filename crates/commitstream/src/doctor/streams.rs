@@ -25,7 +25,7 @@ pub(super) fn judge(report: &mut Report, settings: &Settings, facts: &RedisFacts
     }
     match &facts.streams {
         Ok(streams) => {
-            report.check("consumer-groups", streams.iter().flat_map(|stream| &stream.groups).flat_map(|of| group(place, of)));
+            consumers(report, place, &streams.iter().flat_map(|stream| &stream.groups).collect::<Vec<_>>());
             if settings.streams.trim {
                 report.check("trimming", streams.iter().filter_map(|stream| untrimmed(settings, place, stream)));
             }
@@ -34,9 +34,10 @@ pub(super) fn judge(report: &mut Report, settings: &Settings, facts: &RedisFacts
     }
 }
 
-/// What consumers have not handled, of groups that were looked at without anything else.
-pub(super) fn consumers(report: &mut Report, groups: &[GroupInfo]) {
-    report.check("consumer-groups", groups.iter().flat_map(|of| group(None, of)));
+/// What consumers have not handled.
+pub(super) fn consumers(report: &mut Report, place: Option<&Place>, groups: &[&GroupInfo]) {
+    report.check("consumer-groups", groups.iter().flat_map(|of| group(place, of)));
+    report.check("dead-letters", groups.iter().filter_map(|of| dead_letters(of)));
 }
 
 fn foreign(settings: &Settings, place: Option<&Place>, keys: &KeyFacts) -> Vec<Finding> {
@@ -57,6 +58,17 @@ fn foreign(settings: &Settings, place: Option<&Place>, keys: &KeyFacts) -> Vec<F
         )
     });
     foreign.chain(some).collect()
+}
+
+fn dead_letters(group: &GroupInfo) -> Option<Finding> {
+    let dead = group.dead.map_or_else(|| format!("over {}", GroupInfo::COUNTED), |entries| entries.to_string());
+    (group.dead != Some(0)).then(|| {
+        warning(
+            format!("the group {} of {} gave {dead} events up: they are dead letters", group.group, group.stream),
+            "their effects did not happen",
+            "commitstream dead list; when the handler is fixed: commitstream dead retry --all",
+        )
+    })
 }
 
 fn group(place: Option<&Place>, group: &GroupInfo) -> Vec<Finding> {
@@ -86,14 +98,6 @@ fn group(place: Option<&Place>, group: &GroupInfo) -> Vec<Finding> {
             format!("{named} is {behind} entries behind, the oldest of them written {} ago", age(oldest.cast_signed())),
             "its consumers are slower than the publishers, or do not read",
             format!("see what they do, and start more of them: commitstream groups {} --consumers", quoted(&group.stream)),
-        ));
-    }
-    if group.dead != Some(0) {
-        let dead = group.dead.map_or_else(|| format!("over {}", GroupInfo::COUNTED), |entries| entries.to_string());
-        found.push(warning(
-            format!("{named} gave {dead} events up: they are dead letters"),
-            "their effects did not happen",
-            "commitstream dead list; when the handler is mended: commitstream dead retry --all",
         ));
     }
     found

@@ -2,13 +2,13 @@
 
 use serde::Serialize;
 
-use super::{Report, Severity, error, outbox, streams};
+use super::{Finding, Report, Severity, error, outbox, streams};
 use crate::config::Settings;
 use crate::outbox::examine::OutboxFlow;
 use crate::streams::GroupInfo;
 
 /// Checks that tell whether events flow, in the order in which they are told where they are equally bad.
-const FLOW: [&str; 9] = [
+const FLOW: [&str; 10] = [
     "postgres-reachable",
     "redis-reachable",
     "relays",
@@ -18,6 +18,7 @@ const FLOW: [&str; 9] = [
     "refused-events",
     "failed-events",
     "consumer-groups",
+    "dead-letters",
 ];
 
 /// What is asked often.
@@ -28,7 +29,7 @@ pub struct Flow {
 }
 
 /// The consumer groups of the streams.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum Consumers {
     /// Redis was not asked.
     Unknown,
@@ -37,7 +38,7 @@ pub enum Consumers {
     Known(Vec<GroupInfo>),
 }
 
-/// The worst of what was found, in one sentence.
+/// Whether events flow, in one sentence: the worst of what keeps them from it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Verdict {
     /// `None` when all is well.
@@ -55,13 +56,13 @@ pub fn judge_flow(settings: &Settings, flow: &Flow) -> Report {
     match &flow.consumers {
         Consumers::Unknown => {}
         Consumers::Unreachable(why) => report.check("redis-reachable", [unusable(why)]),
-        Consumers::Known(groups) => streams::consumers(&mut report, groups),
+        Consumers::Known(groups) => streams::consumers(&mut report, None, &groups.iter().collect::<Vec<_>>()),
     }
     report.sort();
     report
 }
 
-fn unusable(why: &str) -> super::Finding {
+fn unusable(why: &str) -> Finding {
     error(
         format!("Redis cannot be used: {why}"),
         "nothing is published, and nothing is lost: events wait in the outbox",
@@ -75,22 +76,22 @@ impl Report {
         self.findings.sort_by_key(|finding| (std::cmp::Reverse(finding.severity), place(finding.check)));
     }
 
-    /// The worst finding. A note counts only where it is about the flow of events.
+    /// Whether events flow: the worst finding of those that are about that. Others, such as those about the settings of a server,
+    /// are told beside it.
     #[must_use]
     pub fn verdict(&self) -> Verdict {
-        let counts = |severity, check| severity > Severity::Note || place(check) < FLOW.len();
-        let worst = self.findings.iter().find(|finding| counts(finding.severity, finding.check));
-        worst.map_or_else(Verdict::all_is_well, |finding| Verdict {
-            severity: Some(finding.severity),
-            check: finding.check,
-            sentence: sentence(&finding.seen),
-        })
+        let worst = self.findings.iter().find(|finding| place(finding.check) < FLOW.len());
+        match worst {
+            Some(Finding { severity, check, seen, .. }) => Verdict { severity: Some(*severity), check, sentence: sentence(seen) },
+            None if self.passed.contains(&"consumer-groups") => Verdict::well("All is well: events flow, and consumers keep up."),
+            None => Verdict::well("All is well: events flow. The consumers were not looked at."),
+        }
     }
 }
 
 impl Verdict {
-    fn all_is_well() -> Self {
-        Self { severity: None, check: "", sentence: "All is well: events flow.".to_owned() }
+    fn well(sentence: &str) -> Self {
+        Self { severity: None, check: "", sentence: sentence.to_owned() }
     }
 }
 
@@ -175,8 +176,8 @@ mod tests {
     fn the_verdict_tells_the_worst_first_and_counts_consumers_in() {
         type Case = (&'static str, fn(&mut Flow), Option<Severity>, &'static str);
         let cases: [Case; 13] = [
-            ("healthy", |_| (), None, "All is well: events flow."),
-            ("streams not looked at", |f| f.consumers = Consumers::Unknown, None, "All is well"),
+            ("healthy", |_| (), None, "All is well: events flow, and consumers keep up."),
+            ("streams not looked at", |f| f.consumers = Consumers::Unknown, None, "All is well: events flow. The consumers"),
             (
                 "dead letters only",
                 |f| f.consumers = Consumers::Known(vec![group(true, 0, 0, 306)]),

@@ -7,6 +7,7 @@ use commitstream::streams::{DeadLetter, Streams, dead_stream};
 use uuid::Uuid;
 
 use crate::commands::tail::key_of;
+use crate::dead_letters::position;
 
 /// Dead letters that are read at once; each may have a payload of a megabyte.
 const PAGE: usize = 100;
@@ -63,12 +64,6 @@ impl fmt::Display for Id {
             Self::Letter(stream, id) => write!(f, "{stream}/{id}"),
         }
     }
-}
-
-/// An entry id, `<milliseconds>-<sequence>`, as numbers.
-pub fn position(id: &str) -> Option<(u64, u64)> {
-    let (millis, sequence) = id.split_once('-')?;
-    Some((millis.parse().ok()?, sequence.parse().ok()?))
 }
 
 /// Hands out the dead letters of one stream that are there now, oldest first. What comes meanwhile is left for another time: a retried

@@ -5,6 +5,7 @@ use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
 use commitstream::config::Settings;
+use commitstream::doctor::Verdict;
 use commitstream::metrics::{ConsumerLags, set_backlog};
 use commitstream::outbox::Backlog;
 use commitstream::relay::{RelayState, RelayStatus};
@@ -18,6 +19,7 @@ use tokio::time::{sleep, timeout};
 
 use super::Progress;
 use crate::context;
+use crate::flow;
 use crate::names::StreamNames;
 
 /// Between two looks.
@@ -28,12 +30,15 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 const SHARE: u32 = 50;
 /// Longest look; one that takes longer says nothing.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Between two looks at the whole flow of events.
+const VERDICT_EVERY: Duration = Duration::from_secs(30);
 /// Streams whose consumer groups are looked at, the first by name.
 const MOST_STREAMS: usize = 100;
 
 /// Ends when it is dropped.
 pub struct Monitor {
     progress: watch::Receiver<Progress>,
+    verdict: watch::Receiver<Option<Verdict>>,
     _tasks: JoinSet<Infallible>,
 }
 
@@ -51,17 +56,23 @@ impl Monitor {
         // A relay that waits for a server is up: a restart would bring that server no sooner.
         tell(&[NotifyState::Ready]);
         let (sender, progress) = watch::channel(Progress::new(Instant::now()));
+        let (say, verdict) = watch::channel(None);
         let mut tasks = JoinSet::new();
         if metrics.is_some() {
+            tasks.spawn(watch_flow(settings.clone(), say));
             let streams = Streams::new(context::redis_url(settings)?, &settings.redis)?;
             tasks.spawn(watch_groups(streams, PAUSE.min(settings.http.stalled_after / 4)));
         }
         tasks.spawn(look_after(settings.clone(), relay, metrics, sender));
-        Ok(Some(Self { progress, _tasks: tasks }))
+        Ok(Some(Self { progress, verdict, _tasks: tasks }))
     }
 
     pub fn progress(&self) -> watch::Receiver<Progress> {
         self.progress.clone()
+    }
+
+    pub fn verdict(&self) -> watch::Receiver<Option<Verdict>> {
+        self.verdict.clone()
     }
 
     pub fn stopping(&self) {
@@ -143,6 +154,26 @@ async fn watch_groups(streams: Streams, pause: Duration) -> Infallible {
             Err(_) => tracing::debug!("to look at consumer groups took too long"),
         }
         sleep(pause.max(looked.elapsed() * SHARE)).await;
+    }
+}
+
+/// Says whether events flow. What cannot be asked within the time is not said.
+async fn watch_flow(settings: Settings, verdict: watch::Sender<Option<Verdict>>) -> Infallible {
+    loop {
+        let looked = Instant::now();
+        let look = async {
+            let mut connection = context::migrated(&settings, "relay: verdict").await?;
+            flow::verdict(&settings, &context::repository(&settings), &mut connection).await
+        };
+        match timeout(2 * PATIENCE, look).await {
+            Ok(Ok(found)) => verdict.send_modify(|verdict| *verdict = Some(found)),
+            Ok(Err(error)) => {
+                tracing::debug!("cannot tell whether events flow: {error:#}");
+                verdict.send_modify(|verdict| *verdict = None);
+            }
+            Err(_) => verdict.send_modify(|verdict| *verdict = None),
+        }
+        sleep(VERDICT_EVERY.max(looked.elapsed() * SHARE)).await;
     }
 }
 
