@@ -58,17 +58,21 @@ pub(super) static KEYS: &[Key] = &[
     key("app.database.url", Kind::Url(field!(database.url), &["postgres://", "postgresql://"])).env("DATABASE_URL"),
     key("app.database.schema", Kind::Schema(field!(database.schema))).env("OUTBOX_SCHEMA"),
     key("app.database.timeout", Kind::Time(field!(database.timeout), Duration::from_millis(100)..=HOUR)).env("DATABASE_TIMEOUT"),
-    key("app.database.preparedStatements", Kind::Switch(field!(database.prepared_statements))).env("DATABASE_PREPARED_STATEMENTS"),
+    key("app.database.preparedStatements", Kind::Switch(field!(database.prepared_statements)))
+        .env("DATABASE_PREPARED_STATEMENTS"),
     key("app.database.tls.caFile", Kind::File(field!(database.tls.ca_file))).env("DATABASE_CA_FILE"),
     key("app.database.tls.certFile", Kind::File(field!(database.tls.cert_file))).env("DATABASE_CERT_FILE"),
     key("app.database.tls.keyFile", Kind::File(field!(database.tls.key_file))).env("DATABASE_KEY_FILE"),
     key("app.redis.url", Kind::Url(field!(redis.url), REDIS_SCHEMES)).env("REDIS_URL"),
     key("app.redis.sentinelPassword", Kind::Secret(field!(redis.sentinel_password))).env("REDIS_SENTINEL_PASSWORD"),
     key("app.redis.streamPrefix", Kind::Prefix(field!(redis.stream_prefix))).env("STREAM_PREFIX"),
-    key("app.redis.connectTimeout", Kind::Time(field!(redis.connect_timeout), Duration::from_millis(10)..=HOUR)).env("REDIS_CONNECT_TIMEOUT"),
-    key("app.redis.responseTimeout", Kind::Time(field!(redis.response_timeout), Duration::from_millis(10)..=HOUR)).env("REDIS_RESPONSE_TIMEOUT"),
+    key("app.redis.connectTimeout", Kind::Time(field!(redis.connect_timeout), Duration::from_millis(10)..=HOUR))
+        .env("REDIS_CONNECT_TIMEOUT"),
+    key("app.redis.responseTimeout", Kind::Time(field!(redis.response_timeout), Duration::from_millis(10)..=HOUR))
+        .env("REDIS_RESPONSE_TIMEOUT"),
     key("app.redis.waitReplicas", Kind::Count(field!(redis.wait_replicas), 0..=10)).env("REDIS_WAIT_REPLICAS"),
-    key("app.redis.waitTimeout", Kind::Time(field!(redis.wait_timeout), Duration::from_millis(10)..=MINUTE)).env("REDIS_WAIT_TIMEOUT"),
+    key("app.redis.waitTimeout", Kind::Time(field!(redis.wait_timeout), Duration::from_millis(10)..=MINUTE))
+        .env("REDIS_WAIT_TIMEOUT"),
     key("app.redis.tls.caFile", Kind::File(field!(redis.tls.ca_file))).env("REDIS_CA_FILE"),
     key("app.redis.tls.certFile", Kind::File(field!(redis.tls.cert_file))).env("REDIS_CERT_FILE"),
     key("app.redis.tls.keyFile", Kind::File(field!(redis.tls.key_file))).env("REDIS_KEY_FILE"),

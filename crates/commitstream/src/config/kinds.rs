@@ -209,7 +209,9 @@ impl Kind {
             Kind::Url(..) | Kind::Endpoint(_) => redact_url(text.trim()),
             Kind::Secret(_) => HIDDEN.to_owned(),
             // Quoted where the eye would miss what is wrong: an empty name, a NUL.
-            Kind::Schema(_) | Kind::Prefix(_) | Kind::Name(_) | Kind::File(_) | Kind::Label(_) | Kind::Path(_) => format!("{:?}", harmless(text)),
+            Kind::Schema(_) | Kind::Prefix(_) | Kind::Name(_) | Kind::File(_) | Kind::Label(_) | Kind::Path(_) => {
+                format!("{:?}", harmless(text))
+            }
             _ => harmless(text.trim()).escape_debug().to_string(),
         }
     }
