@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use commitstream::outbox::{Deed, OutboxRepository};
-use commitstream::streams::{DeadLetter, RetriedAs, Streams};
+use commitstream::streams::{DeadLetter, RetriedAs, Streams, StreamsError};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
@@ -51,8 +51,8 @@ pub async fn carry_out<'a>(
         _ => None,
     };
     let (mut done, mut left) = (Vec::new(), Vec::new());
-    for letter in letters {
-        match apply(streams, change, letter).await? {
+    for (letter, why) in letters.iter().zip(apply(streams, change, letters).await?) {
+        match why {
             None => done.push(letter),
             Some(why) => left.push((letter, why)),
         }
@@ -90,19 +90,36 @@ fn event_ids<'a>(letters: impl Iterator<Item = &'a DeadLetter>) -> Vec<Uuid> {
     letters.filter_map(|letter| letter.event_id.as_ref()?.parse().ok()).collect()
 }
 
-/// Why a dead letter was left as it is, if it was.
-async fn apply(streams: &Streams, change: Change, letter: &DeadLetter) -> anyhow::Result<Option<String>> {
-    let applied = match change {
-        Change::Retry => streams.retry_dead(letter).await.map(|retried| match retried {
-            RetriedAs::Pending(consumer) => Some(format!("{consumer} has its entry in hand: try again in a moment")),
-            RetriedAs::Entry | RetriedAs::Copy(_) | RetriedAs::Before => None,
-        }),
-        Change::Discard => streams.discard_dead(&letter.stream, &letter.dead_id).await.map(|_| None),
-    };
-    match applied {
-        Err(error) if !error.is_outage() => Ok(Some(on_one_line(&error.into()))),
-        applied => Ok(applied?),
+/// Why each dead letter was left as it was, if it was.
+async fn apply(streams: &Streams, change: Change, letters: &[DeadLetter]) -> anyhow::Result<Vec<Option<String>>> {
+    match change {
+        Change::Retry => {
+            let answers = streams.retry_dead_letters(letters).await?;
+            let left = |answer| match answer {
+                Ok(RetriedAs::Pending(consumer)) => Some(format!("{consumer} has its entry in hand: try again in a moment")),
+                Ok(RetriedAs::Entry | RetriedAs::Copy(_) | RetriedAs::Before) => None,
+                Err(error) => Some(refused(error)),
+            };
+            Ok(answers.into_iter().map(left).collect())
+        }
+        Change::Discard => {
+            let mut why = vec![None; letters.len()];
+            let mut from = 0;
+            for letters in letters.chunk_by(|a, b| a.stream == b.stream) {
+                let ids: Vec<_> = letters.iter().map(|letter| letter.dead_id.as_str()).collect();
+                match streams.discard_dead_letters(&letters[0].stream, &ids).await {
+                    Err(error) if !error.is_outage() => why[from..from + letters.len()].fill(Some(refused(error))),
+                    answer => answer?,
+                }
+                from += letters.len();
+            }
+            Ok(why)
+        }
     }
+}
+
+fn refused(error: StreamsError) -> String {
+    on_one_line(&error.into())
 }
 
 /// An entry id, `<milliseconds>-<sequence>`, as numbers.

@@ -201,7 +201,7 @@ async fn audit(settings: &Settings) -> anyhow::Result<Option<(OutboxRepository, 
 }
 
 /// Dead letters that have one row of the audit together.
-const AT_ONCE: usize = 100;
+const AT_ONCE: usize = 500;
 
 struct Work<'a> {
     change: Change,

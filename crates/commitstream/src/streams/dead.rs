@@ -1,21 +1,21 @@
 use std::sync::LazyLock;
 
 use chrono::{DateTime, Utc};
-use redis::Script;
+use redis::{Script, Value};
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 
 use super::bury::{FIELDS, buried_key};
+use super::node::Request;
 use super::read::Entry;
 use super::{RETURNED, Streams, StreamsError, dead_stream, group_key};
 
-/// Makes an entry pending again for a group, or a copy of it if the stream has it no more, and remembers that for a day: a second
-/// call changes nothing, even when the event was handled meanwhile. What is refused is refused before the marker is written.
+/// A function that makes an entry pending again for a group, or a copy of it if the stream has it no more, and remembers that for a day: a
+/// second call changes nothing, even when the event was handled meanwhile. What is refused is refused before the marker is written.
 ///
 /// What is pending already is left alone: in a cluster, the consumer that buried it may be about to acknowledge it.
-static RETRY: LazyLock<Script> = LazyLock::new(|| {
-    Script::new(
-        r"
+const DELIVER: &str = r"
+    local function deliver(fields)
         local retried = redis.pcall('GET', KEYS[3])
         if type(retried) == 'table' and retried.err then return retried end
         if retried then return {'before', ''} end
@@ -31,7 +31,7 @@ static RETRY: LazyLock<Script> = LazyLock::new(|| {
             answer = {'entry', ''}
         else
             local add = {'XADD', KEYS[1], '*'}
-            for i = 5, #ARGV do add[#add + 1] = ARGV[i] end
+            for i = 1, #fields do add[#add + 1] = fields[i] end
             local added = redis.pcall(unpack(add))
             if type(added) == 'table' and added.err then return added end
             answer = {'copy', added}
@@ -39,12 +39,52 @@ static RETRY: LazyLock<Script> = LazyLock::new(|| {
         redis.call('SET', KEYS[3], answer[1], 'PX', ARGV[4])
         redis.call('HDEL', KEYS[2], ARGV[2])
         return answer
-        ",
-    )
+    end
+";
+
+/// Where the dead letter is on another node: its fields are given (`ARGV[5]` and on), and it is deleted after that.
+static RETRY: LazyLock<Script> = LazyLock::new(|| {
+    let given = r"
+    local fields = {}
+    for i = 5, #ARGV do fields[#fields + 1] = ARGV[i] end
+    return deliver(fields)
+    ";
+    Script::new(&[DELIVER, given].concat())
+});
+
+/// Where it is beside its stream: the dead letter `ARGV[5]` of the stream KEYS[4], whose last fields are named `ARGV[6]` and on, is deleted
+/// together with its delivery. So no payload leaves Redis, and many can be called for at once.
+/// With its text, since a pipeline loads it before it calls it.
+static RETRY_HERE: LazyLock<(Script, String)> = LazyLock::new(|| {
+    let here = r"
+    local letters = redis.pcall('XRANGE', KEYS[4], ARGV[5], ARGV[5])
+    if letters.err then return letters end
+    if not letters[1] then return {'before', ''} end
+    local fields, own = letters[1][2], #ARGV - 5
+    local of_event = {}
+    for i = 1, #fields - 2 * own do of_event[i] = fields[i] end
+    for i = 1, own do
+        if fields[#of_event + 2 * i - 1] ~= ARGV[5 + i] then return {'empty', ''} end
+    end
+    if #of_event == 0 then return {'empty', ''} end
+    if of_event[#of_event - 1] ~= ARGV[6] or of_event[#of_event] ~= ARGV[1] then
+        of_event[#of_event + 1], of_event[#of_event + 2] = ARGV[6], ARGV[1]
+    end
+    local answer = deliver(of_event)
+    if answer.err or answer[1] == 'pending' then return answer end
+    local deleted = redis.pcall('XDEL', KEYS[4], ARGV[5])
+    if type(deleted) == 'table' then return deleted end
+    return answer
+    ";
+    let text = [DELIVER, here].concat();
+    (Script::new(&text), text)
 });
 
 /// How long a retry is remembered whose dead letter was left behind: a day.
 const MARKER_LIFE_MS: u64 = 86_400_000;
+
+/// Dead letters that one pipeline delivers.
+const RETRIED_AT_ONCE: usize = 200;
 
 const READING: &str = "reading dead letters";
 const RETRYING: &str = "delivering a dead letter again";
@@ -145,12 +185,85 @@ impl Streams {
         self.query("discarding a dead letter", &dead, redis::cmd("XDEL").arg(&dead).arg(dead_id)).await
     }
 
+    /// Deletes dead letters of one stream for good.
+    ///
+    /// # Errors
+    /// Redis is not reachable or refuses.
+    pub async fn discard_dead_letters(&self, stream: &str, dead_ids: &[&str]) -> Result<(), StreamsError> {
+        if dead_ids.is_empty() {
+            return Ok(());
+        }
+        let dead = dead_stream(stream);
+        self.query("discarding dead letters", &dead, redis::cmd("XDEL").arg(&dead).arg(dead_ids)).await
+    }
+
     /// Delivers a dead letter to its group again, and to no other, and removes it then. Calling it again is safe.
     ///
     /// # Errors
     /// [`StreamsError::NoGroup`] and [`StreamsError::EmptyDeadLetter`]; else Redis is not reachable or refuses. The dead letter is still
     /// there then.
     pub async fn retry_dead(&self, letter: &DeadLetter) -> Result<RetriedAs, StreamsError> {
+        if self.is_cluster() {
+            return self.retry_across_nodes(letter).await;
+        }
+        let mut answers = self.retry_here(std::slice::from_ref(letter)).await?;
+        answers.pop().unwrap_or(Ok(RetriedAs::Before))
+    }
+
+    /// The same for any number of dead letters, in their order, with the answer to each.
+    ///
+    /// # Errors
+    /// An outage: some of them may have been delivered. Calling it again is safe.
+    pub async fn retry_dead_letters(&self, letters: &[DeadLetter]) -> Result<Vec<Result<RetriedAs, StreamsError>>, StreamsError> {
+        let mut answers = Vec::with_capacity(letters.len());
+        if self.is_cluster() {
+            for letter in letters {
+                answers.push(match self.retry_across_nodes(letter).await {
+                    Err(error) if error.is_outage() => return Err(error),
+                    answer => answer,
+                });
+            }
+        } else {
+            for letters in letters.chunks(RETRIED_AT_ONCE) {
+                answers.extend(self.retry_here(letters).await?);
+            }
+        }
+        Ok(answers)
+    }
+
+    /// One pipeline, on the one node that there is.
+    async fn retry_here(&self, letters: &[DeadLetter]) -> Result<Vec<Result<RetriedAs, StreamsError>>, StreamsError> {
+        let Some(first) = letters.first() else { return Ok(Vec::new()) };
+        let node = self.node_of(RETRYING, &first.stream).await?;
+        let mut pipeline = redis::pipe();
+        pipeline.ignore_errors();
+        let (script, text) = &*RETRY_HERE;
+        pipeline.cmd("SCRIPT").arg("LOAD").arg(text);
+        for DeadLetter { stream, group, entry, dead_id, .. } in letters {
+            pipeline.cmd("EVALSHA").arg(script.get_hash()).arg(4);
+            pipeline.arg(stream).arg(group_key(stream, group, "failures")).arg(retried_key(stream, group, dead_id));
+            pipeline.arg(dead_stream(stream)).arg(group).arg(entry).arg(RETURNED).arg(MARKER_LIFE_MS).arg(dead_id).arg(&FIELDS);
+        }
+        let replies: Vec<Value> = node.send(RETRYING, Request::Pipeline(&pipeline)).await?;
+        let mut answers = Vec::with_capacity(letters.len());
+        for (letter, reply) in letters.iter().zip(replies.into_iter().skip(1)) {
+            let read = match reply {
+                Value::ServerError(error) => Err(error.into()),
+                reply => redis::from_redis_value::<(String, String)>(reply).map_err(redis::RedisError::from),
+            };
+            answers.push(match read.map_err(|error| node.typed(RETRYING, error)) {
+                Ok((how, detail)) => answered(letter, &how, detail),
+                Err(outage) if outage.is_outage() => {
+                    node.close();
+                    return Err(outage);
+                }
+                Err(refused) => Err(no_group(letter, refused)),
+            });
+        }
+        Ok(answers)
+    }
+
+    async fn retry_across_nodes(&self, letter: &DeadLetter) -> Result<RetriedAs, StreamsError> {
         let DeadLetter { stream, group, entry, dead_id, .. } = letter;
         let dead = dead_stream(stream);
         let Some(mut fields) = self.fields_of_event(&dead, dead_id).await? else { return Ok(RetriedAs::Before) };
@@ -162,30 +275,21 @@ impl Streams {
         if fields.last() != Some(&mark) {
             fields.push(mark);
         }
-        if self.is_cluster() {
-            // First of all: from now on the entry may be buried again.
-            let key = buried_key(stream, group, entry);
-            self.query::<()>(RETRYING, &key, redis::cmd("DEL").arg(&key)).await?;
-        }
+        // First of all: from now on the entry may be buried again.
+        let key = buried_key(stream, group, entry);
+        self.query::<()>(RETRYING, &key, redis::cmd("DEL").arg(&key)).await?;
         let mut call = RETRY.prepare_invoke();
-        call.key(stream).key(group_key(stream, group, "failures")).key(format!("{{{stream}}}:retried:{group}:{dead_id}"));
+        call.key(stream).key(group_key(stream, group, "failures")).key(retried_key(stream, group, dead_id));
         call.arg(group).arg(entry).arg(RETURNED).arg(MARKER_LIFE_MS);
         for (name, value) in &fields {
             call.arg(name.as_slice()).arg(value.as_slice());
         }
-        let (how, detail): (String, String) = match self.invoke(RETRYING, stream, &call).await {
-            Err(StreamsError::Refused { source, .. }) if source.code() == Some("NOGROUP") => {
-                return Err(StreamsError::NoGroup { stream: stream.clone(), group: group.clone() });
-            }
-            answer => answer?,
-        };
-        let retried = match how.as_str() {
-            "pending" => return Ok(RetriedAs::Pending(detail)),
-            "entry" => RetriedAs::Entry,
-            "copy" => RetriedAs::Copy(detail),
-            _ => RetriedAs::Before,
-        };
-        self.discard_dead(stream, dead_id).await.map_err(StreamsError::after_some_were_written)?;
+        let answer: Result<(String, String), _> = self.invoke(RETRYING, stream, &call).await;
+        let (how, detail) = answer.map_err(|error| no_group(letter, error))?;
+        let retried = answered(letter, &how, detail)?;
+        if !matches!(retried, RetriedAs::Pending(_)) {
+            self.discard_dead(stream, dead_id).await.map_err(StreamsError::after_some_were_written)?;
+        }
         Ok(retried)
     }
 
@@ -199,6 +303,33 @@ impl Streams {
         let own = fields.split_off(fields.len().saturating_sub(FIELDS.len()));
         let is_dead_letter = own.iter().map(|(name, _)| name.as_slice()).eq(FIELDS.map(str::as_bytes));
         Ok(Some(if is_dead_letter { fields } else { Vec::new() }))
+    }
+}
+
+/// Key that says how a dead letter was delivered again, in the slot of the stream.
+fn retried_key(stream: &str, group: &str, dead_id: &str) -> String {
+    format!("{{{stream}}}:retried:{group}:{dead_id}")
+}
+
+fn answered(letter: &DeadLetter, how: &str, detail: String) -> Result<RetriedAs, StreamsError> {
+    Ok(match how {
+        "pending" => RetriedAs::Pending(detail),
+        "entry" => RetriedAs::Entry,
+        "copy" => RetriedAs::Copy(detail),
+        "empty" => {
+            let DeadLetter { stream, dead_id, .. } = letter.clone();
+            return Err(StreamsError::EmptyDeadLetter { stream, dead_id });
+        }
+        _ => RetriedAs::Before,
+    })
+}
+
+fn no_group(letter: &DeadLetter, error: StreamsError) -> StreamsError {
+    match error {
+        StreamsError::Refused { source, .. } if source.code() == Some("NOGROUP") => {
+            StreamsError::NoGroup { stream: letter.stream.clone(), group: letter.group.clone() }
+        }
+        error => error,
     }
 }
 

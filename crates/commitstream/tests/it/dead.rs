@@ -269,6 +269,48 @@ async fn groups_are_told_with_their_consumers_and_their_backlog() -> Result<()> 
     Ok(())
 }
 
+/// A retry of many is a pipeline: what comes of each is told, and copies keep the order.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_dead_letters_are_retried_at_once_and_in_order() -> Result<()> {
+    const MANY: usize = 3_000;
+    let world = World::unmigrated()?;
+    let (stream, mut redis) = (world.user_stream(), world.redis().await?);
+    let ids = delivered(&world, 1).await?;
+    let own = ["reason", "no", "attempts", "1", "history", "[]", "dead_at", "2026-01-31T12:00:00Z"];
+    let mut lay = redis::pipe();
+    for n in 0..MANY {
+        // The first is in the hand of c1, and each hundredth of a group that is gone.
+        let group = if n % 100 == 99 { "gone" } else { "mail" };
+        let entry = if n == 0 { ids[0].clone() } else { format!("1-{n}") };
+        lay.cmd("XADD").arg(dead_stream(&stream)).arg(format!("1-{}", n + 1)).arg(&["id", "x", "aggregate_id"]).arg(n);
+        lay.arg(&["group", group, "entry", &entry]).arg(&own);
+    }
+    lay.exec_async(&mut redis).await?;
+    let letters = world.streams.dead_letters(&stream, "0", MANY).await?;
+    let started = std::time::Instant::now();
+    let answers = world.streams.retry_dead_letters(&letters).await?;
+    println!("retried {MANY} dead letters in {:?}", started.elapsed());
+    for (n, answer) in answers.iter().enumerate() {
+        let is_right = match answer {
+            Ok(RetriedAs::Pending(consumer)) => n == 0 && consumer == "c1",
+            Ok(RetriedAs::Copy(_)) => n > 0 && n % 100 != 99,
+            Err(StreamsError::NoGroup { group, .. }) => n % 100 == 99 && group == "gone",
+            _ => false,
+        };
+        assert!(is_right, "{n}: {answer:?}");
+    }
+    assert_eq!((answers.len(), world.streams.len(&dead_stream(&stream)).await?), (MANY, 31));
+    let copies = world.entries(&stream).await?;
+    let order: Vec<usize> = copies[1..].iter().filter_map(|copy| copy.field("aggregate_id")?.parse().ok()).collect();
+    assert_eq!(order, (1..MANY).filter(|n| n % 100 != 99).collect::<Vec<_>>());
+    assert!(copies[1..].iter().all(|copy| copy.field("group") == Some("mail") && copy.field("reason").is_none()));
+    // A second time, nothing more comes of it.
+    assert!(matches!(world.streams.retry_dead_letters(&letters[1..2]).await?.as_slice(), [Ok(RetriedAs::Before)]));
+    world.streams.discard_dead_letters(&stream, &[&letters[0].dead_id, "1-100"]).await?;
+    assert_eq!(world.streams.len(&dead_stream(&stream)).await?, 29);
+    Ok(())
+}
+
 /// The dead letters are on another node than their stream.
 #[tokio::test(flavor = "multi_thread")]
 async fn in_a_cluster_entries_are_buried_and_retried_across_nodes() -> Result<()> {
