@@ -19,4 +19,33 @@ BEGIN
 END
 $$;
 
+-- The streams that relays have written to, by key: only these are trimmed, and looked at for entries that are gone.
+CREATE TABLE outbox_stream (
+    stream        text        NOT NULL PRIMARY KEY,
+    -- How the last look found it: the id of the first entry, where there were others before it; that of the newest entry that was appended; how
+    -- many entries Redis had counted.
+    first_entry   text,
+    last_entry    text,
+    entries_added bigint,
+    looked_at     timestamptz,
+    -- Entries that were appended are gone: since when that is known, and how it showed.
+    lost_at       timestamptz,
+    lost          text
+);
+
+-- Those of the journal, which is read once.
+INSERT INTO outbox_stream (stream) SELECT DISTINCT stream FROM outbox_batch
+WHERE appended > 0 AND stream NOT LIKE '%:dead';
+
+-- Whoever runs relays keeps it.
+DO $$
+DECLARE
+    writer text;
+BEGIN
+    FOR writer IN SELECT DISTINCT CASE grantee WHEN 0 THEN 'PUBLIC' ELSE grantee::regrole::text END
+                  FROM pg_class, aclexplode(relacl) WHERE oid = 'outbox_batch'::regclass AND privilege_type = 'INSERT' LOOP
+        EXECUTE format('GRANT SELECT, INSERT, UPDATE ON outbox_stream TO %s', writer);
+    END LOOP;
+END $$;
+
 INSERT INTO outbox_migration (version) VALUES (9);

@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use commitstream::streams::{Streams, StreamsError};
 
-/// How long they are taken as known: to list them is to walk through all keys of Redis.
-const LISTED_FOR: Duration = Duration::from_secs(60);
+/// How long they are taken as known.
+const LISTED_FOR: Duration = Duration::from_secs(10);
 
 #[derive(Default)]
 pub struct StreamNames {

@@ -1,7 +1,8 @@
 //! Audits outbox and journal against the streams: is every event where it should be, once, and in order?
 //!
 //! The streams are read first, a page at a time, into temporary tables of the session; then PostgreSQL compares these with the
-//! outbox in one snapshot, on its disk. So memory stays bounded on both sides, whatever their size. The outbox is only read.
+//! outbox in one snapshot, on its disk. So memory stays bounded on both sides, whatever their size. The outbox is only read, unless
+//! [`republish`] is called after that.
 //!
 //! Relays, producers and the clean-up may go on meanwhile. None of them makes a finding:
 //!
@@ -13,12 +14,15 @@
 //! * *Trimmed while a stream is read.* What the stream begins with is looked up after its reading.
 //! * *Removed by the clean-up.* Its entry counts as unknown; its journal row, while there is one, still says what was appended.
 
+use std::collections::BTreeSet;
+
+use futures_util::stream::{self, StreamExt};
 use serde::Serialize;
 use sqlx::PgConnection;
 use thiserror::Error;
 
-use crate::outbox::{OutboxError, OutboxRepository};
-use crate::streams::{Entry, Streams, StreamsError};
+use crate::outbox::{EntryLines, OutboxError, OutboxRepository, ReadStream};
+use crate::streams::{Entry, StreamInfo, Streams, StreamsError};
 
 pub use crate::outbox::{Finding, Findings};
 
@@ -26,7 +30,10 @@ pub use crate::outbox::{Finding, Findings};
 const LARGEST_PAGE: usize = 1_000;
 
 /// Entries of the first page of a stream, whose sizes nobody knows yet.
-const FIRST_PAGE: usize = 50;
+const FIRST_PAGE: usize = 20;
+
+/// Streams that are begun to be read at a time: with many short ones, one round trip after the other would take too long.
+const AT_ONCE: usize = 8;
 
 /// What a page should hold, in bytes of fields.
 const PAGE_BYTES: usize = 1 << 20;
@@ -104,9 +111,18 @@ pub enum VerifyError {
     Outbox(#[from] OutboxError),
     #[error(transparent)]
     Streams(#[from] StreamsError),
+    /// Everything would be published again.
+    #[error(
+        "no relay of this outbox is known to have written to this Redis (nothing in the key {key} says so): are REDIS_URL and STREAM_PREFIX ({prefix}) those of the relay? A relay that runs says so within some seconds"
+    )]
+    NotOurRedis { prefix: String, key: String },
+    /// What is missing under this prefix is under another one.
+    #[error("the journal says that some of what is missing is in {stream}: STREAM_PREFIX ({prefix}) is not what it was then")]
+    OtherPrefix { stream: String, prefix: String },
 }
 
-/// Audits the outbox against every stream under the prefix of `streams`, and names the first `named` events of each fault.
+/// Audits the outbox against every stream that it has written to under the prefix of `streams`, and names the first `named` events of each
+/// fault.
 ///
 /// The session must be a direct one, not through a pooler in transaction mode, and its user needs the right to create temporary tables
 /// (`TEMP`, which everybody has by default); so a standby cannot be asked. It takes less than 1 KiB of temporary space there for each entry.
@@ -120,20 +136,31 @@ pub async fn run(
     named: u32,
     mut progress: impl FnMut(Progress),
 ) -> Result<Report, VerifyError> {
-    let began = outbox.begin_audit(connection).await?;
-    let keys = streams.list().await?;
-    let (mut entries, mut total) = (0, 0);
-    for key in &keys {
-        total += streams.len(key).await?;
+    let prefix = streams.stream_of("");
+    let (began, known) = outbox.begin_audit(connection, &prefix).await?;
+    // Those of the high-frequency lane are known in Redis only.
+    let keys: Vec<String> = known.into_iter().chain(streams.list().await?).collect::<BTreeSet<_>>().into_iter().collect();
+    let total = streams.lens(&keys).await?.into_iter().sum();
+    let (mut entries, mut reader) = (0, Reader { outbox, connection, lines: EntryLines::default(), read: Vec::new() });
+    let begin = async |(number, key): (i32, String)| Ok::<_, VerifyError>((number, Beginning::read(streams, &key).await?, key));
+    let mut beginnings = stream::iter((0..).zip(keys)).map(begin).buffered(AT_ONCE);
+    while let Some(beginning) = beginnings.next().await {
+        let (number, beginning, key) = beginning?;
+        let told = |read| progress(Progress::Reading { entries: entries + read, total: u64::max(total, entries + read) });
+        entries += reader.read(streams, number, key, beginning, told).await?;
     }
-    for (number, key) in (0..).zip(&keys) {
-        let told = |read| progress(Progress::Reading { entries: entries + read, total: total.max(entries + read) });
-        entries += read(outbox, connection, streams, number, key, told).await?;
-    }
+    let Reader { mut lines, read, .. } = reader;
+    outbox.note_entries(connection, &mut lines).await?;
     progress(Progress::Comparing { entries });
-    let compared = outbox.compare(connection, began, &streams.stream_of(""), named).await?;
+    let compared = outbox.compare(connection, began, &prefix, &read, named).await?;
+    if compared.missing.count == 0 {
+        // A user that may only read may verify, too.
+        if let Err(error) = outbox.forget_losses(connection, &prefix, began).await {
+            tracing::debug!(%error, "streams are still said to have lost entries");
+        }
+    }
     Ok(Report {
-        streams: keys.len() as u64,
+        streams: read.len() as u64,
         entries,
         published: compared.published,
         pending: compared.pending,
@@ -168,36 +195,114 @@ pub async fn settle(outbox: &OutboxRepository, connection: &mut PgConnection, wh
     Ok(outbox.settle_streamed(connection, who).await?)
 }
 
-/// Reads one stream into the session's temporary tables; returns how many entries that were.
-async fn read(
+/// What can be published again of what the audit before has found missing on this session.
+///
+/// # Errors
+/// [`VerifyError::NotOurRedis`] and [`VerifyError::OtherPrefix`] where nothing should be published again; else a server cannot be asked.
+pub async fn republishable(
     outbox: &OutboxRepository,
     connection: &mut PgConnection,
     streams: &Streams,
-    number: i32,
-    key: &str,
-    mut told: impl FnMut(u64),
 ) -> Result<u64, VerifyError> {
-    // A stream that was deleted since it was listed has nothing that could be read.
-    let Some(before) = streams.info(key).await? else { return Ok(0) };
-    let (mut entries, mut after, mut size) = (0, "0".to_owned(), FIRST_PAGE);
-    loop {
-        let page = streams.between(key, &after, &before.last_id, size).await?;
-        let Some(last) = page.last() else { break };
-        after.clone_from(&last.id);
-        size = next_page(page.len(), page.iter().map(Entry::bytes).sum());
-        // An entry for one group is a dead letter delivered again: its event has, or had, another entry.
-        let first = page.iter().filter(|entry| entry.field("group").is_none());
-        let noted = first.map(|entry| (entry.field("id").and_then(|id| id.parse().ok()), entry.id.as_str()));
-        outbox.note_entries(connection, number, entries, noted).await?;
-        entries += page.len() as u64;
-        told(entries);
+    let prefix = streams.stream_of("");
+    let (events, elsewhere) = outbox.republishable(connection, &prefix).await?;
+    if let Some(stream) = elsewhere {
+        return Err(VerifyError::OtherPrefix { stream, prefix });
     }
-    if let Some(now) = streams.info(key).await? {
-        outbox.note_stream(connection, number, key, now.is_trimmed(), now.first_id.as_deref()).await?;
-    } else {
-        outbox.note_stream(connection, number, key, false, None).await?;
+    let owner = outbox.owner(connection).await?;
+    if events > 0 && !streams.registered().await?.owners.contains_key(&owner.id) {
+        return Err(VerifyError::NotOurRedis { prefix, key: streams.registry_key() });
     }
-    Ok(entries)
+    Ok(events)
+}
+
+/// Makes what the audit before has found missing on this session unsent again: relays publish it, behind what came since. `who` is named in the
+/// audit of deeds. Rows that were changed since the audit are left alone; what has no row any more cannot be published again. Returns how
+/// many events that were.
+///
+/// # Errors
+/// As [`republishable`]; what was made unsent by then stays so.
+pub async fn republish(
+    outbox: &OutboxRepository,
+    connection: &mut PgConnection,
+    streams: &Streams,
+    who: &str,
+) -> Result<u64, VerifyError> {
+    republishable(outbox, connection, streams).await?;
+    let prefix = streams.stream_of("");
+    let (now, _) = outbox.known_streams(connection, &prefix).await?;
+    let events = outbox.republish(connection, who).await?;
+    outbox.forget_losses(connection, &prefix, now).await?;
+    Ok(events)
+}
+
+/// How a stream stood, and its first page. Most streams are over with that.
+struct Beginning {
+    before: Option<StreamInfo>,
+    page: Vec<Entry>,
+    /// How it stood after that, if that was all.
+    after: Option<StreamInfo>,
+}
+
+impl Beginning {
+    async fn read(streams: &Streams, key: &str) -> Result<Self, VerifyError> {
+        let Some(before) = streams.state(key).await? else {
+            return Ok(Self { before: None, page: Vec::new(), after: None });
+        };
+        let page = streams.between(key, "0", &before.last_id, FIRST_PAGE).await?;
+        let after = if page.len() < FIRST_PAGE { streams.state(key).await? } else { None };
+        Ok(Self { before: Some(before), page, after })
+    }
+}
+
+/// Reads streams into the session's temporary tables.
+struct Reader<'a> {
+    outbox: &'a OutboxRepository,
+    connection: &'a mut PgConnection,
+    /// Of any number of streams: each COPY costs as much as some thousand entries.
+    lines: EntryLines,
+    read: Vec<ReadStream>,
+}
+
+impl Reader<'_> {
+    /// Returns how many entries that were.
+    async fn read(
+        &mut self,
+        streams: &Streams,
+        number: i32,
+        key: String,
+        beginning: Beginning,
+        mut told: impl FnMut(u64),
+    ) -> Result<u64, VerifyError> {
+        // A stream that is not there, or no more, has nothing that could be read.
+        let Beginning { before: Some(before), mut page, after: mut now } = beginning else { return Ok(0) };
+        let mut entries = 0;
+        while let Some(last) = page.last() {
+            let after = last.id.clone();
+            for (position, entry) in (entries + 1..).zip(&page) {
+                // An entry for one group is a dead letter delivered again: its event has, or had, another entry.
+                if entry.field("group").is_none() {
+                    self.lines.push(number, position, entry.field("id").and_then(|id| id.parse().ok()), &entry.id);
+                }
+            }
+            if self.lines.bytes() >= PAGE_BYTES {
+                self.outbox.note_entries(self.connection, &mut self.lines).await?;
+            }
+            entries += page.len() as u64;
+            told(entries);
+            if now.is_some() {
+                break;
+            }
+            let size = next_page(page.len(), page.iter().map(Entry::bytes).sum());
+            page = streams.between(&key, &after, &before.last_id, size).await?;
+        }
+        if now.is_none() {
+            now = streams.state(&key).await?;
+        }
+        let trimmed = now.as_ref().is_some_and(StreamInfo::is_trimmed);
+        self.read.push(ReadStream { number, key, trimmed, first: now.and_then(|now| now.first_id) });
+        Ok(entries)
+    }
 }
 
 /// How many entries to read after a page of `entries` with `bytes`: about [`PAGE_BYTES`], but at most twice as many as before.

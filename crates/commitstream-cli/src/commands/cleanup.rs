@@ -7,6 +7,7 @@ use commitstream::config::Settings;
 use commitstream::relay::cleanup::{self, Cleaned};
 use commitstream::streams::{Streams, Trimmed};
 use serde_json::json;
+use sqlx::PgConnection;
 
 use crate::commands::days;
 use crate::context::{self, Context};
@@ -43,7 +44,7 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
     progress.clear();
     let cleaned = cleaned?;
     // What was deleted is told even if Redis is down.
-    let trimmed = trim(&settings, context).await;
+    let trimmed = trim(&settings, &mut connection, context).await;
     let removed = trimmed.as_ref().ok().and_then(|trimmed| trimmed.as_ref()).map(|streams| streams.trimmed);
     if context.output.json {
         let streams = removed.map(|Trimmed { acknowledged, unread }| json!({ "acknowledged": acknowledged, "unread": unread }));
@@ -70,12 +71,13 @@ struct TrimmedStreams {
 }
 
 /// `None` where no Redis is set.
-async fn trim(settings: &Settings, context: &Context) -> anyhow::Result<Option<TrimmedStreams>> {
+async fn trim(settings: &Settings, connection: &mut PgConnection, context: &Context) -> anyhow::Result<Option<TrimmedStreams>> {
     let Some(url) = &settings.redis.url else { return Ok(None) };
     let streams = Streams::new(url, &settings.redis)?;
     let mut all = TrimmedStreams::default();
     let mut failures = Vec::new();
-    cleanup::trim(&streams, &settings.streams, |stream, trimmed| match trimmed {
+    let outbox = context::repository(settings);
+    cleanup::trim(&outbox, connection, &streams, &settings.streams, |stream, trimmed| match trimmed {
         Ok(Trimmed { acknowledged, unread }) => {
             all.trimmed.acknowledged += acknowledged;
             all.trimmed.unread += unread;

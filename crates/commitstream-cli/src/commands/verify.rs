@@ -5,8 +5,11 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use commitstream::verify::{self, Report};
+use commitstream::outbox::OutboxRepository;
+use commitstream::streams::Streams;
+use commitstream::verify::{self, Report, VerifyError};
 use serde::Serialize;
+use sqlx::PgConnection;
 
 use crate::context::{self, Context};
 use crate::output::{Output, Progress, Style, Table, age, count, plural};
@@ -16,9 +19,13 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// Check that every published event is in its stream, once and in order
 ///
-/// Reads all streams, and compares them with the outbox and its journal. It may run beside producers and relays, and changes
-/// nothing; it works in temporary tables of PostgreSQL, so millions of events need little memory but some minutes. Exit code 1
-/// when anything is at fault.
+/// Reads all streams that this outbox has written to, and compares them with the outbox and its journal. It may run beside producers and
+/// relays, and changes nothing; it works in temporary tables of PostgreSQL, so millions of events need little memory but some minutes. Exit
+/// code 1 when anything is at fault.
+///
+/// With --republish --yes, the relay publishes again what is missing, and nothing else: where a stream was deleted, say. Those events come
+/// behind newer ones of their aggregates that are in the stream; among themselves they keep their order. What has no row in the
+/// outbox any more (retentionDays) cannot be published again.
 ///
 /// With --settle, what is unsettled in its own stream is marked as published: after PostgreSQL was restored from a backup, a relay would
 /// send it again. Relays must be paused or stopped. See docs/restore.md.
@@ -29,6 +36,8 @@ Examples:
   commitstream verify --limit 100                          name more of each fault
   commitstream verify --json | jq -r '.missing.first[].event_id'
   commitstream verify --settle                             after a restore, while relays are paused
+  commitstream verify --republish                          show what would be published again
+  commitstream verify --republish --yes                    publish it again
 
 What it tells apart:
   missing       published, and in no stream
@@ -42,10 +51,15 @@ pub struct Args {
     /// Most events of each fault to name
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(0..=100_000))]
     limit: u32,
-
     /// Mark as published what is in its stream and unsettled; relays must be paused or stopped
-    #[arg(long)]
+    #[arg(long, conflicts_with = "republish")]
     settle: bool,
+    /// Publish again what is missing; without --yes, only say how much that is
+    #[arg(long)]
+    republish: bool,
+    /// With --republish: do it
+    #[arg(long, short, requires = "republish")]
+    yes: bool,
 }
 
 pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
@@ -64,8 +78,22 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
     let report = shown(audit, &now).await.context("the audit did not come to its end")?;
     let took = started.elapsed();
     let settled = if args.settle { Some(verify::settle(&outbox, &mut connection, &context::operator()).await?) } else { None };
+    let others = report.faults().iter().any(|(name, findings)| *name != "unsettled" && findings.count > 0);
+    let is_settled = settled == Some(report.unsettled.count) && !others;
+    let republished = if args.republish {
+        let yes = args.yes;
+        Some(Republished { yes, events: republish(&outbox, &mut connection, &streams, yes).await })
+    } else {
+        None
+    };
+    let is_mended = republished.as_ref().is_some_and(|republished| republished.mends(&report));
     if context.output.json {
-        context.output.json(&Answer { ok: report.is_clean(), report: &report, settled })?;
+        context.output.json(&Answer {
+            ok: report.is_clean(),
+            report: &report,
+            settled,
+            republished: republished.as_ref().and_then(done),
+        })?;
     } else {
         let prefix = settings.redis.stream_prefix.as_str();
         context.output.write(&describe(&report, prefix, took, &context.output))?;
@@ -74,10 +102,67 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
                 .output
                 .line(&format!("\nmarked as published, because they are in their streams: {}", plural(settled, "event")))?;
         }
+        if let Some(line) = republished.as_ref().and_then(|republished| republished.describe(&report)) {
+            context.output.line(&format!("\n{line}"))?;
+        }
     }
-    let others = report.faults().iter().any(|(name, findings)| *name != "unsettled" && findings.count > 0);
-    let is_settled = settled == Some(report.unsettled.count) && !others;
-    Ok(if is_settled || report.is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    // What was found is told even if nothing could be done about it.
+    republished.map_or(Ok(0), |republished| republished.events)?;
+    Ok(if report.is_clean() || is_settled || is_mended { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+async fn republish(
+    outbox: &OutboxRepository,
+    connection: &mut PgConnection,
+    streams: &Streams,
+    yes: bool,
+) -> Result<u64, VerifyError> {
+    if yes {
+        verify::republish(outbox, connection, streams, &context::operator()).await
+    } else {
+        verify::republishable(outbox, connection, streams).await
+    }
+}
+
+/// What `--republish` came to: how many events were made unsent again, or would be.
+struct Republished {
+    yes: bool,
+    events: Result<u64, VerifyError>,
+}
+
+impl Republished {
+    /// All that was at fault is on its way.
+    fn mends(&self, report: &Report) -> bool {
+        let is_all = self.events.as_ref().is_ok_and(|events| *events == report.missing.count);
+        self.yes && is_all && report.faults().iter().all(|(name, findings)| *name == "missing" || findings.count == 0)
+    }
+
+    fn describe(&self, report: &Report) -> Option<String> {
+        let events = *self.events.as_ref().ok()?;
+        let missing = report.missing.count;
+        if missing == 0 {
+            return Some("nothing is missing, so nothing has to be published again".to_owned());
+        }
+        let mut text = if self.yes {
+            format!("{} unsent again: a running relay publishes what is missing", plural(events, "event"))
+        } else {
+            format!(
+                "{} would be published again, behind newer ones of their aggregates: `commitstream verify --republish --yes`",
+                plural(events, "event")
+            )
+        };
+        if missing > events {
+            let left = plural(missing - events, "event");
+            text += &format!(
+                "\n{left} cannot be published again: the outbox has no row of them any more, or they were changed meanwhile"
+            );
+        }
+        Some(text)
+    }
+}
+
+fn done(republished: &Republished) -> Option<u64> {
+    republished.events.as_ref().ok().copied().filter(|_| republished.yes)
 }
 
 /// What `--json` prints.
@@ -89,6 +174,9 @@ struct Answer<'a> {
     /// Events that were marked as published.
     #[serde(skip_serializing_if = "Option::is_none")]
     settled: Option<u64>,
+    /// Events that were made unsent again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    republished: Option<u64>,
 }
 
 /// Waits for the audit and tells how far it has come, also during a long statement of PostgreSQL.

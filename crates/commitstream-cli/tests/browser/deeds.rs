@@ -114,6 +114,7 @@ fn dead_letters_are_delivered_again_or_deleted() -> Result<()> {
             "dead_at",
             "2026-01-31T12:00:00Z",
         ];
+        stage.world.note("user")?;
         redis::cmd("XADD").arg(&stream).arg(entry).arg(&event).exec(redis)?;
         redis::cmd("XADD").arg(format!("{stream}:dead")).arg(entry).arg(&event).arg(&own).exec(redis)?;
     }

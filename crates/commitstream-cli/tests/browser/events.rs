@@ -68,6 +68,7 @@ fn what_others_wrote_stays_text() -> Result<()> {
     redis::cmd("DEL").arg(&key_in_the_way).exec(redis)?;
     let entry = ["id", "?", "type", EVIL, "aggregate_type", EVIL, "aggregate_id", EVIL, "payload", &json, "headers", &json];
     let grave = [&entry[..], &["group", EVIL, "entry", "1-0", "reason", EVIL, "attempts", "5"]].concat();
+    world.note(EVIL)?;
     redis::cmd("XADD").arg(&key_in_the_way).arg("*").arg(&entry).exec(redis)?;
     redis::cmd("XADD").arg(format!("{key_in_the_way}:dead")).arg("*").arg(&grave).exec(redis)?;
     redis::cmd("XGROUP").arg(&["CREATE", &key_in_the_way, EVIL, "0"]).exec(redis)?;

@@ -50,6 +50,7 @@ fn no_page_is_wider_than_a_narrow_screen() -> Result<()> {
     let stream = world.user_stream();
     let letter = ["id", "?", "type", &long, "aggregate_type", "user", "aggregate_id", &long, "payload", "{}"];
     let letter = [&letter[..], &["group", &long, "entry", "1-0", "reason", &long, "attempts", "5"]].concat();
+    world.note("user")?;
     redis::cmd("XADD").arg(&stream).arg("*").arg(&letter).exec(redis)?;
     redis::cmd("XADD").arg(format!("{stream}:dead")).arg("*").arg(&letter).exec(redis)?;
     redis::cmd("XGROUP").arg(&["CREATE", &stream, &long, "0"]).exec(redis)?;

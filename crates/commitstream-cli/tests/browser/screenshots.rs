@@ -84,6 +84,7 @@ async fn produce(open: &AtomicBool, url: &str, mut redis: redis::Connection, pre
                UNION ALL SELECT 'PaymentProcessed', 'payment', 'P-' || {n} || '-' || n, '{{"amountCents": 4200}}', '{{}}' FROM generate_series(1, {payments}) n;"#
         );
         connection.execute(sqlx::AssertSqlSafe(sql)).await?;
+        redis::cmd("HSET").arg(format!("{prefix}{{streams}}")).arg("session").arg("").exec(&mut redis)?;
         for session in 0..users {
             let session = session.to_string();
             let event =

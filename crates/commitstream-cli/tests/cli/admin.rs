@@ -237,6 +237,7 @@ fn cleanup_drops_and_makes_days() -> Result<()> {
 fn cleanup_trims_the_streams_where_there_is_a_redis() -> Result<()> {
     let world = World::new()?;
     let mut redis = world.redis()?;
+    world.note("user")?;
     for id in ["1-1", "1-2", "1-3", "1-4"] {
         redis::cmd("XADD").arg(world.user_stream()).arg(id).arg("n").arg(id).exec(&mut redis)?;
     }

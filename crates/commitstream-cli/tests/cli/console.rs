@@ -311,6 +311,8 @@ fn a_page_of_dead_letters_is_bounded() -> Result<()> {
     let user = world.user_stream();
     let other = user.replace("user", "visitor");
     let payload = format!("\"{}\"", "x".repeat(10_000));
+    world.note("user")?;
+    world.note("visitor")?;
     for (stream, letters) in [(&user, 25), (&other, 3)] {
         for n in 1..=letters {
             let mut letter = redis::cmd("XADD");

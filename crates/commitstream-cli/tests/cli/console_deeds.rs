@@ -111,6 +111,7 @@ fn an_act_leads_to_its_outcome() -> Result<()> {
 fn what_became_of_a_dead_letter_is_said_and_written_down() -> Result<()> {
     let world = World::new()?;
     let (stream, redis) = (world.user_stream(), &mut world.redis()?);
+    world.note("user")?;
     for (n, group) in [("1-0", "mail"), ("2-0", "gone")] {
         let event = ["id", EVENT, "type", "T", "aggregate_type", "user", "aggregate_id", "1", "payload", "{}"];
         let event = [&event[..], &["occurred_at", "2026-01-31T12:00:00Z"]].concat();

@@ -15,6 +15,7 @@ fn bury(world: &World, group: &str, event_type: &str, n: u32) -> Result<()> {
     let event = ["id", EVENT, "type", event_type, "aggregate_type", "user", "aggregate_id", &user];
     let event = [&event[..], &["occurred_at", "2026-01-31T12:00:00Z", "payload", r#"{"a": 1}"#]].concat();
     let (consumer, dead) = (["XREADGROUP", "GROUP", group, "c1", "STREAMS", &stream, ">"], format!("{stream}:dead"));
+    world.note("user")?;
     redis::cmd("XADD").arg(&stream).arg(&id).arg(&event).exec(redis)?;
     // It may be there already.
     redis::cmd("XGROUP").arg(&["CREATE", &stream, group, "0"]).exec(redis).ok();

@@ -57,6 +57,7 @@ fn what_failed_is_retried_and_what_is_old_is_cleaned_up() -> Result<()> {
     world.database.psql("UPDATE event_outbox SET published_at = now() - interval '20 days';")?;
     follow(&world, "cleanup", "commitstream cleanup")?;
     let stream = format!("{}old", world.prefix);
+    world.note("old")?;
     let mut redis = world.redis()?;
     for command in [&["XADD", &stream, "1-0", "id", "x"][..], &["XGROUP", "CREATE", &stream, "mail", "0"]] {
         redis::cmd(command[0]).arg(&command[1..]).exec(&mut redis)?;

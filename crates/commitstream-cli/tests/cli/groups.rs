@@ -13,6 +13,7 @@ fn redis(world: &World, command: &[&str]) -> Result<()> {
 fn world_with_groups() -> Result<World> {
     let world = World::unmigrated()?;
     let stream = world.user_stream();
+    world.note("user")?;
     for id in ["1-0", "2-0", "3-0", "4-0"] {
         redis(&world, &["XADD", &stream, id, "id", "x"])?;
     }

@@ -109,6 +109,7 @@ fn events_that_are_given_up_are_counted_and_stand_in_the_backlog_until_somebody_
 fn the_lag_of_a_group_is_exported_whether_a_consumer_is_alive_or_not() -> Result<()> {
     let world = World::new()?;
     let (stream, redis) = (world.user_stream(), &mut world.redis()?);
+    world.note("user")?;
     redis::cmd("XGROUP").arg(&["CREATE", &stream, "mail", "0", "MKSTREAM"]).exec(redis)?;
     // A look each quarter of this.
     let daemon = Daemon::with(&world, &[("HTTP_STALLED_AFTER", "1s")])?;

@@ -96,6 +96,12 @@ impl World {
         Ok(ids)
     }
 
+    /// Makes a stream known that a test writes to by itself, as a publisher does.
+    pub fn note(&self, aggregate_type: &str) -> Result<()> {
+        let key = format!("{}{{streams}}", self.prefix);
+        Ok(redis::cmd("HSET").arg(key).arg(aggregate_type).arg("").exec(&mut self.redis()?)?)
+    }
+
     pub fn user_stream(&self) -> String {
         format!("{}user", self.prefix)
     }

@@ -37,6 +37,7 @@ fn send_many(world: &World, aggregate_type: &str, events: u32) -> Result<()> {
             .arg("{\"a\":\n1}")
             .ignore();
     }
+    world.note(aggregate_type)?;
     Ok(pipeline.exec(&mut world.redis()?)?)
 }
 
@@ -159,6 +160,7 @@ fn lines_for_people() -> Result<()> {
 #[test]
 fn an_entry_that_is_no_event_is_shown_as_such() -> Result<()> {
     let world = World::unmigrated()?;
+    world.note("user")?;
     redis::cmd("XADD").arg(world.user_stream()).arg("1-1").arg("some").arg("thing").exec(&mut world.redis()?)?;
     let event: Value = serde_json::from_str(&world.ok(&["tail", "--no-follow", "--json"])?)?;
     assert_eq!(event["entry_id"], "1-1");

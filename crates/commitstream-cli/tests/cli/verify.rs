@@ -123,6 +123,32 @@ fn faults_are_counted_and_named_and_the_exit_code_says_so() -> Result<()> {
 }
 
 #[test]
+fn what_is_missing_is_shown_and_then_published_again() -> Result<()> {
+    let world = published()?;
+    assert!(world.ok(&["verify", "--republish"])?.ends_with("nothing is missing, so nothing has to be published again\n"));
+    let ids = entries(&world)?;
+    redis::cmd("XDEL").arg(world.user_stream()).arg(&ids[3..7]).exec(&mut world.redis()?)?;
+    let answer = world.run(&["verify", "--republish"])?;
+    let would =
+        "4 events would be published again, behind newer ones of their aggregates: `commitstream verify --republish --yes`";
+    assert_eq!((answer.code, answer.stdout.lines().last()), (Some(1), Some(would)), "{answer:?}");
+    assert_eq!(world.stats()?["pending"], 0, "nothing was done");
+    // One cannot come back: its row was cleaned up.
+    world.database.psql("DELETE FROM event_outbox WHERE seq = (SELECT min(seq) + 3 FROM event_outbox)")?;
+    let answer = world.run(&["verify", "--republish", "--yes"])?;
+    let lines: Vec<_> = answer.stdout.lines().rev().take(2).collect();
+    assert_eq!(lines[1], "3 events unsent again: a running relay publishes what is missing");
+    assert!(lines[0].starts_with("1 event cannot be published again: "), "{answer:?}");
+    assert_eq!((answer.code, &world.stats()?["pending"]), (Some(1), &json!(3)));
+    world.ok(&["relay", "--until-empty"])?;
+    assert_eq!(entries(&world)?.len(), 9);
+    let report = world.run(&["verify", "--republish", "--yes", "--json"])?.json()?;
+    assert_eq!((&report["missing"]["count"], &report["republished"]), (&json!(1), &json!(0)));
+    assert_eq!(world.run(&["verify", "--yes"])?.code, Some(2));
+    Ok(())
+}
+
+#[test]
 fn another_redis_or_prefix_is_suspected_when_there_is_no_stream() -> Result<()> {
     let world = published()?;
     let mut command = world.command(&["verify"]);

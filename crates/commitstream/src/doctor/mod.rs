@@ -16,6 +16,7 @@ mod streams;
 mod tests;
 mod verdict;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -26,9 +27,9 @@ pub use verdict::{Consumers, Flow, Verdict, judge_flow};
 
 use crate::config::Settings;
 use crate::outbox::examine::PostgresFacts;
-use crate::outbox::{OutboxError, OutboxRepository};
+use crate::outbox::{KnownStream, OutboxError, OutboxRepository};
 use crate::streams::examine::RedisFacts;
-use crate::streams::{Streams, StreamsError};
+use crate::streams::{StreamInfo, Streams, StreamsError};
 
 /// How bad it is, in ascending order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -57,7 +58,7 @@ pub struct Finding {
 }
 
 /// Every check, in the order in which they are carried out.
-pub const CHECKS: [&str; 45] = [
+pub const CHECKS: [&str; 47] = [
     "postgres-reachable",
     "postgres-pooler",
     "postgres-version",
@@ -99,9 +100,11 @@ pub const CHECKS: [&str; 45] = [
     "redis-memory",
     "redis-replicas",
     "stream-keys",
+    "neighbours",
     "consumer-groups",
     "dead-letters",
     "trimming",
+    "lost-entries",
     "clocks",
 ];
 
@@ -202,8 +205,23 @@ const CONNECT: Duration = Duration::from_secs(10);
 
 /// Examines both servers at the same time, in some seconds and at most a minute.
 pub async fn examine(settings: &Settings) -> Report {
-    let (postgres, redis) = tokio::join!(ask_postgres(settings), ask_redis(settings));
+    let (postgres, mut redis) = tokio::join!(ask_postgres(settings), ask_redis(settings));
+    if let (Some(Ok(PostgresFacts::Direct(postgres))), Some(Ok(redis))) = (&postgres, &mut redis)
+        && let Some(Ok(known)) = postgres.outbox.as_ref().map(|outbox| &outbox.streams)
+    {
+        // In this order: what the journal has by now is in the streams by then.
+        redis.states = states(settings, known).await;
+    }
     judge(settings, &Facts { postgres, redis })
+}
+
+/// How the streams stand that the outbox knows; those that are asked about before time is up.
+async fn states(settings: &Settings, known: &[KnownStream]) -> BTreeMap<String, Option<StreamInfo>> {
+    let Some(Ok(streams)) = settings.redis.url.as_deref().map(|url| Streams::new(url, &settings.redis)) else {
+        return BTreeMap::new();
+    };
+    let ask = streams.states(known.iter().map(|known| &known.stream));
+    tokio::time::timeout(CONNECT, ask).await.unwrap_or_default()
 }
 
 async fn ask_postgres(settings: &Settings) -> Option<Result<PostgresFacts, OutboxError>> {
@@ -227,6 +245,11 @@ pub fn judge(settings: &Settings, facts: &Facts) -> Report {
     let mut report = Report::default();
     postgres::judge(&mut report, settings, facts.postgres.as_ref());
     redis::judge(&mut report, settings, facts.redis.as_ref());
+    if let (Some(Ok(PostgresFacts::Direct(postgres))), Some(Ok(redis))) = (&facts.postgres, &facts.redis)
+        && let Some(outbox) = &postgres.outbox
+    {
+        streams::judge_with_outbox(&mut report, settings, outbox, redis);
+    }
     report.check("clocks", clocks(facts));
     report.sort();
     report

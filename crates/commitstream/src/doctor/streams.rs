@@ -1,10 +1,13 @@
 //! The streams and who reads them.
 
 use super::advice::{age, quoted, redis_cli};
-use super::{Finding, Report, Severity, finding, note, warning};
+use super::{Finding, Report, Severity, error, finding, note, warning};
 use crate::config::Settings;
-use crate::streams::GroupInfo;
-use crate::streams::examine::{KeyFacts, Place, RedisFacts, StreamFacts};
+use crate::outbox::KnownStream;
+use crate::outbox::examine::OutboxFacts;
+use crate::relay::losses;
+use crate::streams::examine::{KeyFacts, Place, RedisFacts, RegistryFacts, StreamFacts};
+use crate::streams::{GroupInfo, Owner};
 
 /// An entry may be in hand for so long.
 const OLD_ENTRY_MS: u64 = 10 * 60 * 1_000;
@@ -23,6 +26,9 @@ pub(super) fn judge(report: &mut Report, settings: &Settings, facts: &RedisFacts
         // Which streams there are is not known then.
         Err(error) => return report.unknown("stream-keys", error),
     }
+    if let Err(error) = &facts.registry {
+        return report.unknown("consumer-groups", error);
+    }
     match &facts.streams {
         Ok(streams) => {
             consumers(report, place, &streams.iter().flat_map(|stream| &stream.groups).collect::<Vec<_>>());
@@ -38,6 +44,65 @@ pub(super) fn judge(report: &mut Report, settings: &Settings, facts: &RedisFacts
 pub(super) fn consumers(report: &mut Report, place: Option<&Place>, groups: &[&GroupInfo]) {
     report.check("consumer-groups", groups.iter().flat_map(|of| group(place, of)));
     report.check("dead-letters", groups.iter().filter_map(|of| dead_letters(of)));
+}
+
+/// What takes both servers to see: who else writes here, and what is gone.
+pub(super) fn judge_with_outbox(report: &mut Report, settings: &Settings, outbox: &OutboxFacts, redis: &RedisFacts) {
+    match (&outbox.owner, &redis.registry, &redis.keys) {
+        (Ok(owner), Ok(registry), Ok(keys)) => report.check("neighbours", neighbours(settings, owner, registry, keys)),
+        (Err(error), ..) => report.unknown("neighbours", error),
+        (_, Err(error), _) | (.., Err(error)) => report.unknown("neighbours", error),
+    }
+    match &outbox.streams {
+        Ok(known) => report.check("lost-entries", known.iter().filter_map(|known| lost_entries(redis, known))),
+        Err(error) => report.unknown("lost-entries", error),
+    }
+}
+
+fn neighbours(settings: &Settings, owner: &Owner, registry: &RegistryFacts, keys: &KeyFacts) -> Vec<Finding> {
+    let prefix = &settings.redis.stream_prefix;
+    let own_prefix = "give each a redis.streamPrefix of its own, such as shop:, and restart its relays and publishers";
+    let others = registry.registered.others(&owner.id, registry.now_ms).into_iter().map(|other| {
+        warning(
+            format!("another outbox writes to streams under {prefix}, too: {other}"),
+            "consumers get the events of both; a stream is trimmed by the outbox that wrote to it first, and what no outbox writes to by neither",
+            own_prefix,
+        )
+    });
+    let nested = |other: &String| {
+        note(
+            format!("the prefixes {prefix} and {other} of another outbox begin alike"),
+            format!(
+                "each outbox looks after the streams that it writes to and leaves the others alone; relays of earlier builds trim what begins with their prefix"
+            ),
+            own_prefix,
+        )
+    };
+    let foreign = keys.streams.iter().filter(|key| {
+        let of = key.strip_prefix(prefix.as_str()).unwrap_or(key);
+        !registry.registered.types.contains_key(of) && !keys.inner.iter().any(|inner| key.starts_with(inner.as_str()))
+    });
+    let foreign = foreign.map(|key| {
+        note(
+            format!("nobody of this outbox is known to have written to the stream {key}"),
+            "it is neither listed nor trimmed; a publisher that goes straight to streams makes it known when it publishes again",
+            "if it belongs to another program, choose another redis.streamPrefix; if nobody needs it, delete it",
+        )
+    });
+    others.chain(keys.inner.iter().chain(&registry.outer).map(nested)).chain(foreign).collect()
+}
+
+/// What a relay has written down, or what shows now.
+fn lost_entries(redis: &RedisFacts, known: &KnownStream) -> Option<Finding> {
+    let seen = match &known.lost {
+        Some((at, lost)) => format!("{}: {lost} (seen at {})", known.stream, at.format("%Y-%m-%d %H:%M:%S UTC")),
+        None => format!("{}: {}", known.stream, losses::lost(known, redis.states.get(&known.stream)?.as_ref())?),
+    };
+    Some(error(
+        seen,
+        "published events are gone from the stream: it was deleted, renamed or replaced; what only a failover of Redis took, the relay has published again",
+        "commitstream verify --republish, which shows what is missing and publishes it with --yes",
+    ))
 }
 
 fn foreign(settings: &Settings, place: Option<&Place>, keys: &KeyFacts) -> Vec<Finding> {

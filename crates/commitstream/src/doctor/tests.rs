@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::*;
 use crate::outbox::examine::{DirectFacts, Holder, HolderKind, Recorded, Rights, ServerFacts, SizeFacts, TableFacts};
-use crate::streams::examine::{KeyFacts, Place, ServerFacts as RedisServer};
+use crate::streams::examine::{KeyFacts, Place, RegistryFacts, ServerFacts as RedisServer};
 
 fn server() -> ServerFacts {
     ServerFacts {
@@ -52,7 +52,13 @@ fn redis(info: &[(&str, &str)], clock: Clock) -> RedisFacts {
         unknown: Vec::new(),
         unable: None,
     };
-    RedisFacts { servers: vec![server], keys: Ok(KeyFacts::default()), streams: Ok(Vec::new()) }
+    RedisFacts {
+        servers: vec![server],
+        keys: Ok(KeyFacts::default()),
+        registry: Ok(RegistryFacts::default()),
+        streams: Ok(Vec::new()),
+        states: BTreeMap::new(),
+    }
 }
 
 /// Severity and text of what a check found.

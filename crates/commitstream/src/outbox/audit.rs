@@ -50,7 +50,7 @@ pub(crate) struct Compared {
 /// entry when its reading had ended: what came before may have been trimmed while it was read.
 const TABLES: &str = "
 SET LOCAL client_min_messages = warning;
-DROP TABLE IF EXISTS pg_temp.audit_entry, pg_temp.audit_stream, pg_temp.audit_absent, pg_temp.audit_finding;
+DROP TABLE IF EXISTS pg_temp.audit_entry, pg_temp.audit_stream, pg_temp.audit_absent, pg_temp.audit_finding, pg_temp.audit_missing;
 CREATE TEMP TABLE audit_entry (stream int NOT NULL, position bigint NOT NULL, event_id uuid, entry_id text NOT NULL);
 CREATE TEMP TABLE audit_stream (stream int NOT NULL, key text NOT NULL, trimmed boolean NOT NULL, survivor bigint);
 CREATE TEMP TABLE audit_absent (event_id uuid NOT NULL, stream text NOT NULL, aggregate_type text, aggregate_id text, seq bigint,
@@ -62,6 +62,18 @@ CREATE TEMP TABLE audit_finding (kind text NOT NULL, event_id uuid NOT NULL, str
 const PLANNER: &str = "
 SET LOCAL enable_seqscan = on; SET LOCAL enable_bitmapscan = on; SET LOCAL enable_mergejoin = on; SET LOCAL enable_hashjoin = on;
 SET LOCAL work_mem = '64MB'";
+
+/// The keys under the prefix `$1` that events may be in, whatever Redis says of them.
+const STREAMS: &str = "
+SELECT DISTINCT stream FROM {s}.outbox_batch WHERE appended > 0 AND starts_with(stream, $1)
+UNION SELECT stream FROM {s}.outbox_stream WHERE starts_with(stream, $1)
+UNION SELECT DISTINCT $1 || aggregate_type FROM {s}.event_outbox WHERE status = 'PUBLISHED'";
+
+const NOTE_STREAMS: &str = "
+INSERT INTO pg_temp.audit_stream (stream, key, trimmed, survivor)
+SELECT s.stream, s.key, s.trimmed, e.position
+FROM unnest($1::int[], $2::text[], $3::boolean[], $4::text[]) AS s(stream, key, trimmed, first)
+LEFT JOIN pg_temp.audit_entry e ON e.stream = s.stream AND e.entry_id = s.first";
 
 /// Faults of entries. A second entry of an event is `duplicated` and nothing else; the order of an aggregate is judged by its
 /// first entries, those in its own stream before others. The highest `seq` so far is what counts, so that one early event does not put all later ones in the wrong.
@@ -109,12 +121,22 @@ GROUP BY u.id";
 /// Which absent events are missing. Where a stream has lost its beginning, only those are that came after an entry that is still
 /// there: a batch is appended in its order, and what was claimed after an entry was settled was appended after it. All
 /// times are the database's; `since` is the creation of a row that no batch names.
-const MISSING: &str = "
+///
+/// What a relay has seen of the stream decides before that: what was trimmed by its last look (`first_entry`) is not missing though the
+/// stream is gone now, and what was there when the stream was lost is missing though the new one was trimmed.
+const MISSING: &str = r#"
 INSERT INTO pg_temp.audit_finding (kind, event_id, stream, ordinal, aggregate_type, aggregate_id)
 WITH named AS MATERIALIZED (
-    SELECT b.batch_id, b.stream, b.claimed_at, u.id, u.place
+    SELECT b.batch_id, b.stream, b.claimed_at, u.id, u.place,
+           lpad(split_part(b.last_entry, '-', 1), 20, '0') || '-' || lpad(split_part(b.last_entry, '-', 2), 20, '0') COLLATE "C" AS last
     FROM {s}.outbox_batch b CROSS JOIN LATERAL unnest(b.event_ids[1:b.appended]) WITH ORDINALITY AS u(id, place)
-    WHERE b.settled_at IS NOT NULL AND b.stream IN (SELECT key FROM pg_temp.audit_stream WHERE trimmed)
+    WHERE b.settled_at IS NOT NULL AND b.stream IN (
+        SELECT key FROM pg_temp.audit_stream WHERE trimmed
+        UNION ALL SELECT stream FROM {s}.outbox_stream WHERE first_entry IS NOT NULL OR lost_at IS NOT NULL)
+), looked_at AS (
+    SELECT stream AS key, lost_at,
+           lpad(split_part(first_entry, '-', 1), 20, '0') || '-' || lpad(split_part(first_entry, '-', 2), 20, '0') COLLATE "C" AS first
+    FROM {s}.outbox_stream
 ), surviving AS (
     SELECT s.key, s.stream, e.position, e.event_id
     FROM pg_temp.audit_stream s JOIN pg_temp.audit_entry e ON e.stream = s.stream AND e.position >= s.survivor WHERE s.trimmed
@@ -125,17 +147,67 @@ WITH named AS MATERIALIZED (
     SELECT n.batch_id, min(n.place) AS place
     FROM named n JOIN surviving v ON v.event_id = n.id AND v.key = n.stream GROUP BY n.batch_id
 ), dated AS (
-    SELECT a.event_id, min(n.claimed_at) AS claimed_at, bool_or(n.place > r.place) AS follows
+    SELECT a.event_id, min(n.claimed_at) AS claimed_at, bool_or(n.place > r.place) AS follows, max(n.last) AS last
     FROM pg_temp.audit_absent a JOIN named n ON n.id = a.event_id LEFT JOIN reached r USING (batch_id) GROUP BY a.event_id
 )
 SELECT CASE WHEN a.later THEN 'later'
+            WHEN d.last < k.first THEN 'trimmed'
+            WHEN COALESCE(d.claimed_at, a.since) < k.lost_at THEN 'missing'
             WHEN NOT COALESCE(s.trimmed, false) OR d.follows OR COALESCE(d.claimed_at, a.since) > h.published_at THEN 'missing'
             ELSE 'trimmed' END,
        a.event_id, a.stream, a.seq, a.aggregate_type, a.aggregate_id
 FROM pg_temp.audit_absent a
 LEFT JOIN pg_temp.audit_stream s ON s.key = a.stream
 LEFT JOIN horizon h ON h.key = a.stream
-LEFT JOIN dated d ON d.event_id = a.event_id";
+LEFT JOIN looked_at k ON k.key = a.stream
+LEFT JOIN dated d ON d.event_id = a.event_id"#;
+
+/// The rows of what is missing, for [`OutboxRepository::republish`]: as they were when they were compared.
+const REPUBLISHABLE: &str = "
+CREATE TEMP TABLE audit_missing ON COMMIT PRESERVE ROWS AS
+SELECT o.id, o.seq, o.partition_no, o.published_at FROM pg_temp.audit_finding f JOIN {s}.event_outbox o ON o.id = f.event_id
+WHERE f.kind = 'missing' AND o.status = 'PUBLISHED';
+CREATE INDEX ON pg_temp.audit_missing (seq);
+ANALYZE pg_temp.audit_missing";
+
+/// Where the journal says that something missing is in the stream of another prefix, this is the wrong one to look under.
+const ELSEWHERE: &str = "
+SELECT b.stream FROM {s}.outbox_batch b
+WHERE b.settled_at IS NOT NULL AND b.appended > 0 AND NOT starts_with(b.stream, $1)
+  AND EXISTS (SELECT FROM unnest(b.event_ids[1:b.appended]) AS u(id) JOIN pg_temp.audit_missing m ON m.id = u.id)
+LIMIT 1";
+
+/// Relays look the batches of the last minutes up. Where one is missing whole, of a partition, they are told that it is published again: else
+/// they would do it once more if its marker were gone, too.
+const MARK_LOST: &str = "
+WITH recent AS (
+    SELECT b.batch_id, e.partition_no, bool_and(m.id IS NOT NULL) AS whole
+    FROM {s}.outbox_batch b CROSS JOIN LATERAL unnest(b.event_ids[1:b.appended]) AS u(id)
+    JOIN {s}.event_outbox e ON e.id = u.id LEFT JOIN pg_temp.audit_missing m ON m.id = u.id
+    WHERE b.settled_at > statement_timestamp() - interval '1 day' GROUP BY b.batch_id, e.partition_no
+), lost AS (
+    SELECT batch_id, bit_or(1::bigint << partition_no::int) AS partitions FROM recent WHERE whole GROUP BY batch_id
+)
+UPDATE {s}.outbox_batch b SET lost = b.lost | l.partitions FROM lost l WHERE b.batch_id = l.batch_id";
+
+/// One step, in `seq` order: a relay that is quicker than the next step still finds older events first. A row that somebody has changed since is
+/// left alone. An aggregate type that ends in `:dead`, of a time when the table took it, may only wait (migration V8).
+const REPUBLISH: &str = "
+WITH step AS MATERIALIZED (
+    SELECT id, seq, published_at FROM pg_temp.audit_missing WHERE seq > $1 ORDER BY seq LIMIT $2
+), again AS (
+    UPDATE {s}.event_outbox e SET status = 'PENDING', published_at = NULL, retry_count = 0, last_error = NULL,
+        next_retry_at = CASE WHEN e.aggregate_type LIKE '%:dead' THEN statement_timestamp() END
+    FROM step WHERE e.id = step.id AND e.status || '' = 'PUBLISHED' AND e.published_at IS NOT DISTINCT FROM step.published_at
+    RETURNING e.id
+), noted AS (
+    INSERT INTO {s}.outbox_audit (who, action, about, events, event_ids)
+    SELECT $3, 'republish', 'missing from the streams', count(*), array_agg(id) FROM again HAVING count(*) > 0
+)
+SELECT (SELECT count(*) FROM again), (SELECT max(seq) FROM step)";
+
+/// Events of one step.
+const STEP: i64 = 1_000;
 
 const FOUND: &str = "
 SELECT * FROM (
@@ -162,75 +234,60 @@ impl Findings {
 
 impl OutboxRepository {
     /// Makes room for the entries of the streams in temporary tables of the session, and returns the database's time: what is
-    /// published before it was appended before it.
-    pub(crate) async fn begin_audit(&self, connection: &mut PgConnection) -> Result<DateTime<Utc>, OutboxError> {
+    /// published before it was appended before it. With it come the streams that events were published to, as far as is known here.
+    pub(crate) async fn begin_audit(
+        &self,
+        connection: &mut PgConnection,
+        prefix: &str,
+    ) -> Result<(DateTime<Utc>, Vec<String>), OutboxError> {
         let error = self.error("creating temporary tables for the audit");
         let begin = async {
             let mut transaction = connection.begin().await?;
             sqlx::raw_sql(TABLES).execute(&mut *transaction).await?;
+            sqlx::raw_sql(PLANNER).execute(&mut *transaction).await?;
             let now = sqlx::query_scalar("SELECT clock_timestamp()").fetch_one(&mut *transaction).await?;
+            let streams = sqlx::query_scalar(self.sql(STREAMS)).bind(prefix).fetch_all(&mut *transaction).await?;
             transaction.commit().await?;
-            Ok(now)
+            Ok((now, streams))
         };
         begin.await.map_err(error)
     }
 
-    /// Notes entries of a stream, of which `before` were noted already: the id of the event, if the entry has one, and Redis's id.
-    pub(crate) async fn note_entries(
-        &self,
-        connection: &mut PgConnection,
-        stream: i32,
-        before: u64,
-        entries: impl Iterator<Item = (Option<Uuid>, &str)>,
-    ) -> Result<(), OutboxError> {
-        let mut text = String::new();
-        for (position, (event, entry)) in (before + 1..).zip(entries) {
-            let event = event.map_or_else(|| "\\N".to_owned(), |id| id.to_string());
-            text += &format!("{stream}\t{position}\t{event}\t{entry}\n");
-        }
+    /// Notes entries, as [`EntryLines`] has them.
+    pub(crate) async fn note_entries(&self, connection: &mut PgConnection, entries: &mut EntryLines) -> Result<(), OutboxError> {
         let copy = async {
             let mut copy = connection.copy_in_raw("COPY pg_temp.audit_entry FROM STDIN").await?;
-            copy.send(text.as_bytes()).await?;
+            copy.send(entries.0.as_bytes()).await?;
             copy.finish().await
         };
-        copy.await.map_err(self.error("noting entries for the audit")).map(drop)
+        copy.await.map_err(self.error("noting entries for the audit"))?;
+        entries.0.clear();
+        Ok(())
     }
 
-    /// Notes a stream that was read; `first` is Redis's id of its first entry after that.
-    pub(crate) async fn note_stream(
-        &self,
-        connection: &mut PgConnection,
-        stream: i32,
-        key: &str,
-        trimmed: bool,
-        first: Option<&str>,
-    ) -> Result<(), OutboxError> {
-        let sql = "INSERT INTO pg_temp.audit_stream (stream, key, trimmed, survivor)
-                   SELECT $1, $2, $3, (SELECT position FROM pg_temp.audit_entry WHERE stream = $1 AND entry_id = $4)";
-        sqlx::query(sql)
-            .bind(stream)
-            .bind(key)
-            .bind(trimmed)
-            .bind(first)
-            .execute(connection)
-            .await
-            .map_err(self.error("noting a stream for the audit"))
-            .map(drop)
-    }
-
-    /// Compares what was noted with the tables, all in one snapshot, and names the first `named` of each fault.
+    /// Compares what was noted with the tables, all in one snapshot, and names the first `named` of each fault. What is missing is kept for
+    /// [`republish`](Self::republish).
     pub(crate) async fn compare(
         &self,
         connection: &mut PgConnection,
         began: DateTime<Utc>,
         prefix: &str,
+        streams: &[ReadStream],
         named: u32,
     ) -> Result<Compared, OutboxError> {
         let error = self.error("comparing the outbox with the streams");
         let compare = async {
             let mut transaction = connection.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ").await?;
             sqlx::raw_sql(PLANNER).execute(&mut *transaction).await?;
-            sqlx::raw_sql("ANALYZE pg_temp.audit_entry, pg_temp.audit_stream").execute(&mut *transaction).await?;
+            sqlx::raw_sql("ANALYZE pg_temp.audit_entry").execute(&mut *transaction).await?;
+            sqlx::query(NOTE_STREAMS)
+                .bind(streams.iter().map(|stream| stream.number).collect::<Vec<_>>())
+                .bind(streams.iter().map(|stream| stream.key.as_str()).collect::<Vec<_>>())
+                .bind(streams.iter().map(|stream| stream.trimmed).collect::<Vec<_>>())
+                .bind(streams.iter().map(|stream| stream.first.as_deref()).collect::<Vec<_>>())
+                .execute(&mut *transaction)
+                .await?;
+            sqlx::raw_sql("ANALYZE pg_temp.audit_stream").execute(&mut *transaction).await?;
             sqlx::query(self.sql(ENTRIES)).bind(prefix).execute(&mut *transaction).await?;
             sqlx::query(self.sql(ABSENT)).bind(prefix).bind(began).execute(&mut *transaction).await?;
             sqlx::raw_sql("ANALYZE pg_temp.audit_absent").execute(&mut *transaction).await?;
@@ -238,6 +295,7 @@ impl OutboxRepository {
             audit_settle::find(self, &mut transaction, prefix).await?;
             let found = sqlx::query(FOUND).bind(i64::from(named)).fetch_all(&mut *transaction).await?;
             let counts = sqlx::query(self.sql(COUNTS)).fetch_one(&mut *transaction).await?;
+            sqlx::raw_sql(self.sql(REPUBLISHABLE)).execute(&mut *transaction).await?;
             sqlx::raw_sql("DROP TABLE pg_temp.audit_entry, pg_temp.audit_stream, pg_temp.audit_absent, pg_temp.audit_finding")
                 .execute(&mut *transaction)
                 .await?;
@@ -246,6 +304,77 @@ impl OutboxRepository {
         };
         compare.await.map_err(error)
     }
+
+    /// How many events of the last comparison are missing and can be published again, since they have their rows; and a stream with another
+    /// prefix that the journal says some of them are in.
+    pub(crate) async fn republishable(
+        &self,
+        connection: &mut PgConnection,
+        prefix: &str,
+    ) -> Result<(u64, Option<String>), OutboxError> {
+        let doing = "looking at what is missing";
+        let look = async {
+            let mut transaction = connection.begin().await?;
+            sqlx::raw_sql(PLANNER).execute(&mut *transaction).await?;
+            let sql = "SELECT count(*) FROM pg_temp.audit_missing";
+            let events: i64 = sqlx::query_scalar(sql).fetch_one(&mut *transaction).await?;
+            let elsewhere = sqlx::query_scalar(self.sql(ELSEWHERE)).bind(prefix).fetch_optional(&mut *transaction).await?;
+            transaction.commit().await?;
+            Ok((events.unsigned_abs(), elsewhere))
+        };
+        look.await.map_err(self.error(doing))
+    }
+
+    /// Makes what the last comparison found missing unsent again, in steps, as the act of `who`; returns how many events that were.
+    pub(crate) async fn republish(&self, connection: &mut PgConnection, who: &str) -> Result<u64, OutboxError> {
+        let doing = "publishing missing events again";
+        let mark = async {
+            let mut transaction = connection.begin().await?;
+            sqlx::raw_sql(PLANNER).execute(&mut *transaction).await?;
+            sqlx::query(self.sql(MARK_LOST)).execute(&mut *transaction).await?;
+            transaction.commit().await
+        };
+        mark.await.map_err(self.error(doing))?;
+        let (mut events, mut after) = (0, Some(i64::MIN));
+        while let Some(seq) = after {
+            let step: (i64, Option<i64>) = sqlx::query_as(self.sql(REPUBLISH))
+                .bind(seq)
+                .bind(STEP)
+                .bind(who)
+                .fetch_one(&mut *connection)
+                .await
+                .map_err(self.error(doing))?;
+            events += step.0.unsigned_abs();
+            after = step.1;
+        }
+        Ok(events)
+    }
+}
+
+/// Entries of streams, on their way into a temporary table.
+#[derive(Debug, Default)]
+pub(crate) struct EntryLines(String);
+
+impl EntryLines {
+    /// The entry at this position of a stream, from 1: the id of the event, if the entry has one, and Redis's id.
+    pub fn push(&mut self, stream: i32, position: u64, event: Option<Uuid>, entry: &str) {
+        let event = event.map_or_else(|| "\\N".to_owned(), |id| id.to_string());
+        self.0 += &format!("{stream}\t{position}\t{event}\t{entry}\n");
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.0.len()
+    }
+}
+
+/// A stream that was read.
+#[derive(Debug)]
+pub(crate) struct ReadStream {
+    pub number: i32,
+    pub key: String,
+    pub trimmed: bool,
+    /// Redis's id of its first entry after the reading.
+    pub first: Option<String>,
 }
 
 fn compared(found: &[PgRow], counts: &PgRow, named: u32) -> Result<Compared, sqlx::Error> {

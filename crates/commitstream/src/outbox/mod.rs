@@ -31,12 +31,14 @@ mod sequences;
 mod settle;
 mod settle_rows;
 mod stats;
+mod streams;
 mod text;
 mod two_phase;
 mod wake;
 
 pub use admin::{FailedEvent, Selection};
 pub use attempts::MigrationProgress;
+pub(crate) use audit::{EntryLines, ReadStream};
 pub use audit::{Finding, Findings};
 pub use backlog::Backlog;
 pub use blocked::BlockedAggregate;
@@ -61,6 +63,7 @@ pub use sequences::{Continued, SequenceFacts};
 pub use settle::{AfterPublishing, Refusal, Settlement};
 pub use settle_rows::{SettledRows, StuckBatch, StuckRow};
 pub use stats::OutboxStats;
+pub use streams::{KnownStream, StreamLook};
 pub(crate) use wake::{RELAYS_CHANGED, TABLE_REPLACED};
 
 use sqlx::AssertSqlSafe;

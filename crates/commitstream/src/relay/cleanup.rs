@@ -83,25 +83,42 @@ fn days(days: u32) -> Duration {
     Duration::from_secs(u64::from(days) * 86_400)
 }
 
-/// Trims every stream, as the settings say, and tells `report` what came of each. A stream that fails stops no other.
+/// Trims every stream that this outbox looks after, as the settings say, and tells `report` what came of each. A stream that fails stops
+/// no other. Those are what its relays and, while no other outbox has the same prefix, what direct publishers have written to.
 ///
 /// # Errors
-/// Redis cannot be asked for its streams.
+/// PostgreSQL or Redis cannot be asked for the streams.
 pub async fn trim(
+    outbox: &OutboxRepository,
+    connection: &mut PgConnection,
     streams: &Streams,
     settings: &StreamsSettings,
     mut report: impl FnMut(&str, Result<Trimmed, StreamsError>),
-) -> Result<(), StreamsError> {
+) -> Result<(), TrimError> {
     if !settings.trim && settings.max_entries == 0 {
         return Ok(());
     }
     // No entry is as old as that.
     let retention = if settings.trim { days(settings.retention_days) } else { Duration::MAX };
-    for stream in streams.list().await? {
+    let streams = streams.owned_by(outbox.owner(connection).await?);
+    let (_, known) = outbox.known_streams(connection, &streams.stream_of("")).await?;
+    let known: Vec<String> = known.into_iter().map(|known| known.stream).collect();
+    streams.register(&known).await?;
+    for stream in streams.own().await? {
         let trimmed = streams.trim(&stream, retention, settings.max_entries.into()).await;
         report(&stream, trimmed);
     }
     Ok(())
+}
+
+/// Why nothing could be trimmed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TrimError {
+    #[error(transparent)]
+    Outbox(#[from] OutboxError),
+    #[error(transparent)]
+    Streams(#[from] StreamsError),
 }
 
 /// Cleans up now and then every interval, first the tables and then the streams. A failure is logged and tried again at the next
@@ -114,11 +131,14 @@ pub(super) async fn run(outbox: &OutboxRepository, streams: &Streams, settings: 
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         interval.tick().await;
-        let once = async {
-            let mut connection = outbox::connect(url, "commitstream clean-up", settings.database.timeout).await?;
-            run_once(outbox, &mut connection, settings, |_| ()).await
+        let mut connection = match outbox::connect(url, "commitstream clean-up", settings.database.timeout).await {
+            Ok(connection) => connection,
+            Err(error) => {
+                tracing::warn!(%error, "clean-up failed, and will be tried again at the next interval");
+                continue;
+            }
         };
-        match once.await {
+        match run_once(outbox, &mut connection, settings, |_| ()).await {
             Ok(Cleaned { events, batches, inbox, days }) => {
                 if events + batches + inbox > 0 {
                     tracing::info!(events, batches, inbox, "clean-up removed old rows");
@@ -129,7 +149,7 @@ pub(super) async fn run(outbox: &OutboxRepository, streams: &Streams, settings: 
             }
             Err(error) => tracing::warn!(error = %error, "clean-up failed, and will be tried again at the next interval"),
         }
-        if let Err(error) = trim(streams, &settings.streams, log_trimmed).await {
+        if let Err(error) = trim(outbox, &mut connection, streams, &settings.streams, log_trimmed).await {
             tracing::warn!(%error, "trimming failed, and will be tried again at the next interval");
         }
     }

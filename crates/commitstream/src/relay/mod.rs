@@ -25,6 +25,7 @@
 //! | `membership` | heartbeat, giving and taking partitions | PostgreSQL |
 //! | `repair` | open batches of earlier owners, and what a failover of Redis lost | both |
 //! | `settling` | all that has ended at once, or batch by batch and row by row | PostgreSQL |
+//! | `losses` | whether entries are gone behind the relay's back | both |
 //! | `session` | connect, join, recover, run the engine | both |
 //! | `sleep` | the sleep lock: how an idle relay is woken | PostgreSQL |
 //!
@@ -46,6 +47,7 @@ mod cursor;
 pub mod days;
 mod engine;
 mod exceptions;
+pub(crate) mod losses;
 mod markers;
 mod membership;
 mod pipeline;

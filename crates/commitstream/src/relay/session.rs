@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use super::cleanup;
 use super::engine::{Connections, Engine, Parts};
+use super::losses;
 use super::markers::{self, Markers};
 use super::membership::Membership;
 use super::repair::Predecessors;
@@ -66,17 +67,18 @@ impl Relay {
             let mut connection = self.connect("commitstream relay: heartbeat").await?;
             bounded("looking for the outbox tables", self.timeout(), self.outbox.check_migrated(&mut connection)).await?;
             self.has_tables.store(true, Ordering::Relaxed);
+            let owner = bounded("finding out which outbox this is", self.timeout(), self.outbox.owner(&mut connection)).await?;
             let listener = self.listener(&mut connection).await?;
-            Ok::<_, OutboxError>((connection, listener))
+            Ok::<_, OutboxError>((connection, listener, self.streams.owned_by(owner)))
         };
-        let (connection, listener) = tokio::select! {
+        let (connection, listener, streams) = tokio::select! {
             entered = enter => entered?,
             () = self.stopped() => return Ok(()),
         };
         let (outbox, settings, markers) = (self.outbox.clone(), self.settings.clone(), Markers::default());
         let mut membership = Membership::new(outbox, settings, self.reporter.clone(), markers.clone(), connection, news.clone());
         let work_and_leave = async {
-            self.take_part(&mut membership, &markers).await?;
+            self.take_part(&mut membership, &streams, &markers).await?;
             membership.leave().await?;
             // Leaving has brought the last settles to disk.
             let life = self.settings.outbox.processor.settled_marker_life;
@@ -96,7 +98,7 @@ impl Relay {
         }
     }
 
-    async fn take_part(&self, membership: &mut Membership, markers: &Markers) -> Result<(), SessionError> {
+    async fn take_part(&self, membership: &mut Membership, streams: &Streams, markers: &Markers) -> Result<(), SessionError> {
         tokio::select! {
             ready = self.wait_for_redis(membership) => ready?,
             () = self.stopped() => return Ok(()),
@@ -116,7 +118,7 @@ impl Relay {
             }
             let (change, is_paused) = (Notify::new(), membership.is_paused());
             tokio::select! {
-                worked = self.work(lease, is_paused, connections.take(), markers, &change) => connections = worked?,
+                worked = self.work(lease, is_paused, connections.take(), streams, markers, &change) => connections = worked?,
                 error = membership.keep(&change) => return Err(error),
             }
         }
@@ -143,6 +145,7 @@ impl Relay {
         lease: Lease,
         is_paused: bool,
         connections: Option<Connections>,
+        streams: &Streams,
         markers: &Markers,
         change: &Notify,
     ) -> Result<Option<Connections>, SessionError> {
@@ -159,7 +162,7 @@ impl Relay {
         let parts = Parts {
             is_paused,
             outbox: self.outbox.clone(),
-            streams: self.streams.clone(),
+            streams: streams.clone(),
             settings: self.settings.clone(),
             reporter: self.reporter.clone(),
             lease,
@@ -181,7 +184,8 @@ impl Relay {
         }
         tokio::select! {
             ended = engine.run(&self.wake, until) => ended.map(Some),
-            never = cleanup::run(&self.outbox, &self.streams, &self.settings, &self.url) => match never {},
+            never = cleanup::run(&self.outbox, streams, &self.settings, &self.url) => match never {},
+            never = losses::run(&self.outbox, streams, &self.settings, &self.url) => match never {},
         }
     }
 

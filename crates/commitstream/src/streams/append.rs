@@ -143,7 +143,9 @@ impl Streams {
         let events = &events[..count.min(events.len())];
         let command = append_command(batch, predecessors, events, marker_life);
         let call = Request::Large { script: &APPEND, command: &command };
-        let (marker, error, last): (String, String, String) = self.send("appending a batch", stream, call).await?;
+        let noted = self.note_written(std::iter::once(batch.aggregate_type.as_str()));
+        let (answer, ()) = tokio::join!(self.send("appending a batch", stream, call), noted);
+        let (marker, error, last): (String, String, String) = answer?;
         if marker == "lost" {
             return Err(StreamsError::Lost { stream: stream.clone(), marker: error });
         }

@@ -8,6 +8,7 @@ use super::StreamsError;
 use super::cluster::Cluster;
 use super::node::{Node, Request, Way};
 use super::open::Access;
+use super::registry::Registry;
 use super::replicas::Replicas;
 use super::server::Server;
 use crate::config::RedisSettings;
@@ -28,6 +29,7 @@ pub struct Streams {
     servers: Servers,
     /// What the append of a batch waits for.
     pub(super) replicas: Option<Arc<Replicas>>,
+    pub(super) registry: Arc<Registry>,
 }
 
 #[derive(Clone)]
@@ -64,7 +66,8 @@ impl Streams {
         let access = Access { connect, response, block: Duration::ZERO, tls: Arc::new(tls) };
         let servers = Servers::new(&server, access.clone());
         let prefix = settings.stream_prefix.as_str().into();
-        let mut streams = Self { prefix, server: Arc::new(server), access, servers, replicas: None };
+        let (server, registry) = (Arc::new(server), Arc::default());
+        let mut streams = Self { prefix, server, access, servers, replicas: None, registry };
         streams.replicas = Replicas::new(&streams, settings).map(Arc::new);
         Ok(streams)
     }

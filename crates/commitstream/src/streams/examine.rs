@@ -8,8 +8,9 @@ use redis::{Cmd, ConnectionAddr, RedisError, Value};
 
 use super::node::{Node, Request};
 use super::read::escape_glob;
+use super::registry::{REGISTRY, Registered};
 use super::server::split;
-use super::{GroupInfo, Streams, StreamsError};
+use super::{GroupInfo, StreamInfo, Streams, StreamsError};
 use crate::doctor::Clock;
 
 const DOING: &str = "examining Redis";
@@ -29,13 +30,29 @@ const MOST_NAMES: usize = 10_000;
 /// Streams whose groups are looked at.
 const MOST_STREAMS: usize = 100;
 
+/// Streams whose ends are looked at.
+const MOST_STATES: usize = 1_000;
+
 /// Each part is there, or why it is not.
 #[derive(Debug)]
 pub struct RedisFacts {
     /// Every master.
     pub servers: Vec<ServerFacts>,
     pub keys: Result<KeyFacts, StreamsError>,
+    pub registry: Result<RegistryFacts, StreamsError>,
     pub streams: Result<Vec<StreamFacts>, StreamsError>,
+    /// How streams stand that the outbox knows, by key; `None` of one that is not there.
+    pub states: BTreeMap<String, Option<StreamInfo>>,
+}
+
+/// What is noted of the streams under the prefix, and of those beside it.
+#[derive(Debug, Clone, Default)]
+pub struct RegistryFacts {
+    pub registered: Registered,
+    /// Redis's clock.
+    pub now_ms: u64,
+    /// Prefixes of others with which ours begins.
+    pub outer: Vec<String>,
 }
 
 /// One server.
@@ -78,6 +95,8 @@ pub struct KeyFacts {
     pub streams: Vec<String>,
     /// Name and type of the others.
     pub foreign: Vec<(String, String)>,
+    /// Prefixes of others that begin with ours.
+    pub inner: Vec<String>,
     /// There were too many keys to look at them all.
     pub incomplete: bool,
 }
@@ -115,11 +134,43 @@ impl Streams {
             servers.push(self.server_facts(&master).await);
         }
         let keys = self.key_facts().await;
-        let streams = match &keys {
-            Ok(keys) => self.stream_facts(&keys.streams).await,
+        let registry = self.registry_facts().await;
+        let streams = match &registry {
+            Ok(facts) => {
+                let names: Vec<_> = facts.registered.types.keys().map(|of| self.stream_of(of)).collect();
+                self.stream_facts(&names).await
+            }
             Err(_) => Ok(Vec::new()),
         };
-        Ok(RedisFacts { servers, keys, streams })
+        Ok(RedisFacts { servers, keys, registry, streams, states: BTreeMap::new() })
+    }
+
+    async fn registry_facts(&self) -> Result<RegistryFacts, StreamsError> {
+        let (registered, now_ms) = (self.registered().await?, self.now_ms().await?);
+        let mut outer = Vec::new();
+        // Every beginning of the prefix might be one.
+        for (at, _) in self.prefix.char_indices() {
+            let key = format!("{}{REGISTRY}", &self.prefix[..at]);
+            match self.query(DOING, &key, redis::cmd("EXISTS").arg(&key)).await {
+                Ok(true) => outer.push(self.prefix[..at].to_owned()),
+                Ok(false) => {}
+                // Most users may look at their own keys only.
+                Err(StreamsError::Refused { source, .. }) if source.code() == Some("NOPERM") => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(RegistryFacts { registered, now_ms, outer })
+    }
+
+    /// How these streams stand. What cannot be asked is left out.
+    pub(crate) async fn states(&self, streams: impl Iterator<Item = &String>) -> BTreeMap<String, Option<StreamInfo>> {
+        let mut states = BTreeMap::new();
+        for stream in streams.filter(|stream| stream.starts_with(&*self.prefix)).take(MOST_STATES) {
+            if let Ok(state) = self.state(stream).await {
+                states.insert(stream.clone(), state);
+            }
+        }
+        states
     }
 
     async fn server_facts(&self, node: &Node) -> ServerFacts {
@@ -219,7 +270,10 @@ impl Streams {
             words("SET", &[&marker, "x", "XX"]),
             words("PEXPIRE", &[&marker, "1000"]),
             words("TIME", &[]),
-            words("SCAN", &["0", "COUNT", "1"]),
+            words("HGETALL", &[&self.registry_key()]),
+            words("HGET", &[&self.registry_key(), "{nothing}"]),
+            // Of two fields and one value.
+            words("HSET", &[&self.registry_key(), "{nothing}", "x", "{nothing}"]),
             words("XLEN", &[stream]),
             words("XINFO STREAM", &[stream]),
             words("XINFO GROUPS", &[stream]),
@@ -255,6 +309,8 @@ impl Streams {
         facts.streams.dedup();
         facts.foreign.sort();
         facts.foreign.dedup();
+        facts.inner.sort();
+        facts.inner.dedup();
         Ok(facts)
     }
 
@@ -269,6 +325,9 @@ impl Streams {
         let types: Vec<String> = master.send(DOING, Request::Pipeline(&pipeline)).await?;
         for (key, kind) in keys.into_iter().zip(types) {
             match kind.as_str() {
+                "hash" if key.ends_with(REGISTRY) && key != self.registry_key() => {
+                    facts.inner.push(key[..key.len() - REGISTRY.len()].to_owned());
+                }
                 // No name of a stream has one: with an empty prefix, these are the markers.
                 _ if key.contains('{') => {}
                 "stream" if self.without_dead(&key).is_none() => facts.streams.push(key),
@@ -284,7 +343,7 @@ impl Streams {
         let mut facts = Vec::new();
         for stream in streams.iter().take(MOST_STREAMS) {
             let time: (u64, u64) = self.query(DOING, stream, &redis::cmd("TIME")).await?;
-            let Some(info) = self.info(stream).await? else { continue };
+            let Some(info) = self.state(stream).await? else { continue };
             let written = info.first_id.as_deref().and_then(|id| id.split('-').next()?.parse::<u64>().ok());
             facts.push(StreamFacts {
                 first_age_ms: written.map(|written| (time.0 * 1_000 + time.1 / 1_000).saturating_sub(written)),

@@ -4,7 +4,9 @@ use std::sync::LazyLock;
 use redis::{Script, Value, from_redis_value};
 use serde::Serialize;
 
+use super::locate::position;
 use super::node::Request;
+use super::read::StreamInfo;
 use super::{RETURNED, Streams, StreamsError, dead_stream, group_key};
 
 /// A page of a stream without its payloads: the id of its last entry, and what each entry has as the `group` of a dead letter. Redis does
@@ -122,11 +124,12 @@ impl Streams {
         if groups.is_empty() {
             return Ok(Vec::new());
         }
+        let Some(state) = self.state(stream).await? else { return Ok(Vec::new()) };
         let dead = self.dead_by_group(&dead_stream(stream)).await?;
         let mut infos = Vec::with_capacity(groups.len());
         for group in groups {
             let dead = dead.as_ref().map(|counts| counts.get(&group.name).copied().unwrap_or_default());
-            match self.group(stream, group, dead).await {
+            match self.group(stream, &state, group, dead).await {
                 Ok(info) => infos.push(info),
                 // It was destroyed meanwhile.
                 Err(StreamsError::Refused { source, .. }) if source.code() == Some("NOGROUP") => {}
@@ -142,19 +145,33 @@ impl Streams {
     /// Redis is not reachable or refuses.
     pub async fn lags(&self, stream: &str) -> Result<Vec<GroupLag>, StreamsError> {
         let mut lags = Vec::new();
-        for group in self.group_list(stream).await? {
-            let behind = self.behind(stream, &group).await?.unwrap_or(GroupInfo::COUNTED as u64);
+        let groups = self.group_list(stream).await?;
+        if groups.is_empty() {
+            return Ok(lags);
+        }
+        let Some(state) = self.state(stream).await? else { return Ok(lags) };
+        for group in groups {
+            let behind = self.behind(stream, &state, &group).await?.unwrap_or(GroupInfo::COUNTED as u64);
             lags.push(GroupLag { stream: stream.to_owned(), group: group.name, events: behind + group.pending });
         }
         Ok(lags)
     }
 
     /// Entries that were not delivered yet; `None` if they are too many to count.
-    async fn behind(&self, stream: &str, group: &Group) -> Result<Option<u64>, StreamsError> {
-        match group.lag {
-            Some(entries) => Ok(Some(entries)),
-            None => Ok(self.walk(stream, &group.last_delivered).await?.map(|entries| entries.len() as u64)),
+    ///
+    /// What Redis says of it (`lag`) is a wrong number in Redis 7.0 once entries were trimmed unread, or deleted, or the group was set
+    /// back. So it is believed where nothing was ever removed; elsewhere entries are counted, and above the bound it is believed as far
+    /// as it is possible.
+    async fn behind(&self, stream: &str, state: &StreamInfo, group: &Group) -> Result<Option<u64>, StreamsError> {
+        if position(&group.last_delivered) >= position(&state.last_id) {
+            return Ok(Some(0));
         }
+        let possible = group.lag.filter(|lag| *lag <= state.length);
+        if possible.is_some() && !state.is_trimmed() {
+            return Ok(possible);
+        }
+        let counted = self.walk(stream, &group.last_delivered).await?.map(|entries| entries.len() as u64);
+        Ok(counted.or(possible.filter(|lag| *lag > GroupInfo::COUNTED as u64)))
     }
 
     /// The groups of a stream, each with the id of the last entry that was delivered to it.
@@ -170,8 +187,8 @@ impl Streams {
         }
     }
 
-    async fn group(&self, stream: &str, group: Group, dead: Option<u64>) -> Result<GroupInfo, StreamsError> {
-        let behind = self.behind(stream, &group).await?;
+    async fn group(&self, stream: &str, state: &StreamInfo, group: Group, dead: Option<u64>) -> Result<GroupInfo, StreamsError> {
+        let behind = self.behind(stream, state, &group).await?;
         let Group { name, last_delivered, .. } = group;
         let mut look = redis::pipe();
         look.cmd("TIME");

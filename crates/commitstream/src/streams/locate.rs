@@ -139,7 +139,7 @@ impl Streams {
     /// # Errors
     /// Redis is not reachable or refuses.
     pub async fn figures(&self, stream: &str) -> Result<Option<StreamFigures>, StreamsError> {
-        let Some(info) = self.info(stream).await? else { return Ok(None) };
+        let Some(info) = self.state(stream).await? else { return Ok(None) };
         let memory = self.query("measuring a stream", stream, redis::cmd("MEMORY").arg("USAGE").arg(stream)).await;
         let memory = match memory {
             // A user of Redis may not be allowed to ask.
@@ -158,7 +158,7 @@ impl Streams {
 }
 
 /// An entry id as numbers.
-fn position(id: &str) -> (u64, u64) {
+pub(crate) fn position(id: &str) -> (u64, u64) {
     let (millis, sequence) = id.split_once('-').unwrap_or((id, "0"));
     (millis.parse().unwrap_or_default(), sequence.parse().unwrap_or_default())
 }

@@ -17,6 +17,8 @@ mod open;
 mod presence;
 mod publish;
 mod read;
+mod registry;
+#[cfg(feature = "lab")]
 mod remove;
 mod replicas;
 mod sentinel;
@@ -33,11 +35,13 @@ pub(crate) use effects::Effect;
 pub use error::StreamsError;
 pub(crate) use error::is_outage;
 pub use groups::{GroupConsumer, GroupInfo, GroupLag};
+pub(crate) use locate::position;
 pub use locate::{Delivery, GroupDelivery, StreamFigures};
 pub use members::{Cycle, EntryId, Member, Received, Sweep, TakenOver, Takeover};
 pub use presence::Presence;
 pub use publish::NotPublished;
-pub use read::Entry;
+pub use read::{Entry, StreamInfo};
+pub use registry::{Owner, Registered, SharedStream};
 pub use tail::StreamTail;
 pub use trim::{Excess, Trimmed};
 

@@ -54,7 +54,8 @@ impl Streams {
         let mut refused: Vec<(usize, StreamsError)> = Vec::new();
         let mut done = 0;
         for chunk in EventEnvelope::chunks(envelopes, ENTRIES_PER_PIPELINE, BYTES_PER_PIPELINE) {
-            let sent = self.send_chunk(chunk).await;
+            let noted = self.note_written(chunk.iter().map(|envelope| envelope.aggregate_type.as_str()));
+            let (sent, ()) = tokio::join!(self.send_chunk(chunk), noted);
             refused.extend(sent.refused.into_iter().map(|(at, error)| (done + at, error)));
             if let Some(error) = sent.outage {
                 let nothing_was_written = done == 0 && sent.lost.len() == chunk.len();

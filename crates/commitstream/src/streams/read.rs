@@ -1,8 +1,11 @@
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
+use std::sync::LazyLock;
 
+use redis::Script;
 use redis::streams::{StreamId, StreamRangeReply};
 
-use super::{DEAD, Streams, StreamsError};
+use super::node::Request;
+use super::{DEAD, Streams, StreamsError, dead_stream};
 use crate::event::{EventEnvelope, EventError};
 
 /// One entry of a stream.
@@ -45,48 +48,31 @@ impl Entry {
 }
 
 impl Streams {
-    /// The streams of events under the prefix, sorted. Those of dead letters are left out.
-    ///
-    /// # Errors
-    /// Redis is not reachable or refuses.
-    pub async fn list(&self) -> Result<Vec<String>, StreamsError> {
-        let mut streams = self.keys("listing streams").await?;
-        streams.retain(|key| self.without_dead(key).is_none());
-        Ok(streams)
-    }
-
-    /// The streams that have dead letters, or had some, sorted: the events' stream of each, for [`dead_letters`](Self::dead_letters).
+    /// The streams that have dead letters, sorted: the events' stream of each, for [`dead_letters`](Self::dead_letters).
     ///
     /// # Errors
     /// Redis is not reachable or refuses.
     pub async fn dead_streams(&self) -> Result<Vec<String>, StreamsError> {
-        let keys = self.keys("listing dead letters").await?;
-        Ok(keys.iter().filter_map(|key| self.without_dead(key)).map(str::to_owned).collect())
+        let doing = "listing dead letters";
+        let streams = self.list().await?;
+        let mut found = Vec::new();
+        for (node, streams) in self.by_node(doing, streams, |stream| dead_stream(stream)).await? {
+            for streams in streams.chunks(KEYS_AT_ONCE) {
+                let mut look = redis::pipe();
+                for stream in streams {
+                    look.cmd("EXISTS").arg(dead_stream(stream));
+                }
+                let there: Vec<bool> = node.send(doing, Request::Pipeline(&look)).await?;
+                found.extend(streams.iter().zip(there).filter(|(_, there)| *there).map(|(stream, _)| stream.clone()));
+            }
+        }
+        found.sort();
+        Ok(found)
     }
 
     /// Of the key of a stream of dead letters, that of the events' stream. The stream of the aggregate type `dead` is none.
     pub(super) fn without_dead<'a>(&self, key: &'a str) -> Option<&'a str> {
         key.strip_suffix(DEAD).filter(|stream| stream.len() > self.prefix.len())
-    }
-
-    /// Every stream under the prefix, sorted.
-    async fn keys(&self, doing: &'static str) -> Result<Vec<String>, StreamsError> {
-        let pattern = format!("{}*", escape_glob(&self.prefix));
-        let mut found = BTreeSet::new();
-        for master in self.masters(doing).await? {
-            let mut cursor = 0_u64;
-            loop {
-                let mut scan = redis::cmd("SCAN");
-                scan.arg(cursor).arg("MATCH").arg(&pattern).arg("COUNT").arg(1_000).arg("TYPE").arg("stream");
-                let (next, keys): (u64, Vec<String>) = master.query(doing, &scan).await?;
-                found.extend(keys);
-                cursor = next;
-                if cursor == 0 {
-                    break;
-                }
-            }
-        }
-        Ok(found.into_iter().collect())
     }
 
     /// Up to `count` entries after the entry id `after` (`0` is before the first), oldest first.
@@ -124,18 +110,57 @@ impl Streams {
         self.query("measuring a stream", stream, redis::cmd("XLEN").arg(stream)).await
     }
 
-    /// How a stream stands; `None` when there is none.
+    /// Number of entries of each stream, in their order.
+    pub(crate) async fn lens(&self, streams: &[String]) -> Result<Vec<u64>, StreamsError> {
+        let doing = "measuring streams";
+        let mut lens = vec![0; streams.len()];
+        for (node, of_node) in self.by_node(doing, 0..streams.len(), |at| streams[*at].clone()).await? {
+            for of_node in of_node.chunks(KEYS_AT_ONCE) {
+                let mut look = redis::pipe();
+                for at in of_node {
+                    look.cmd("XLEN").arg(&streams[*at]);
+                }
+                let found: Vec<u64> = node.send(doing, Request::Pipeline(&look)).await?;
+                of_node.iter().zip(found).for_each(|(at, len)| lens[*at] = len);
+            }
+        }
+        Ok(lens)
+    }
+
+    /// How a stream stands; `None` when there is none. No payload is sent for it.
     ///
     /// # Errors
     /// Redis is not reachable or refuses.
-    pub(crate) async fn info(&self, stream: &str) -> Result<Option<StreamInfo>, StreamsError> {
-        match self.query("looking at a stream", stream, redis::cmd("XINFO").arg("STREAM").arg(stream)).await {
-            Ok(info) => Ok(Some(info)),
-            Err(StreamsError::Refused { source, .. }) if source.detail() == Some("no such key") => Ok(None),
-            Err(error) => Err(error),
-        }
+    pub(crate) async fn state(&self, stream: &str) -> Result<Option<StreamInfo>, StreamsError> {
+        let found: Vec<(u64, i64, String, String)> = self.invoke("looking at a stream", stream, &STATE.key(stream)).await?;
+        Ok(found.into_iter().next().map(|(length, entries_added, first_id, last_id)| StreamInfo {
+            length,
+            entries_added: u64::try_from(entries_added).ok(),
+            first_id: Some(first_id).filter(|id| !id.is_empty()),
+            last_id,
+        }))
     }
 }
+
+/// Keys that one pipeline asks for.
+const KEYS_AT_ONCE: usize = 500;
+
+/// What `XINFO STREAM` says, without its entries.
+static STATE: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(
+        r"
+        local info = redis.pcall('XINFO', 'STREAM', KEYS[1])
+        if info.err then
+            if string.find(info.err, 'no such key', 1, true) then return {} end
+            return info
+        end
+        local fields = {}
+        for i = 1, #info, 2 do fields[info[i]] = info[i + 1] end
+        local first = fields['first-entry']
+        return {{fields['length'], fields['entries-added'] or -1, first and first[1] or '', fields['last-generated-id']}}
+        ",
+    )
+});
 
 /// `SCAN` matches globs; a prefix may hold characters that mean something there.
 pub(super) fn escape_glob(text: &str) -> String {
@@ -143,33 +168,20 @@ pub(super) fn escape_glob(text: &str) -> String {
 }
 
 /// What Redis says of a stream as a whole.
-#[derive(Debug)]
-pub(crate) struct StreamInfo {
-    pub(super) length: u64,
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamInfo {
+    pub length: u64,
     /// Redis 7 counts them; earlier versions do not.
-    pub(super) entries_added: Option<u64>,
-    pub(crate) first_id: Option<String>,
+    pub entries_added: Option<u64>,
+    pub first_id: Option<String>,
     /// Of the last entry there ever was.
-    pub(crate) last_id: String,
+    pub last_id: String,
 }
 
 impl StreamInfo {
     /// Entries may have been trimmed or deleted. Before Redis 7 nobody knows.
-    pub(crate) fn is_trimmed(&self) -> bool {
+    #[must_use]
+    pub fn is_trimmed(&self) -> bool {
         self.entries_added.is_none_or(|added| added > self.length)
-    }
-}
-
-impl redis::FromRedisValue for StreamInfo {
-    fn from_redis_value(value: redis::Value) -> Result<Self, redis::ParsingError> {
-        let mut fields: HashMap<String, redis::Value> = redis::from_redis_value(value)?;
-        let mut field = |name: &str| fields.remove(name).unwrap_or(redis::Value::Nil);
-        let first: Option<(String, redis::Value)> = redis::from_redis_value(field("first-entry"))?;
-        Ok(Self {
-            length: redis::from_redis_value(field("length"))?,
-            entries_added: redis::from_redis_value(field("entries-added"))?,
-            first_id: first.map(|(id, _)| id),
-            last_id: redis::from_redis_value(field("last-generated-id"))?,
-        })
     }
 }

@@ -8,8 +8,8 @@ const KEYS_PER_STEP: usize = 500;
 const DOING: &str = "removing streams and markers";
 
 impl Streams {
-    /// Removes every stream under the prefix and every marker of one, for good. Meant for demonstrations and tests, which
-    /// have a prefix of their own.
+    /// Removes every key under the prefix and every marker, for good: also those of others whose prefix begins with it. For demonstrations
+    /// and tests, which have a prefix of their own.
     ///
     /// # Errors
     /// Redis is not reachable or refuses; what was removed until then is gone.

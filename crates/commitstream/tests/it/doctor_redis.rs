@@ -130,6 +130,7 @@ async fn groups_that_stand_still_and_dead_letters_are_found() -> Result<()> {
     let redis = Redis::start_with(&HEALTHY)?;
     let world = world(&redis)?;
     for command in [
+        "HSET events:{streams} user nobody",
         "XADD events:user 1-0 id x",
         "XADD events:user 2-0 id x",
         "XGROUP CREATE events:user audit 0",
@@ -156,6 +157,7 @@ async fn groups_that_stand_still_and_dead_letters_are_found() -> Result<()> {
 async fn streams_that_are_not_trimmed_are_found() -> Result<()> {
     let redis = Redis::start_with(&HEALTHY)?;
     let mut world = world(&redis)?;
+    run(&world, "HSET events:{streams} user nobody").await?;
     run(&world, "XADD events:user 1-0 id x").await?;
     only(&examine(&world).await, "trimming", Severity::Note, "the stream events:user goes back ");
     run(&world, "XGROUP CREATE events:user mail 0").await?;

@@ -22,7 +22,10 @@ async fn a_user_without_rights_is_told_which_to_give() -> Result<()> {
     let report = doctor::examine(&settings).await;
     let told = found(&report, "privileges");
     assert_eq!(told.len(), 2, "{told:#?}");
-    assert!(told[0].severity == Severity::Error && told[0].seen.ends_with("(outbox_lease: UPDATE)"), "{told:#?}");
+    assert!(
+        told[0].severity == Severity::Error && told[0].seen.ends_with("(outbox_lease: UPDATE; outbox_stream: INSERT, UPDATE)"),
+        "{told:#?}"
+    );
     let operators = "(outbox_audit: SELECT, INSERT, UPDATE; outbox_pause: INSERT, DELETE)";
     assert!(told[1].severity == Severity::Warning && told[1].seen.ends_with(operators), "{told:#?}");
     mend(&world.settings, told[0])?;

@@ -376,6 +376,7 @@ async fn what_is_confirmed_before_the_outage_does_not_fall_back() -> Result<()> 
     let events: Vec<&dyn DomainEvent> = events.iter().map(|e| e as &dyn DomainEvent).collect();
     publisher.publish_all(&mut world.connect().await?, &events).await?;
 
+    world.note(&["session"]).await?;
     let sent = world.streamed().await?;
     assert!(sent.len() >= 1_000, "{}", sent.len());
     let rows = world.rows().await?;

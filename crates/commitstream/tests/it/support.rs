@@ -156,6 +156,16 @@ impl World {
         Ok(entries.into_iter().map(|(_, fields)| fields).collect())
     }
 
+    /// Makes streams known that a test writes to by itself, as a publisher does.
+    pub async fn note(&self, types: &[&str]) -> Result<()> {
+        let mut note = redis::cmd("HSET");
+        note.arg(self.streams.stream_of("{streams}"));
+        for of in types {
+            note.arg(of).arg("");
+        }
+        Ok(note.exec_async(&mut self.redis().await?).await?)
+    }
+
     pub fn user_stream(&self) -> String {
         self.streams.stream_of("user")
     }

@@ -25,6 +25,7 @@ struct Stream {
 
 impl Stream {
     async fn new(world: &World) -> Result<Self> {
+        world.note(&["user"]).await?;
         Ok(Self { name: world.user_stream(), redis: world.redis().await?, streams: world.streams.clone() })
     }
 
@@ -222,6 +223,9 @@ async fn a_cap_holds_without_a_group_too() -> Result<()> {
 async fn a_stream_that_cannot_be_trimmed_stops_no_other() -> Result<()> {
     let mut world = World::new().await?;
     let mut stream = Stream::new(&world).await?;
+    let mut connection = world.connect().await?;
+    stream.redis.del::<_, ()>(world.streams.stream_of("{streams}")).await?;
+    world.note(&["a", "b", "c"]).await?;
     for name in ["a", "b", "c"] {
         stream.name = world.streams.stream_of(name);
         stream.add_old(0..10).await?;
@@ -231,7 +235,7 @@ async fn a_stream_that_cannot_be_trimmed_stops_no_other() -> Result<()> {
     let user = world.database.name().to_owned();
     let mut acl = redis::cmd("ACL");
     acl.arg("SETUSER").arg(&user).arg("on").arg(">secret").arg("+@all");
-    for name in ["a", "c"] {
+    for name in ["a", "c", "{streams}"] {
         acl.arg(format!("~{}", world.streams.stream_of(name)));
     }
     acl.exec_async(&mut stream.redis).await?;
@@ -239,7 +243,7 @@ async fn a_stream_that_cannot_be_trimmed_stops_no_other() -> Result<()> {
     let address = url.rsplit('@').next().unwrap_or(url).trim_start_matches("redis://");
     let limited = Streams::new(&format!("redis://{user}:secret@{address}"), &world.settings.redis)?;
     let mut seen = Vec::new();
-    cleanup::trim(&limited, &world.settings.streams, |_, trimmed| seen.push(trimmed)).await?;
+    cleanup::trim(&world.outbox, &mut connection, &limited, &world.settings.streams, |_, trimmed| seen.push(trimmed)).await?;
     assert!(
         matches!(&seen[1], Err(error @ StreamsError::Refused { .. }) if error.to_string().contains("permission")),
         "{seen:?}"
@@ -249,10 +253,12 @@ async fn a_stream_that_cannot_be_trimmed_stops_no_other() -> Result<()> {
     redis::cmd("ACL").arg("DELUSER").arg(&user).exec_async(&mut stream.redis).await?;
 
     world.settings.streams.trim = false;
-    cleanup::trim(&world.streams, &world.settings.streams, |_, _| unreachable!("nothing is to be trimmed")).await?;
+    let nothing = |_: &str, _| unreachable!("nothing is to be trimmed");
+    cleanup::trim(&world.outbox, &mut connection, &world.streams, &world.settings.streams, nothing).await?;
     world.settings.streams.max_entries = 2;
     let mut counts = Vec::new();
-    cleanup::trim(&world.streams, &world.settings.streams, |_, trimmed| counts.push(trimmed.unwrap())).await?;
+    let count = |_: &str, trimmed: Result<Trimmed, StreamsError>| counts.push(trimmed.unwrap());
+    cleanup::trim(&world.outbox, &mut connection, &world.streams, &world.settings.streams, count).await?;
     let cut = |acknowledged, unread| Trimmed { acknowledged, unread };
     assert_eq!(counts, [cut(0, 1), cut(7, 1), cut(0, 1)], "only the cap holds");
     Ok(())

@@ -51,6 +51,7 @@ async fn entry(world: &World, place: usize) -> Result<(String, Uuid)> {
 /// Appends the event at this place once more.
 async fn append_again(world: &World, place: usize, stream: &str) -> Result<String> {
     let fields = world.raw_entries("user").await?.swap_remove(place);
+    world.note(&["other"]).await?;
     Ok(world.redis().await?.xadd(stream, "*", &fields).await?)
 }
 

@@ -23,8 +23,9 @@ pub use schema::{Difference, Recorded, Rights, SchemaFacts};
 pub use server::ServerFacts;
 pub use tables::{SizeFacts, TableFacts};
 
-use super::{OutboxError, OutboxRepository, Pause, RelayRow, SequenceFacts};
+use super::{KnownStream, OutboxError, OutboxRepository, Pause, RelayRow, SequenceFacts};
 use crate::doctor::Clock;
+use crate::streams::Owner;
 
 /// Rows are counted up to this; one more means "more".
 pub const COUNTED: i64 = 10_000;
@@ -64,6 +65,9 @@ pub struct OutboxFacts {
     pub failed: Result<FailedFacts, OutboxError>,
     pub history: Result<History, OutboxError>,
     pub open: Result<OpenFacts, OutboxError>,
+    pub owner: Result<Owner, OutboxError>,
+    /// The streams that relays have written to.
+    pub streams: Result<Vec<KnownStream>, OutboxError>,
     pub relays: Result<Vec<RelayRow>, OutboxError>,
     pub pause: Result<Option<Pause>, OutboxError>,
     /// Days without a partition; `None` when the table is not partitioned by day.
@@ -137,6 +141,8 @@ impl OutboxRepository {
             failed: self.failed_facts(connection).await,
             history: self.history(connection).await,
             open: self.open_facts(connection).await,
+            owner: self.owner(connection).await,
+            streams: self.known_streams(connection, "").await.map(|(_, streams)| streams),
             relays: self.relays(connection).await,
             pause: self.paused(connection).await,
             missing_days: self.missing_days(connection).await,

@@ -14,7 +14,7 @@ WITH ours AS (
     SELECT c.oid, c.relname, n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE n.nspname = $1 AND c.relkind IN ('r', 'p')
       AND c.relname IN ('event_outbox', 'outbox_batch', 'outbox_lease', 'outbox_relay', 'event_inbox', 'outbox_audit', 'outbox_migration',
-                        'outbox_pause')
+                        'outbox_pause', 'outbox_stream')
 )
 SELECT 'column', relname || '.' || attname,
        format_type(atttypid, atttypmod) || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END
@@ -56,7 +56,7 @@ FROM (VALUES (true, 'event_outbox', ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE'
              (true, 'outbox_batch', ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']),
              (true, 'outbox_relay', ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']),
              (true, 'outbox_lease', ARRAY['SELECT', 'UPDATE']), (true, 'event_inbox', ARRAY['SELECT', 'DELETE']),
-             (true, 'outbox_pause', ARRAY['SELECT']), (true, 'outbox_migration', ARRAY['SELECT']),
+             (true, 'outbox_stream', ARRAY['SELECT', 'INSERT', 'UPDATE']), (true, 'outbox_pause', ARRAY['SELECT']), (true, 'outbox_migration', ARRAY['SELECT']),
              (false, 'outbox_pause', ARRAY['INSERT', 'DELETE']), (false, 'outbox_audit', ARRAY['SELECT', 'INSERT', 'UPDATE'])
      ) AS needed (of_relay, name, privileges)
 CROSS JOIN LATERAL unnest(privileges) WITH ORDINALITY AS p (privilege, place)
