@@ -72,9 +72,7 @@ fn neighbours(settings: &Settings, owner: &Owner, registry: &RegistryFacts, keys
     let nested = |other: &String| {
         note(
             format!("the prefixes {prefix} and {other} of another outbox begin alike"),
-            format!(
-                "each outbox looks after the streams that it writes to and leaves the others alone; relays of earlier builds trim what begins with their prefix"
-            ),
+            "each outbox looks after the streams that it writes to and leaves the others alone; relays of earlier builds trim what begins with their prefix",
             own_prefix,
         )
     };
