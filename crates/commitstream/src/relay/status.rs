@@ -68,7 +68,7 @@ pub struct RelayStatus {
 }
 
 /// How long a session's failure is told while the next one works.
-const TOLD_FOR: Duration = Duration::from_secs(60);
+const TOLD_FOR: Duration = Duration::from_secs(20);
 
 /// Publishes the status, and logs each change of state once.
 #[derive(Debug, Clone)]
