@@ -43,20 +43,14 @@ impl Inbox {
         }
     }
 
-    /// Only missing or foreign tables are an error: a database that is away is one at each event, and waited for there.
     async fn find(&self) -> Result<(), OutboxError> {
+        let doing = "looking for the inbox";
         let look = async {
-            let mut connection = self.pool.acquire().await.map_err(self.outbox.error("looking for the inbox"))?;
+            let mut connection = self.pool.acquire().await.map_err(self.outbox.error(doing))?;
             self.outbox.find_inbox(&mut connection).await
         };
-        match tokio::time::timeout(self.timeout, look).await {
-            Ok(Err(error)) if error.is_not_migrated() || error.is_denied() => Err(error),
-            Ok(Err(error)) => {
-                tracing::debug!(%error, "could not look for the inbox");
-                Ok(())
-            }
-            Ok(Ok(())) | Err(_) => Ok(()),
-        }
+        let timed_out = OutboxError::Timeout { doing, limit: self.timeout };
+        tokio::time::timeout(self.timeout, look).await.unwrap_or(Err(timed_out))
     }
 
     async fn forget_old(&self) -> Result<u64, OutboxError> {

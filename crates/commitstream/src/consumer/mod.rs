@@ -298,7 +298,11 @@ async fn supervise(begin: impl Fn() -> Arc<Session>, mut start: StartFrom) {
         let session = begin();
         let mut stop = session.stop.clone();
         let started = tokio::time::Instant::now();
-        if let Err(error) = session.find_tables().await {
+        let tables = tokio::select! {
+            tables = session.find_tables() => tables,
+            _ = stop.wait_for(|stop| *stop) => return session.reporter.state(ConsumerState::Stopped),
+        };
+        if let Err(error) = tables {
             session.reporter.trouble(Part::Tables, &chain(&error));
             if !rest(backoff.next(), &mut stop).await {
                 return session.reporter.state(ConsumerState::Stopped);

@@ -1,6 +1,6 @@
 //! One membership in the group of one stream: reads, hands out to workers, acknowledges, takes over from the dead.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -94,11 +94,17 @@ impl Session {
         self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the tables are there that handlers need.
+    /// Whether the tables are there that handlers need. A database that is away is no error here: each event waits for it.
     pub async fn find_tables(&self) -> Result<(), OutboxError> {
-        for handler in self.routes.by_type.values().chain(&self.routes.raw) {
-            if let Some(handler) = self.handlers.get(*handler) {
-                handler.find_tables().await?;
+        let handlers: BTreeSet<usize> = self.routes.by_type.values().chain(&self.routes.raw).copied().collect();
+        for handler in handlers.iter().filter_map(|handler| self.handlers.get(*handler)) {
+            match handler.find_tables().await {
+                Ok(()) => {}
+                Err(error) if error.is_not_migrated() || error.is_denied() => return Err(error),
+                Err(error) => {
+                    tracing::debug!(stream = %self.stream, %error, "could not look for the tables of handlers");
+                    return Ok(());
+                }
             }
         }
         Ok(())

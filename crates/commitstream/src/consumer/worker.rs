@@ -215,6 +215,7 @@ impl Session {
             let item = self.cleared(item).await;
             return back(item, outage_delay());
         }
+        self.reporter.works(Part::Handlers);
         self.reporter.failed();
         let history = self.history(&item, &reason);
         if item.failures + 1 >= self.settings.max_deliveries {

@@ -37,7 +37,7 @@ impl OutboxRepository {
     /// [`OutboxError::NotMigrated`], a denial, or PostgreSQL cannot be asked.
     pub(crate) async fn find_inbox(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
         let sql =
-            "EXPLAIN INSERT INTO {s}.event_inbox (consumer, event_id) VALUES ('doctor', '00000000-0000-7000-8000-000000000000')
+            "EXPLAIN INSERT INTO {s}.event_inbox (consumer, event_id) VALUES ('nobody', '00000000-0000-7000-8000-000000000000')
                    ON CONFLICT (consumer, event_id) DO NOTHING";
         sqlx::query(self.sql(sql)).execute(connection).await.map_err(self.error("looking for the inbox"))?;
         Ok(())
