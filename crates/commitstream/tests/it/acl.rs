@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use commitstream::EventEnvelope;
+use commitstream::config::RedisSettings;
 use commitstream::consumer::{Consumer, Delivery, Handler, HandlerError, WhenUnknown};
 use commitstream::doctor;
 use commitstream::outbox::OutboxRepository;
@@ -14,7 +15,7 @@ use redis::aio::MultiplexedConnection;
 use crate::consumer_book::{GROUP, publish};
 use crate::doctor_report::{found, passes};
 use crate::events::envelope;
-use crate::support::{World, eventually};
+use crate::support::{PATIENCE, World, eventually};
 
 const DOCUMENT: &str = include_str!("../../../../docs/acl.md");
 
@@ -29,7 +30,10 @@ struct Users {
 impl Users {
     async fn new() -> Result<Self> {
         let redis = Redis::start()?;
-        let world = World::on(Sandbox::shared().database()?, &redis.url(), "events:".into())?;
+        let mut world = World::on(Sandbox::shared().database()?, &redis.url(), "events:".into())?;
+        // Of what the tests themselves send: a busy machine takes its time.
+        let patient = RedisSettings { response_timeout: PATIENCE, ..world.settings.redis.clone() };
+        world.streams = Streams::new(&redis.url(), &patient)?;
         world.outbox.migrate(&mut world.connect().await?).await?;
         let mut client = world.redis().await?;
         let rules: Vec<&str> = DOCUMENT.lines().filter(|line| line.starts_with("ACL SETUSER ")).collect();
