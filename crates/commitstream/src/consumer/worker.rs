@@ -83,13 +83,18 @@ impl Session {
             self.brake.release();
         }
         let several = work.items().count() > 1;
+        let failed = result.as_ref().and_then(|result| result.as_ref().err()).filter(|_| several);
+        let as_a_batch = failed.and_then(|error| self.next_as_a_batch(error));
         for (aggregate, items) in work.parts {
             let taken = sizes(&items);
             let outcome = match &result {
                 None => left(items),
                 Some(Ok(())) if is_suspect => self.acquitted(items).await,
                 Some(Ok(())) => Outcome { done: items.iter().map(|item| item.id).collect(), ..Outcome::default() },
-                Some(Err(error)) if several => self.not_as_a_batch(items, error),
+                Some(Err(_)) if several => match as_a_batch {
+                    Some(at) => Outcome { back: items, wait: Some(at), ..Outcome::default() },
+                    None => alone(items),
+                },
                 Some(Err(error)) => match items.into_iter().next() {
                     Some(item) => self.failed(item, error).await,
                     None => Outcome::default(),
@@ -233,20 +238,18 @@ impl Session {
         back(Item { failures, deliveries: failures, history, suspect: false, ..item }, wait)
     }
 
-    /// A batch failed. Where that says nothing about its events, it is tried again as it was; else each is, alone.
-    fn not_as_a_batch(&self, items: Vec<Item>, error: &HandlerError) -> Outcome {
+    /// When a batch that failed is to be tried again as it was, because that says nothing about its events: at one time for all of them,
+    /// or it would fall apart. `None`: each is tried again alone.
+    fn next_as_a_batch(&self, error: &HandlerError) -> Option<Instant> {
         let wait = match error {
             HandlerError::RetryLater { after, .. } | HandlerError::OutcomeUnknown { after, .. } => (*after).min(LONGEST_LATER),
             HandlerError::Failed(error) if is_outage(error.as_ref()) => {
                 self.reporter.trouble(Part::Handlers, &chain(error.as_ref()));
                 outage_delay()
             }
-            HandlerError::Failed(_) | HandlerError::GiveUp { .. } => {
-                let back = items.into_iter().map(|item| Item { alone: true, ..item }).collect();
-                return Outcome { back, ..Outcome::default() };
-            }
+            HandlerError::Failed(_) | HandlerError::GiveUp { .. } => return None,
         };
-        Outcome { back: items, wait: Some(Instant::now() + wait), ..Outcome::default() }
+        Some(Instant::now() + wait)
     }
 
     /// A suspect whose handler came back has killed nobody: the note that was made in advance is taken back.
@@ -335,6 +338,12 @@ impl Session {
 /// Others have it: what stands behind it in this process is theirs as well, and must not overtake it here. The session ends soon.
 fn left(items: Vec<Item>) -> Outcome {
     Outcome { back: items, wait: Some(Instant::now() + LONGEST_LATER), ..Outcome::default() }
+}
+
+/// Each entry of a batch that failed.
+fn alone(items: Vec<Item>) -> Outcome {
+    let back = items.into_iter().map(|item| Item { alone: true, ..item }).collect();
+    Outcome { back, ..Outcome::default() }
 }
 
 /// Until a server that was away is tried again.

@@ -58,9 +58,6 @@ async fn a_program_ends_in_time_though_handlers_hold_all_its_threads() -> Result
     let program = std::env::current_exe()?;
     let arguments = ["--exact", "signals::program_that_is_held", "--nocapture"];
     let mut held = world.start_with(&program.display().to_string(), &arguments, &[(SETTINGS, &settings)])?;
-    for _ in 0..threads {
-        held.logs("holds ").await?;
-    }
     held.logs("a handler holds its thread").await?;
     let begun = Instant::now();
     let ended = held.terminate().await?;
