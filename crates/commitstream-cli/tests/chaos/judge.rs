@@ -151,7 +151,7 @@ async fn miscounted(connection: &mut PgConnection) -> Result<Option<String>> {
 }
 
 /// The number of an event within its aggregate.
-fn number(payload: &str) -> i64 {
+pub fn number(payload: &str) -> i64 {
     #[derive(Deserialize)]
     struct Payload {
         number: i64,

@@ -124,7 +124,7 @@ async fn run(world: &Arc<World>, duration: Duration) -> Result<Report> {
     world.drained(DRAIN_LIMIT).await?;
     world.enter(Phase::Over);
     let watched = watching.await?;
-    consumers::caught_up(world, DRAIN_LIMIT).await?;
+    consumers::caught_up(world, &mut tormented, DRAIN_LIMIT).await?;
     let Stopped { relays, consumers, recoveries } = stop(world, tormented).await?;
 
     let effects = consumers::judge(world).await?;

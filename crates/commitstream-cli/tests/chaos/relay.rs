@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::fs::{self, File};
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
@@ -29,6 +30,9 @@ pub const LONGER_THAN_LEASE_MILLIS: std::ops::Range<u64> = 2_200..5_000;
 
 const BATCH_SIZES: [&str; 5] = ["3", "20", "100", "500", "1000"];
 const POLL_INTERVALS: [&str; 3] = ["50ms", "200ms", "1s"];
+
+/// What `abort` ends a process with.
+const SIGABRT: i32 = 6;
 
 /// A stop takes `shutdownTimeout` and a few time-outs of the servers.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
@@ -107,11 +111,16 @@ impl Relay {
         Ok(())
     }
 
-    /// A daemon that waits for servers does not end by itself. One that has is a finding, and is started again.
+    /// A daemon that waits for servers does not end by itself. One that has is a finding, unless it is a consumer that a poison event
+    /// ended, and is started again.
     pub fn expect_running(&mut self, dice: &mut StdRng) -> Result<()> {
         let child = self.child.as_mut().context("it was started")?;
         if let Some(status) = child.try_wait()? {
-            self.world.findings.add(format!("{self} ended by itself with {status}; see its log"));
+            if self.role == Role::Consumer && status.signal() == Some(SIGABRT) {
+                self.world.faults.count("consumer ended by a poison event");
+            } else {
+                self.world.findings.add(format!("{self} ended by itself with {status}; see its log"));
+            }
             self.ended();
             self.start(dice)?;
         }
