@@ -5,14 +5,15 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use commitstream::EventEnvelope;
+use commitstream::config::RedisSettings;
 use commitstream::consumer::{Delivery, Handler, HandlerError, WhenUnknown};
 use commitstream::relay::RelayState;
-use commitstream::streams::{Trimmed, dead_stream};
+use commitstream::streams::{Streams, Trimmed, dead_stream};
 use commitstream_sandbox::{Redis, Sandbox};
 use redis::aio::MultiplexedConnection;
 
 use crate::consumer_book::{Book, GROUP, start};
-use crate::support::{World, eventually};
+use crate::support::{PATIENCE, World, eventually};
 
 const EVENTS: u32 = 3_000;
 const AGGREGATES: u32 = 50;
@@ -65,6 +66,9 @@ async fn a_full_redis_is_read_empty_and_trimmed_and_the_relay_goes_on() -> Resul
     let redis = Redis::start()?;
     let mut world = World::on(Sandbox::shared().database()?, &redis.url(), "events:".into())?;
     world.settings.consumer.claim_idle = Duration::from_secs(2);
+    // Of what the test itself sends: a busy machine takes its time.
+    let own = RedisSettings { connect_timeout: PATIENCE, response_timeout: PATIENCE, ..world.settings.redis.clone() };
+    world.streams = Streams::new(&redis.url(), &own)?;
     world.outbox.migrate(&mut world.connect().await?).await?;
     let (stream, mut client) = (world.user_stream(), world.redis().await?);
     let create = ["CREATE", &stream, GROUP, "0", "MKSTREAM"];
