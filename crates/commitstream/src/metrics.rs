@@ -91,6 +91,13 @@ pub const METRICS: &[Metric] = &[
         "Events that Redis had acknowledged and lost, and that were made unsent again.",
     ),
     metric(PARTITIONS, Kind::Gauge, Unit::Count, &[], "Of the 64 partitions, those that this relay works on."),
+    metric(
+        WAITING,
+        Kind::Gauge,
+        Unit::Count,
+        &[],
+        "Streams that this relay cannot append to (a key of another type, a missing permission, a server that is away) and tries again; the others go on.",
+    ),
     metric(STATE, Kind::Gauge, Unit::Count, &["state"], "1 for the state that this relay is in, 0 for the others."),
     metric(
         BACKLOG,
@@ -152,6 +159,7 @@ const FAILURES: &str = "commitstream_failures_total";
 const PREVENTED: &str = "commitstream_duplicates_prevented_total";
 const REPUBLISHED: &str = "commitstream_republished_events_total";
 const PARTITIONS: &str = "commitstream_partitions";
+const WAITING: &str = "commitstream_waiting_streams";
 const STATE: &str = "commitstream_relay_state";
 const BACKLOG: &str = "commitstream_backlog_events";
 const OLDEST: &str = "commitstream_oldest_unpublished_age_seconds";
@@ -241,6 +249,7 @@ pub(crate) struct RelayMetrics {
     pub prevented: Counter,
     pub republished: Counter,
     pub partitions: Gauge,
+    pub waiting: Gauge,
     states: Vec<(&'static str, Gauge)>,
 }
 
@@ -261,6 +270,7 @@ impl RelayMetrics {
             prevented: counter!(PREVENTED),
             republished: counter!(REPUBLISHED),
             partitions: gauge!(PARTITIONS),
+            waiting: gauge!(WAITING),
             states: states.map(|state| (state, gauge!(STATE, "state" => state))).into(),
         }
     }

@@ -55,6 +55,8 @@ pub async fn readyz(State(shared): State<Shared>) -> impl IntoResponse {
 fn live(status: &RelayStatus, stalled: Option<Duration>) -> Health {
     match (&status.state, stalled) {
         (RelayState::Stopped, _) => Health::new(status, false, "the relay has ended"),
+        // A restart does not help a stream that waits for somebody to act.
+        (RelayState::Active, Some(_)) if status.waiting.is_some() => Health::new(status, true, waits(status)),
         (RelayState::Active, Some(stalled)) => {
             let reason = format!("events are due, and none was settled for {} s", stalled.as_secs());
             Health::new(status, false, reason)
@@ -63,8 +65,13 @@ fn live(status: &RelayStatus, stalled: Option<Duration>) -> Health {
     }
 }
 
+fn waits(status: &RelayStatus) -> &str {
+    status.waiting.as_deref().unwrap_or_default()
+}
+
 fn ready(status: &RelayStatus) -> Health {
     match &status.state {
+        RelayState::Active if status.waiting.is_some() => Health::new(status, true, waits(status)),
         RelayState::Active => Health::new(status, true, "publishing, or waiting for events"),
         RelayState::Standby => Health::new(status, true, "both servers can be used; other relays have all partitions"),
         RelayState::Paused => Health::new(status, true, "an operator has paused publishing"),

@@ -14,7 +14,7 @@ fn a_failure_is_retried_and_published() -> Result<()> {
     stage.enter(PASSWORD)?;
     browser.open("/failures")?;
     let group = browser.text("#groups tbody tr")?;
-    assert!(group.contains("UserCreated") && group.contains("WRONGTYPE"), "{group}");
+    assert!(group.contains("UserCreated") && group.contains("too large"), "{group}");
 
     // One of them, from its own page.
     browser.click("#groups tbody a")?;

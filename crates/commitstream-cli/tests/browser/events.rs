@@ -56,16 +56,14 @@ fn what_others_wrote_stays_text() -> Result<()> {
     let json = serde_json::to_string(EVIL)?;
     let key_in_the_way = format!("{}{EVIL}", world.prefix);
     let redis = &mut world.redis()?;
-    redis::cmd("SET").arg(&key_in_the_way).arg("in the way").exec(redis)?;
     world.database.psql(&format!(
-        "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, headers)
-         VALUES ('{EVIL}', '{EVIL}', '{EVIL}', '{{\"x\": {json}}}', '{{\"h\": {json}}}');
+        "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, headers, status, last_error)
+         VALUES ('{EVIL}', '{EVIL}', '{EVIL}', '{{\"x\": {json}}}', '{{\"h\": {json}}}', 'FAILED', 'no');
          INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, headers, status, last_error, retry_count, next_retry_at)
          VALUES ('{EVIL}', 'user', '{EVIL}', '{{\"x\": {json}}}', '{{\"h\": {json}}}', 'FAILED', '{EVIL}', 1, NULL),
                 ('{EVIL}', 'blocked', '{EVIL}', '{{}}', '{{}}', 'PENDING', '{EVIL}', 1, now() + interval '1 hour');"
     ))?;
     stage.until("failed", 2)?;
-    redis::cmd("DEL").arg(&key_in_the_way).exec(redis)?;
     let entry = ["id", "?", "type", EVIL, "aggregate_type", EVIL, "aggregate_id", EVIL, "payload", &json, "headers", &json];
     let grave = [&entry[..], &["group", EVIL, "entry", "1-0", "reason", EVIL, "attempts", "5"]].concat();
     world.note(EVIL)?;

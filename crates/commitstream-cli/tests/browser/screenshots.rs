@@ -130,13 +130,10 @@ impl commitstream::consumer::Handler<EventEnvelope> for Work {
 
 /// Events that Redis or the relay refuses.
 fn trouble(world: &World) -> Result<()> {
-    let redis = &mut world.redis()?;
-    for stream in ["invoice", "shipment"] {
-        redis::cmd("SET").arg(format!("{}{stream}", world.prefix)).arg("left by an old version").exec(redis)?;
-    }
     world.database.psql(
-        r#"INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload)
-           SELECT CASE WHEN n % 5 = 0 THEN 'InvoiceCancelled' ELSE 'InvoiceIssued' END, 'invoice', '2026-' || (1000 + n), jsonb_build_object('totalCents', n * 990) FROM generate_series(1, 23) n;
+        r#"INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, status, retry_count, last_error)
+           SELECT CASE WHEN n % 5 = 0 THEN 'InvoiceCancelled' ELSE 'InvoiceIssued' END, 'invoice', '2026-' || (1000 + n), jsonb_build_object('totalCents', n * 990),
+                  'FAILED', 3, 'Elements are too large to be stored' FROM generate_series(1, 23) n;
            INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload)
            SELECT 'CatalogueImported', 'catalogue', 'spring', jsonb_build_object('items', repeat('x', 1200000)) FROM generate_series(1, 2);"#,
     )?;
@@ -146,8 +143,10 @@ fn trouble(world: &World) -> Result<()> {
 /// Events that wait for another attempt, with others of their aggregate behind them.
 fn more_trouble(world: &World) -> Result<()> {
     world.database.psql(
-        "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload)
-         SELECT CASE WHEN n <= 6 THEN 'ShipmentPacked' ELSE 'ShipmentSent' END, 'shipment', 'S-' || (500 + n % 6), '{}' FROM generate_series(1, 17) n;",
+        "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, retry_count, next_retry_at, last_error)
+         SELECT CASE WHEN n <= 6 THEN 'ShipmentPacked' ELSE 'ShipmentSent' END, 'shipment', 'S-' || (500 + n % 6), '{}',
+                CASE WHEN n <= 6 THEN 1 ELSE 0 END, now() + interval '1 hour', CASE WHEN n <= 6 THEN 'Elements are too large to be stored' END
+         FROM generate_series(1, 17) n;",
     )?;
     Ok(())
 }

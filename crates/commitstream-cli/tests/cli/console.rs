@@ -108,7 +108,7 @@ fn each_page_is_there_with_data_and_without() -> Result<()> {
         ("", "Events flow".to_owned()),
         ("/events", "UserCreated".to_owned()),
         ("/events?status=PUBLISHED&type=UserCreated", "user 4".to_owned()),
-        ("/failures", "WRONGTYPE".to_owned()),
+        ("/failures", "too large".to_owned()),
         ("/streams", world.user_stream()),
         ("/streams", "mail".to_owned()),
     ] {

@@ -199,7 +199,7 @@ fn a_refused_event_shows_in_its_span_and_in_the_log() -> Result<()> {
     let (world, receiver) = (World::new()?, Receiver::start()?);
     let parent = "traceparent=00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
     world.ok(&["publish", "--type", "UserCreated", "--aggregate-type", "user", "--aggregate-id", "u7", "--header", parent])?;
-    redis::cmd("SET").arg(world.user_stream()).arg("in the way").exec(&mut world.redis()?)?;
+    world.database.psql("UPDATE event_outbox SET payload = jsonb_build_object('fill', repeat('x', 2000000));")?;
     let mut command = world.command(&["relay", "--until-empty", "--json"]);
     command.env("OTEL_EXPORTER_OTLP_ENDPOINT", &receiver.endpoint).env("OUTBOX_MAX_RETRIES", "0");
     let answer = finish(command)?;
@@ -208,7 +208,7 @@ fn a_refused_event_shows_in_its_span_and_in_the_log() -> Result<()> {
     let spans = receiver.take();
     let [Received { span, .. }] = spans.as_slice() else { panic!("{} spans", spans.len()) };
     let status = span.status.as_ref().context("it has a status")?;
-    assert!(status.code() == StatusCode::Error && status.message.contains("WRONGTYPE"), "{status:?}");
+    assert!(status.code() == StatusCode::Error && status.message.contains("too large"), "{status:?}");
 
     let line = answer.stderr.lines().find(|line| line.contains("event FAILED")).context("the log says so")?;
     let entry: Value = serde_json::from_str(line)?;

@@ -113,6 +113,9 @@ fn relays(settings: &Settings, all: &[RelayRow], alive: &[&RelayRow], backlog: O
     }
     let partly = alive.iter().filter(|relay| relay.state != "unable").filter_map(|relay| Some((relay, relay.reason.as_ref()?)));
     let partly = partly.map(|(relay, reason)| {
+        if reason.contains(WAITS) {
+            return waits(relay, reason);
+        }
         warning(
             format!("the relay on {} (pid {}) says: {reason}", relay.host, relay.pid),
             "it goes on with what it can; no event is sent twice for it, and none is lost",
@@ -138,6 +141,27 @@ fn last_reason(all: &[RelayRow]) -> Option<String> {
     let last = all.iter().min_by_key(|relay| relay.heartbeat_age_ms)?;
     let reason = last.reason.as_ref()?;
     Some(format!("the last one, on {} (pid {}), said {} ago: {reason}", last.host, last.pid, age(last.heartbeat_age_ms)))
+}
+
+/// What a relay says of streams that it cannot append to.
+const WAITS: &str = " wait";
+
+/// A stream that cannot be appended to. The reason names the key and what Redis says of it.
+fn waits(relay: &RelayRow, reason: &str) -> Finding {
+    let mend = if reason.contains("WRONGTYPE") {
+        "rename that key, or delete it if nobody needs it; what else stands in the way: see stream-keys"
+    } else if reason.contains("NOPERM") || reason.contains("can't run this command") {
+        "give the user of REDIS_URL this command and these keys; what else it lacks: see redis-permissions"
+    } else if reason.contains("exhausted") {
+        "the ids of the stream have come to the last: RENAME the stream when its consumers have read it, and a new one begins"
+    } else {
+        "fix what it names; to look again: commitstream relays"
+    };
+    error(
+        format!("the relay on {} (pid {}) cannot append to a stream: {reason}", relay.host, relay.pid),
+        "its events wait, in order; none becomes FAILED, other streams go on, and so does this one when the cause is gone",
+        mend,
+    )
 }
 
 fn start_relay(settings: &Settings) -> &'static str {

@@ -140,8 +140,8 @@ fn lacking(server: &ServerFacts) -> Vec<Finding> {
     let unknown = (!server.unknown.is_empty()).then(|| {
         error(
             format!("Redis at {} does not know {}", server.name, server.unknown.join(", ")),
-            "events are FAILED, or streams are not trimmed",
-            "take its rename-command out of redis.conf and restart it, or use Redis 6.2 or newer; then: commitstream failed retry --all",
+            "events wait, or streams are not trimmed",
+            "take its rename-command out of redis.conf and restart it, or use Redis 6.2 or newer",
         )
     });
     denied(server).into_iter().chain(unknown).collect()
@@ -162,9 +162,9 @@ fn denied(server: &ServerFacts) -> Option<Finding> {
     (words.len() > 3).then(|| {
         error(
             format!("this user may not {} at {}", lacks.join(", nor "), server.name),
-            "events are FAILED with NOPERM, or streams are not trimmed",
+            "events wait (NOPERM), or streams are not trimmed",
             format!(
-                "{} (as an administrator, with the user of REDIS_URL; all that it needs is in docs/acl.md); then: commitstream failed retry --all",
+                "{} (as an administrator, with the user of REDIS_URL; all that it needs is in docs/acl.md)",
                 redis_cli(server.place.as_ref(), &[&words])
             ),
         )

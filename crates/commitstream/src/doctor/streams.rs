@@ -107,9 +107,9 @@ fn foreign(settings: &Settings, place: Option<&Place>, keys: &KeyFacts) -> Vec<F
     let foreign = keys.foreign.iter().map(|(key, kind)| {
         warning(
             format!("the key {key} is a {kind}, not a stream"),
-            "events of this aggregate type are refused (WRONGTYPE) and FAILED; if the key belongs to another program, choose another redis.streamPrefix",
+            "events of this aggregate type wait (WRONGTYPE) until the key is gone; if it belongs to another program, choose another redis.streamPrefix",
             // The braces keep it in its slot.
-            redis_cli(place, &[&["RENAME", key, &format!("was-{{{key}}}")]]) + " && commitstream failed retry --all",
+            redis_cli(place, &[&["RENAME", key, &format!("was-{{{key}}}")]]),
         )
     });
     let prefix = &settings.redis.stream_prefix;

@@ -1,3 +1,4 @@
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
@@ -39,6 +40,10 @@ pub struct ClaimRequest {
     pub max_payload_bytes: i64,
     /// Stream keys are this and the aggregate type.
     pub stream_prefix: String,
+    /// Events of these aggregate types are left where they are.
+    pub left_out: Vec<String>,
+    /// Behind `after`, no event with a higher `seq` is looked at.
+    pub up_to: i64,
 }
 
 /// What a claim found.
@@ -128,6 +133,8 @@ pub struct OutboxEvent {
 /// * `n` and `running` number the events and add their bytes up, in the one pass in which they are read in order: sorting rows with
 ///   payloads, and joining them with their batches, cost more than reading them. The claim is cut off by bytes, and into batches by
 ///   number: one journal row for each stream in each `batch_size` events.
+/// * What is left out is looked at and passed over, so a claim that leaves something out is bounded by `seq` as well: up to `$19`. The first
+///   unsent `seq` behind that comes with the answer, and is where the next claim goes on.
 /// * The rows of the answer are what the claim saw (`H`), the batches (`B`), and events: claimed (`E`), made waiting (`W`) or passed
 ///   over (`S`).
 const CLAIM: &str = "
@@ -140,7 +147,7 @@ WITH open AS MATERIALIZED (
     SELECT c.*, count(*) FILTER (WHERE NOT blocked) OVER w AS n,
            sum(LEAST(payload_bytes, $13::int)) FILTER (WHERE NOT blocked) OVER w AS running
     FROM (
-        (SELECT {event} WHERE e.status IN ('PENDING', 'PROCESSING') AND e.seq > $5 AND (NOT $15 OR {settled}) AND {claimable}
+        (SELECT {event} WHERE e.status IN ('PENDING', 'PROCESSING') AND e.seq > $5 AND e.seq <= $19 AND (NOT $15 OR {settled}) AND {claimable}
          ORDER BY e.seq LIMIT $10)
         UNION ALL
         (SELECT late.* FROM (
@@ -187,7 +194,8 @@ SELECT 'H' AS kind, count(*) = 0 OR (SELECT held FROM lease) AS held,
                     ELSE ('commitstream: ' || changed || ' of ' || meant || ' rows changed')::bigint::text END FROM rows, now) AS snapshot, count(*) AS looked_at, max(n) AS n,
        max(seq) AS seq, NULL::uuid AS id, NULL AS event_type, NULL AS aggregate_type, NULL AS aggregate_id,
        NULL::timestamptz AS occurred_at, NULL::int AS retry_count, NULL::int AS payload_bytes, NULL::boolean AS was_waiting,
-       NULL AS payload, '' AS headers
+       (SELECT e.seq::text FROM {s}.event_outbox e WHERE e.status IN ('PENDING', 'PROCESSING') AND e.seq > $19 ORDER BY e.seq LIMIT 1) AS payload,
+       '' AS headers
 FROM candidates
 UNION ALL
 SELECT 'B', NULL, NULL, NULL, chunk, (extract(epoch FROM clock_timestamp() - oldest) * 1000000)::bigint, batch_id, NULL, aggregate_type, NULL, NULL, NULL, NULL, NULL, NULL, '' FROM batches
@@ -216,7 +224,7 @@ const EVENT: &str =
       OR ({held})) AS blocked
     FROM {s}.event_outbox e";
 
-const CLAIMABLE: &str = "($4::bigint >> e.partition_no::int) & 1 = 1
+const CLAIMABLE: &str = "($4::bigint >> e.partition_no::int) & 1 = 1 AND e.aggregate_type NOT IN (SELECT unnest($18::text[]))
     AND (cardinality($16::text[]) = 0 OR NOT EXISTS (
         SELECT FROM unnest($16, $17::text[]) AS back(type, id) WHERE back.type = e.aggregate_type AND back.id = e.aggregate_id))
     AND (e.next_retry_at IS NULL OR (e.next_retry_at <= statement_timestamp() AND NOT ({held}) AND NOT EXISTS (
@@ -259,6 +267,8 @@ impl OutboxRepository {
             .bind(request.looks_back)
             .bind(request.kept_back.iter().map(|(aggregate_type, _)| aggregate_type.as_str()).collect::<Vec<_>>())
             .bind(request.kept_back.iter().map(|(_, aggregate_id)| aggregate_id.as_str()).collect::<Vec<_>>())
+            .bind(&request.left_out)
+            .bind(request.up_to)
             .fetch(connection);
         let mut answer = Answer::default();
         let begun = Instant::now();
@@ -273,12 +283,14 @@ impl OutboxRepository {
 #[derive(Default)]
 struct Answer {
     claim: Claim,
-    /// The number of each batch, as its events have it.
-    numbers: Vec<i64>,
+    /// Where each batch is, by its aggregate type and the number that its events have.
+    batches: HashMap<String, HashMap<i64, usize>>,
     looked_at: i64,
     /// Of these, how many might have been claimed but for the bounds.
     claimable: i64,
     last_looked_at: Option<i64>,
+    /// The first unsent `seq` behind the bound.
+    beyond: Option<i64>,
     claimed: i64,
 }
 
@@ -291,17 +303,20 @@ impl Answer {
                 self.looked_at = row.try_get(column::LOOKED_AT)?;
                 self.claimable = row.try_get::<Option<i64>, _>(column::N)?.unwrap_or(0);
                 self.last_looked_at = row.try_get(column::SEQ)?;
+                let beyond: Option<&str> = row.try_get(column::PAYLOAD)?;
+                self.beyond = beyond.and_then(|seq| seq.parse().ok());
             }
             "B" => {
-                self.numbers.push(row.try_get(column::N)?);
-                self.claim.batches.push(batch_of(row, stream_prefix, begun)?);
+                let batch = batch_of(row, stream_prefix, begun)?;
+                let chunks = self.batches.entry(batch.aggregate_type.clone()).or_default();
+                chunks.entry(row.try_get(column::N)?).or_insert(self.claim.batches.len());
+                self.claim.batches.push(batch);
             }
             "E" => {
                 let (number, of): (i64, _) = (row.try_get(column::N)?, readable_type(row)?);
-                let mut batches = self.claim.batches.iter_mut().zip(&self.numbers);
-                let batch = batches.find(|(batch, is)| **is == number && batch.aggregate_type == of);
                 // PostgreSQL answers a UNION ALL branch by branch, so an event comes after its batch.
-                let (batch, _) = batch.ok_or(sqlx::Error::RowNotFound)?;
+                let at = self.batches.get(&of).and_then(|chunks| chunks.get(&number)).ok_or(sqlx::Error::RowNotFound)?;
+                let batch = self.claim.batches.get_mut(*at).ok_or(sqlx::Error::RowNotFound)?;
                 batch.events.push(event_of(row)?);
                 self.claimed += 1;
             }
@@ -319,7 +334,8 @@ impl Answer {
         claim.cut_at = if self.claimable > self.claimed {
             claim.last_seq()
         } else {
-            self.last_looked_at.filter(|_| self.looked_at >= max_events)
+            let cut = self.last_looked_at.filter(|_| self.looked_at >= max_events);
+            cut.or(self.beyond.map(|next| next - 1))
         };
         claim
     }

@@ -1,4 +1,4 @@
-//! Step 2 of the protocol for one batch: append, and find out what came of it, however long that takes.
+//! Step 2 of the protocol for one batch: one attempt to append it. When to try again is the pipeline's decision.
 
 use std::sync::Arc;
 
@@ -7,129 +7,150 @@ use tokio::time::Instant;
 use super::chain::Behind;
 use super::retry;
 use super::status::Reporter;
-use crate::backoff::Backoff;
+use crate::chain::chain;
 use crate::config::Settings;
 use crate::event::EventError;
 use crate::outbox::{Batch, OutboxEvent, Refusal};
-use crate::streams::{Appended, DEAD, Marker, Streams, StreamsError};
+use crate::streams::{Appended, DEAD, Marker, StreamRefusal, Streams, StreamsError};
 
-/// How an append ended.
+/// A batch on its way to its stream.
+pub struct Attempt {
+    pub batch: Batch,
+    /// An earlier attempt may have been carried out.
+    pub unknown: bool,
+    #[cfg(feature = "otel")]
+    spans: Option<crate::trace::Sending>,
+}
+
+impl Attempt {
+    pub fn first(batch: Batch) -> Self {
+        #[cfg(feature = "otel")]
+        let spans = Some(crate::trace::Sending::start(&batch));
+        Self {
+            batch,
+            unknown: false,
+            #[cfg(feature = "otel")]
+            spans,
+        }
+    }
+}
+
+/// Why a stream cannot get on. It is nobody's event.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trouble {
+    pub reason: String,
+    /// A server is at fault, not this stream.
+    pub of_server: bool,
+}
+
+impl From<&StreamsError> for Trouble {
+    fn from(error: &StreamsError) -> Self {
+        Self { reason: chain(error), of_server: error.is_of_server() }
+    }
+}
+
+impl From<&StreamRefusal> for Trouble {
+    fn from(refusal: &StreamRefusal) -> Self {
+        Self { reason: refusal.error.clone(), of_server: refusal.outage }
+    }
+}
+
+/// How a batch ended.
+#[derive(Debug, Clone, Default)]
+pub struct Outcome {
+    pub appended: usize,
+    pub last_entry: Option<String>,
+    pub refusals: Vec<Refusal>,
+    /// What stopped it after the events that were appended.
+    pub trouble: Option<Trouble>,
+}
+
+/// How an attempt ended.
 pub enum Ended {
-    Known {
-        batch: Batch,
-        appended: usize,
-        last_entry: Option<String>,
-        refusals: Vec<Refusal>,
-    },
+    Known(Batch, Outcome),
+    /// The same batch is to be tried again: nothing of it was written, or nobody knows.
+    Waits(Attempt, Trouble),
     /// Redis has lost a batch that went before this one.
     Lost(StreamsError),
     /// The marker says aborted: another relay has taken over and will send these events.
     TakenOver,
 }
 
-/// Appends one batch behind what must stand before it. During an outage it keeps trying the same batch; no attempt is counted.
-pub async fn append(streams: Streams, settings: Arc<Settings>, reporter: Reporter, batch: Batch, behind: Behind) -> Ended {
-    #[cfg(feature = "otel")]
-    let spans = crate::trace::Sending::start(&batch);
-    let ended = run(streams, settings, reporter, batch, behind).await;
-    #[cfg(feature = "otel")]
-    if let Ended::Known { batch, appended, refusals, .. } = &ended {
-        spans.end(batch, *appended, refusals);
-    }
-    ended
-}
-
-async fn run(streams: Streams, settings: Arc<Settings>, reporter: Reporter, batch: Batch, behind: Behind) -> Ended {
+/// Tries once to append a batch behind what must stand before it.
+pub async fn append(
+    streams: Streams,
+    settings: Arc<Settings>,
+    reporter: Reporter,
+    mut attempt: Attempt,
+    behind: Behind,
+) -> Ended {
+    let batch = &attempt.batch;
     if batch.aggregate_type.ends_with(DEAD) {
-        let refusals = never_to_be_sent(&batch);
-        return Ended::Known { batch, appended: 0, last_entry: None, refusals };
+        let refusals = never_to_be_sent(batch);
+        return known(attempt, Outcome { refusals, ..Outcome::default() });
     }
     // What cannot be sent ends the batch there, so that what the marker counts stays a prefix.
     let sendable = batch.events.iter().take_while(|e| e.payload.is_some()).count();
-    let outcome = if sendable == 0 {
+    let answer = if sendable == 0 {
         Ok(Appended { marker: Marker::Appended(0), last_entry: None, refusal: None })
     } else {
-        until_known(&streams, &settings, &reporter, &batch, &behind, sendable).await
+        once(&streams, &settings, &reporter, &attempt, &behind, sendable).await
     };
-    let appended = match outcome {
+    let appended = match answer {
         Ok(appended) => appended,
+        // The script looks for the batch's own marker first, so an earlier call has written nothing either.
         Err(lost @ StreamsError::Lost { .. }) => return Ended::Lost(lost),
-        Err(refused) => {
-            let error = refused.to_string();
-            let refusals = refusals(&batch.events, |_| error.clone(), &settings);
-            return Ended::Known { batch, appended: 0, last_entry: None, refusals };
+        Err(error) => {
+            crate::metrics::redis_failed(&error);
+            attempt.unknown |= matches!(error, StreamsError::OutcomeUnknown { .. } | StreamsError::NotReplicated { .. });
+            return Ended::Waits(attempt, Trouble::from(&error));
         }
     };
     let Marker::Appended(count) = appended.marker else { return Ended::TakenOver };
-    let count = count.min(sendable);
-    let refused = match appended.refusal {
-        Some(refusal) if refusal.outage => Vec::new(),
-        Some(refusal) if refusal.whole_stream => refusals(&batch.events[count..], |_| refusal.error.clone(), &settings),
-        Some(refusal) => refusals(batch.events.get(count..=count).unwrap_or_default(), |_| refusal.error.clone(), &settings),
-        None if count == sendable && sendable < batch.events.len() => unsendable(&batch.events[count..], &settings),
-        None => Vec::new(),
-    };
-    Ended::Known { batch, appended: count, last_entry: appended.last_entry, refusals: refused }
+    let outcome = outcome(batch, count.min(sendable), sendable, appended, &settings);
+    known(attempt, outcome)
 }
 
-/// Repeats the append until Redis says what became of the batch. An error means that the call itself was refused, and that
-/// no earlier call can have written anything.
-async fn until_known(
+async fn once(
     streams: &Streams,
     settings: &Settings,
     reporter: &Reporter,
-    batch: &Batch,
+    attempt: &Attempt,
     behind: &Behind,
     sendable: usize,
 ) -> Result<Appended, StreamsError> {
+    crash_window!("before-append");
+    let began = Instant::now();
     let life = settings.outbox.processor.marker_life;
-    let mut backoff = Backoff::default();
-    let mut unknown = false;
-    let mut in_outage = None;
-    loop {
-        crash_window!("before-append");
-        let began = Instant::now();
-        let answer = streams.append(batch, behind.at(began), sendable, life).await;
-        reporter.metrics.append.record(began.elapsed());
-        let outage = match answer {
-            Ok(appended) => {
-                if unknown && appended.last_entry.is_none() {
-                    prevented(reporter, &appended.marker);
-                }
-                crash_window!("after-append");
-                drop(in_outage);
-                reporter.able();
-                return Ok(appended);
-            }
-            Err(outage) if outage.is_outage() => outage,
-            // The script looks for the batch's own marker first, so an earlier call has written nothing either.
-            Err(lost @ StreamsError::Lost { .. }) => return Err(lost),
-            Err(refused) if !unknown => return Err(refused),
-            // An earlier call may have been carried out before this one was refused: only the marker knows.
-            Err(_) => match streams.resolve(&batch.stream, batch.id, life).await {
-                Ok(Marker::Aborted) => {
-                    return Ok(Appended { marker: Marker::Appended(0), last_entry: None, refusal: None });
-                }
-                Ok(marker) => {
-                    prevented(reporter, &marker);
-                    return Ok(Appended { marker, last_entry: None, refusal: None });
-                }
-                Err(error) => error,
-            },
-        };
-        unknown |= matches!(outage, StreamsError::OutcomeUnknown { .. } | StreamsError::NotReplicated { .. });
-        in_outage.get_or_insert_with(|| reporter.outage());
-        crate::metrics::redis_failed(&outage);
-        reporter.unable(&outage);
-        tokio::time::sleep(backoff.next()).await;
+    let answer = streams.append(&attempt.batch, behind.at(began), sendable, life).await;
+    reporter.metrics.append.record(began.elapsed());
+    let appended = answer?;
+    if let (true, None, Marker::Appended(events)) = (attempt.unknown, &appended.last_entry, appended.marker) {
+        // The marker kept this call from appending again.
+        reporter.metrics.prevented.increment(events as u64);
     }
+    crash_window!("after-append");
+    Ok(appended)
 }
 
-/// An earlier call whose answer was lost had been carried out; the marker kept this one from appending again.
-fn prevented(reporter: &Reporter, marker: &Marker) {
-    if let Marker::Appended(events) = marker {
-        reporter.metrics.prevented.increment(*events as u64);
+fn outcome(batch: &Batch, count: usize, sendable: usize, answer: Appended, settings: &Settings) -> Outcome {
+    let next = || batch.events.get(count..=count).unwrap_or_default();
+    let trouble = answer.refusal.as_ref().filter(|refusal| !refusal.of_event).map(Trouble::from);
+    let refusals = match answer.refusal {
+        Some(refusal) if refusal.of_event => refusals(next(), |_| refusal.error.clone(), settings),
+        Some(_) => Vec::new(),
+        None if count == sendable && sendable < batch.events.len() => unsendable(&batch.events[count..], settings),
+        None => Vec::new(),
+    };
+    Outcome { appended: count, last_entry: answer.last_entry, refusals, trouble }
+}
+
+fn known(attempt: Attempt, outcome: Outcome) -> Ended {
+    #[cfg(feature = "otel")]
+    if let Some(spans) = attempt.spans {
+        spans.end(&attempt.batch, outcome.appended, &outcome.refusals);
     }
+    Ended::Known(attempt.batch, outcome)
 }
 
 fn refusals(events: &[OutboxEvent], error: impl Fn(&OutboxEvent) -> String, settings: &Settings) -> Vec<Refusal> {

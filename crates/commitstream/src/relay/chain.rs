@@ -23,6 +23,7 @@ impl Behind {
     }
 }
 
+#[derive(Debug)]
 pub struct Chains {
     /// How long a batch must be there; after that its marker may expire.
     window: Duration,
@@ -30,10 +31,20 @@ pub struct Chains {
 }
 
 impl Chains {
-    /// Starts behind what was settled lately, by whichever relay, and looked up at `at`.
-    pub fn new(predecessors: Predecessors, window: Duration, at: Instant) -> Self {
-        let known = predecessors.into_iter().filter(|(_, batches)| !batches.is_empty());
-        Self { window, streams: known.map(|(stream, batches)| (stream, (batches, at))).collect() }
+    pub fn new(window: Duration) -> Self {
+        Self { window, streams: HashMap::new() }
+    }
+
+    /// What was settled lately, by whichever relay, was looked up at `at`: the next batch stands behind that too.
+    pub fn found(&mut self, predecessors: Predecessors, at: Instant) {
+        for (stream, found) in predecessors.into_iter().filter(|(_, batches)| !batches.is_empty()) {
+            // The earlier of the two times, so that no marker is asked for that may have expired.
+            let (batches, since) = self.streams.entry(stream).or_insert_with(|| (Vec::new(), at));
+            *since = at.min(*since);
+            batches.extend(found);
+            batches.sort_unstable();
+            batches.dedup();
+        }
     }
 
     /// What must be there before another batch of this stream, and until when it can be asked for.
@@ -63,7 +74,9 @@ mod tests {
     fn the_next_batch_stands_behind_the_last_one_while_its_marker_lives() {
         let (start, window) = (Instant::now(), Duration::from_secs(60));
         let [others, first, second] = [1, 2, 3].map(Uuid::from_u128);
-        let mut chains = Chains::new(Predecessors::from([("a".to_owned(), vec![others, first])]), window, start);
+        let mut chains = Chains::new(window);
+        chains.found(Predecessors::from([("a".to_owned(), vec![others])]), start);
+        chains.found(Predecessors::from([("a".to_owned(), vec![others, first])]), start + Duration::from_secs(1));
         assert_eq!(chains.behind("a", start).at(start), [others, first]);
         assert!(chains.behind("b", start).at(start).is_empty());
         let later = start + Duration::from_secs(30);

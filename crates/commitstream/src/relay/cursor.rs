@@ -24,6 +24,11 @@ pub struct Cursor {
 }
 
 impl Cursor {
+    /// Another cursor claimed events up to this `seq`: they may be on their way.
+    pub fn note_claimed(&mut self, seq: i64) {
+        self.highest = self.highest.max(seq);
+    }
+
     /// Writes down where to look.
     pub fn aim(&self, request: &mut ClaimRequest) {
         request.after = self.after;
@@ -59,4 +64,4 @@ impl Cursor {
 
 #[cfg(test)]
 #[path = "cursor_model.rs"]
-mod model;
+pub(super) mod model;

@@ -12,27 +12,28 @@ use super::*;
 use crate::outbox::{Batch, Lease, OutboxEvent, Partitions};
 
 #[derive(Clone)]
-struct Row {
-    seq: i64,
-    xid: u64,
-    mine: bool,
-    pending: bool,
+pub struct Row {
+    pub seq: i64,
+    pub xid: u64,
+    pub kind: u8,
+    pub mine: bool,
+    pub pending: bool,
 }
 
 /// A PostgreSQL as far as it matters: `seq` is drawn before the transaction gets its id, and rows are visible by snapshot.
 #[derive(Default)]
-struct Table {
-    rows: Vec<Row>,
+pub struct Table {
+    pub rows: Vec<Row>,
     next_seq: i64,
     next_xid: u64,
     /// Transactions that have drawn a `seq` but no id yet, and what they will write.
-    drawn: Vec<(i64, bool)>,
-    open: BTreeSet<u64>,
-    rolled_back: BTreeSet<u64>,
+    pub drawn: Vec<(i64, u8, bool)>,
+    pub open: BTreeSet<u64>,
+    pub rolled_back: BTreeSet<u64>,
 }
 
 #[derive(Clone)]
-struct Snapshot {
+pub struct Snapshot {
     xmax: u64,
     open: BTreeSet<u64>,
 }
@@ -51,27 +52,27 @@ impl Snapshot {
 }
 
 impl Table {
-    fn snapshot(&self) -> Snapshot {
+    pub fn snapshot(&self) -> Snapshot {
         Snapshot { xmax: self.next_xid, open: self.open.clone() }
     }
 
-    fn sees(&self, snapshot: &Snapshot, xid: u64) -> bool {
+    pub fn sees(&self, snapshot: &Snapshot, xid: u64) -> bool {
         xid < snapshot.xmax && !snapshot.open.contains(&xid) && !self.rolled_back.contains(&xid)
     }
 
-    fn draw(&mut self, mine: bool) {
+    pub fn draw(&mut self, kind: u8, mine: bool) {
         self.next_seq += 1;
-        self.drawn.push((self.next_seq, mine));
+        self.drawn.push((self.next_seq, kind, mine));
     }
 
-    fn write(&mut self, at: usize) {
-        let (seq, mine) = self.drawn.swap_remove(at);
+    pub fn write(&mut self, at: usize) {
+        let (seq, kind, mine) = self.drawn.swap_remove(at);
         self.open.insert(self.next_xid);
-        self.rows.push(Row { seq, xid: self.next_xid, mine, pending: true });
+        self.rows.push(Row { seq, xid: self.next_xid, kind, mine, pending: true });
         self.next_xid += 1;
     }
 
-    fn end(&mut self, xid: u64, commit: bool) {
+    pub fn end(&mut self, xid: u64, commit: bool) {
         self.open.remove(&xid);
         if !commit {
             self.rolled_back.insert(xid);
@@ -79,7 +80,7 @@ impl Table {
     }
 
     /// The claim's statement, as far as it finds rows.
-    fn claim(&self, request: &ClaimRequest, in_flight: &BTreeSet<i64>) -> Claim {
+    pub fn claim(&self, request: &ClaimRequest, in_flight: &BTreeSet<i64>) -> Claim {
         let now = self.snapshot();
         let before = request.snapshot.as_deref().map(Snapshot::parse);
         let late = |row: &Row| {
@@ -87,24 +88,40 @@ impl Table {
                 && row.seq <= request.after
                 && !in_flight.contains(&row.seq)
         };
-        let next = |row: &Row| row.seq > request.after && !(request.looks_back && in_flight.contains(&row.seq));
+        let next = |row: &Row| {
+            row.seq > request.after && row.seq <= request.up_to && !(request.looks_back && in_flight.contains(&row.seq))
+        };
         let visible = self.rows.iter().filter(|row| row.pending && row.mine && self.sees(&now, row.xid));
-        let mut found: Vec<i64> = visible.filter(|row| late(row) || next(row)).map(|row| row.seq).collect();
+        let taken = visible.clone().filter(|row| !request.left_out.contains(&name(row.kind)));
+        let mut found: Vec<(i64, u8)> = taken.filter(|row| late(row) || next(row)).map(|row| (row.seq, row.kind)).collect();
         found.sort_unstable();
         let limit = usize::try_from(request.max_events).unwrap();
         found.truncate(limit);
-        let cut_at = found.last().copied().filter(|_| found.len() == limit);
-        let events: Vec<_> = found.into_iter().map(event).collect();
-        let batch = Batch {
-            id: Uuid::nil(),
-            stream: String::new(),
-            aggregate_type: String::new(),
-            events,
-            age: Default::default(),
-            claimed: std::time::Instant::now(),
-        };
-        let batches = if batch.events.is_empty() { Vec::new() } else { vec![batch] };
+        let beyond = visible.map(|row| row.seq).filter(|seq| *seq > request.up_to).min().map(|seq| seq - 1);
+        let cut_at = found.last().map(|(seq, _)| *seq).filter(|_| found.len() == limit).or(beyond);
+        let mut batches: Vec<Batch> = Vec::new();
+        for (seq, kind) in found {
+            match batches.iter_mut().find(|batch| batch.aggregate_type == name(kind)) {
+                Some(batch) => batch.events.push(event(seq)),
+                None => batches.push(batch(kind, event(seq))),
+            }
+        }
         Claim { held: true, batches, snapshot: Some(now.text()), cut_at, ..Claim::default() }
+    }
+}
+
+pub fn name(kind: u8) -> String {
+    format!("type{kind}")
+}
+
+fn batch(kind: u8, first: OutboxEvent) -> Batch {
+    Batch {
+        id: Uuid::nil(),
+        stream: name(kind),
+        aggregate_type: name(kind),
+        events: vec![first],
+        age: Default::default(),
+        claimed: std::time::Instant::now(),
     }
 }
 
@@ -125,7 +142,7 @@ fn event(seq: i64) -> OutboxEvent {
     }
 }
 
-fn request(limit: i64) -> ClaimRequest {
+pub fn request(limit: i64) -> ClaimRequest {
     ClaimRequest {
         lease: Lease { relay_id: Uuid::nil(), epoch: 0, partitions: Partitions::ALL },
         after: 0,
@@ -141,6 +158,8 @@ fn request(limit: i64) -> ClaimRequest {
         batch_size: 0,
         max_payload_bytes: 0,
         stream_prefix: String::new(),
+        left_out: Vec::new(),
+        up_to: i64::MAX,
     }
 }
 
@@ -157,7 +176,7 @@ fn run(mut rng: StdRng) {
     let (mut found, mut in_flight) = (BTreeSet::new(), BTreeSet::new());
     for step in 0..600 {
         match rng.random_range(0..12) {
-            0..3 => table.draw(rng.random_bool(0.6)),
+            0..3 => table.draw(0, rng.random_bool(0.6)),
             3..5 if !table.drawn.is_empty() => table.write(rng.random_range(0..table.drawn.len())),
             5..7 if !table.open.is_empty() => {
                 let xid = *table.open.iter().nth(rng.random_range(0..table.open.len())).unwrap();
@@ -185,7 +204,7 @@ fn run(mut rng: StdRng) {
     assert_eq!(found, committed);
 }
 
-fn settle(table: &mut Table, in_flight: &mut BTreeSet<i64>, rng: &mut StdRng) {
+pub fn settle(table: &mut Table, in_flight: &mut BTreeSet<i64>, rng: &mut StdRng) {
     in_flight.retain(|seq| {
         let settled = rng.random_bool(0.5);
         table.rows.iter_mut().filter(|row| settled && row.seq == *seq).for_each(|row| row.pending = false);

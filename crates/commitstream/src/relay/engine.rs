@@ -1,5 +1,6 @@
 //! The loop of an active relay: claim, append and settle of different batches overlap, and one task decides what starts.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,24 +11,24 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::append::{self, Ended};
+use super::append::{self, Ended, Outcome, Trouble};
 use super::chain::Chains;
 use super::cleanup::after_publishing;
-use super::cursor::Cursor;
 use super::exceptions::Exceptions;
 use super::markers::{self, Markers};
-use super::pipeline::{Limits, Pipeline};
-use super::repair::Predecessors;
+use super::pipeline::{Limits, Pipeline, Size};
+use super::repair::{Prepared, Repair, Scope};
 use super::retry::Retries;
 use super::session::{SessionError, bounded};
 use super::settling::{self, Settled};
 use super::sleep::SleepLock;
-use super::status::{Outage, Reporter};
+use super::status::Reporter;
+use super::turns::Turns;
+use super::unready::Unready;
+use crate::chain::chain;
 use crate::config::{AfterFailure, Settings};
-use crate::metrics::Outcome;
-use crate::outbox::{
-    AfterPublishing, Batch, Claim, ClaimRequest, Lease, OutboxError, OutboxRepository, Partitions, Refusal, StuckBatch,
-};
+use crate::metrics;
+use crate::outbox::{AfterPublishing, Batch, Claim, ClaimRequest, Lease, OutboxError, OutboxRepository, Partitions, Refusal};
 use crate::streams::{Streams, StreamsError};
 
 /// A claim takes this many batches at most, so that small batches do not mean a commit for each.
@@ -40,8 +41,11 @@ const MAX_EVENTS_PER_CLAIM: i64 = 2_000;
 const STEADY: usize = 8;
 const LINGER_PER_EVENT: Duration = Duration::from_micros(300);
 const LONGEST_LINGER: Duration = Duration::from_millis(10);
-/// Claims whose events may be between claim and settle.
-const CLAIMS_IN_FLIGHT: i64 = 3;
+/// Claims whose events may be between claim and settle: of one stream, and of all together, so that another has room while one is full.
+const CLAIMS_OF_A_STREAM: i64 = 3;
+const CLAIMS_IN_FLIGHT: i64 = 4;
+/// The cursor that nothing but stuck streams is left out of.
+const FIRST: usize = 0;
 /// How long a relay with work to do goes on being notified, before it gives the sleep lock back.
 const AWAKE_AFTER: Duration = Duration::from_millis(20);
 /// The sweep takes one part in so many of the time at most, however long it is.
@@ -49,22 +53,17 @@ const SWEEP_SHARE: u32 = 20;
 /// How often Redis is asked for the last batches while nothing is appended: a failover is noticed without waiting for an event.
 const PULSE_EVERY: Duration = Duration::from_secs(1);
 
+/// While many streams cannot get on, this is said no more often.
+const REPORT_EVERY: Duration = Duration::from_millis(200);
+
 /// What the engine works with.
 pub(super) struct Parts {
     /// Nothing is claimed.
     pub is_paused: bool,
-    pub outbox: OutboxRepository,
-    pub streams: Streams,
-    pub settings: Arc<Settings>,
-    pub reporter: Reporter,
+    pub repair: Repair,
     pub lease: Lease,
-    pub predecessors: Predecessors,
-    /// What is in the streams and could not be settled so far.
-    pub stuck: Vec<StuckBatch>,
-    pub looked_up: Instant,
+    pub prepared: Prepared,
     pub markers: Markers,
-    /// How long after it was appended a batch is looked for.
-    pub window: Duration,
 }
 
 /// Sessions that outlive an engine.
@@ -72,6 +71,13 @@ pub(super) struct Connections {
     pub claims: PgConnection,
     pub settles: PgConnection,
     pub sleep: SleepLock,
+    /// What the engine before knew of what was settled lately.
+    pub known: Option<Known>,
+}
+
+pub(super) struct Known {
+    pub partitions: Partitions,
+    chains: Chains,
 }
 
 /// At most one of a kind under way.
@@ -82,11 +88,12 @@ pub(super) struct Engine {
     streams: Streams,
     settings: Arc<Settings>,
     reporter: Reporter,
+    repair: Repair,
     lease: Lease,
     is_paused: bool,
     sleep: SleepLock,
     pipeline: Pipeline,
-    cursor: Cursor,
+    turns: Turns,
     chains: Chains,
     /// Something may be waiting in the table.
     dirty: bool,
@@ -100,7 +107,12 @@ pub(super) struct Engine {
     sweep_again: bool,
     next_pulse: Instant,
     claim_started: Instant,
+    /// Which cursor the claim under way is of.
+    claiming: usize,
     sweeping: bool,
+    /// When an append was last carried out.
+    last_append: Option<Instant>,
+    reported: Instant,
     claims: Option<PgConnection>,
     settles: Option<PgConnection>,
     claim: Slot<Result<(PgConnection, Claim), OutboxError>>,
@@ -110,26 +122,27 @@ pub(super) struct Engine {
     /// Batches that the settle under way tries again.
     retried: Vec<Uuid>,
     /// Partitions are stopped: this relay does not count as able to work.
-    stopped: Option<Outage>,
+    stopped: Option<String>,
     expire: Slot<()>,
     pulse: Slot<Result<(), StreamsError>>,
+    unready: Unready,
+    probe: Slot<Vec<String>>,
+    repairing: Slot<Result<(PgConnection, Prepared), SessionError>>,
     markers: Markers,
 }
 
 impl Engine {
     pub fn new(parts: Parts, connections: Connections) -> Self {
         let now = Instant::now();
-        let processor = &parts.settings.outbox.processor;
-        let limits = Limits {
-            events: usize::try_from(per_claim(processor.batch_size) * CLAIMS_IN_FLIGHT).unwrap_or(usize::MAX),
-            bytes: half(processor.max_in_flight_bytes),
-        };
+        let Parts { is_paused, repair, lease, prepared, markers } = parts;
+        let mut chains = connections.known.map_or_else(|| Chains::new(repair.window()), |known| known.chains);
+        chains.found(prepared.predecessors, prepared.looked_up);
         let mut exceptions = Exceptions::default();
-        exceptions.settled(&[], Settled { stuck: parts.stuck, ..Settled::default() }, now);
+        exceptions.settled(&[], Settled { stuck: prepared.stuck, ..Settled::default() }, now);
         Self {
-            pipeline: Pipeline::new(limits),
-            cursor: Cursor::default(),
-            chains: Chains::new(parts.predecessors, parts.window, parts.looked_up),
+            pipeline: Pipeline::new(limits(&repair.settings)),
+            turns: Turns::new(now),
+            chains,
             dirty: true,
             not_before: now,
             busy_since: None,
@@ -139,7 +152,10 @@ impl Engine {
             sweep_again: false,
             next_pulse: now + PULSE_EVERY,
             claim_started: now,
+            claiming: 0,
             sweeping: false,
+            last_append: None,
+            reported: now,
             claims: Some(connections.claims),
             settles: Some(connections.settles),
             claim: None,
@@ -150,19 +166,23 @@ impl Engine {
             stopped: None,
             expire: None,
             pulse: None,
-            markers: parts.markers,
-            outbox: parts.outbox,
-            streams: parts.streams,
-            settings: parts.settings,
-            reporter: parts.reporter,
-            lease: parts.lease,
-            is_paused: parts.is_paused,
+            unready: Unready::new(prepared.unready, now),
+            probe: None,
+            repairing: None,
+            markers,
+            outbox: repair.outbox.clone(),
+            streams: repair.streams.clone(),
+            settings: repair.settings.clone(),
+            reporter: repair.reporter.clone(),
+            repair,
+            lease,
+            is_paused,
             sleep: connections.sleep,
         }
     }
 
     /// Runs until `stop` is done and everything in flight is settled, or until something fails. A failure leaves batches
-    /// open; the next session finds out what became of them.
+    /// open; the next session finds out what became of them. So does whoever comes after a stop with what stuck streams keep.
     pub async fn run(mut self, wake: &Notify, stop: impl Future<Output = ()>) -> Result<Connections, SessionError> {
         if self.is_paused && self.sleep.is_held() {
             // Producers need not notify meanwhile.
@@ -171,13 +191,13 @@ impl Engine {
         self.report_exceptions();
         let mut stop = std::pin::pin!(stop.fuse());
         let mut stopping = false;
+        self.report();
         loop {
             self.start(stopping);
-            if stopping && self.pipeline.is_empty() && self.expire.is_none() {
-                let (claims, settles) = self.claims.zip(self.settles).ok_or(SessionError::LeaseLost)?;
-                return Ok(Connections { claims, settles, sleep: self.sleep });
+            if stopping && self.is_done() {
+                return self.end();
             }
-            let sweep_due = self.sweep_due();
+            let (sweep_due, next_start) = (self.sweep_due(), self.next_start());
             tokio::select! {
                 () = &mut stop, if !stopping => stopping = true,
                 claimed = finish(&mut self.claim) => self.on_claimed(claimed?)?,
@@ -185,35 +205,48 @@ impl Engine {
                 settled = finish(&mut self.settle) => self.on_settled(settled?),
                 () = finish(&mut self.expire) => {}
                 alive = finish(&mut self.pulse) => self.on_pulse(alive)?,
+                reachable = finish(&mut self.probe) => self.unready.probed(reachable, Instant::now()),
+                repaired = finish(&mut self.repairing) => self.on_repaired(repaired?),
                 done = self.sleep.progress() => {
                     done?;
                     self.dirty = true;
                 }
                 () = wake.notified() => self.dirty = true,
-                () = sleep_until(self.exceptions.due()), if self.settles.is_some() => {}
+                () = until(self.exceptions.due()), if self.settles.is_some() => {}
                 // A claim under way may be the sweep that is due.
                 () = tokio::time::sleep_until(sweep_due), if !self.dirty && self.claim.is_none() => self.dirty = true,
-                () = tokio::time::sleep_until(self.not_before), if !stopping && self.lingers() => {}
+                () = until(next_start), if !stopping => {}
                 () = tokio::time::sleep_until(self.next_pulse), if self.is_quiet() => self.start_pulse(),
             }
         }
     }
 
+    fn is_done(&self) -> bool {
+        self.pipeline.is_drained()
+            && self.claim.is_none()
+            && self.expire.is_none()
+            && self.repairing.is_none()
+            && self.settle.is_none()
+    }
+
+    fn end(self) -> Result<Connections, SessionError> {
+        let (claims, settles) = self.claims.zip(self.settles).ok_or(SessionError::LeaseLost)?;
+        let known = Known { partitions: self.lease.partitions, chains: self.chains };
+        let known = self.unready.is_empty().then_some(known);
+        Ok(Connections { claims, settles, sleep: self.sleep, known })
+    }
+
     /// Starts whatever may be started.
     fn start(&mut self, stopping: bool) {
-        if !stopping
-            && !self.is_paused
-            && self.dirty
-            && self.pipeline.may_claim()
-            && Instant::now() >= self.not_before
-            && let Some(connection) = self.claims.take()
-        {
-            self.start_claim(connection);
+        if !stopping {
+            self.start_repair();
+            self.start_retries();
         }
-        while let Some(batch) = self.pipeline.next_append() {
-            let behind = self.chains.behind(&batch.stream, Instant::now());
-            let (streams, settings, reporter) = (self.streams.clone(), self.settings.clone(), self.reporter.clone());
-            self.appends.push(append::append(streams, settings, reporter, batch, behind).boxed());
+        if !stopping && !self.is_paused && self.pipeline.may_claim() && self.claims.is_some() && self.is_for_a_look() {
+            self.choose_claim();
+        }
+        while let Some(attempt) = self.pipeline.next_append() {
+            self.start_append(attempt);
         }
         if let Some(connection) = self.settles.take() {
             self.start_settle(connection);
@@ -229,6 +262,7 @@ impl Engine {
     fn start_settle(&mut self, mut connection: PgConnection) {
         if let Some(retried) = self.exceptions.take_due(Instant::now()) {
             self.retried = retried;
+            self.turns.begin_anew();
             self.look_at_all_again();
         }
         let settlements = self.pipeline.take_settlements().unwrap_or_default();
@@ -250,16 +284,79 @@ impl Engine {
         self.settle = Some(settle.boxed());
     }
 
-    fn start_claim(&mut self, mut connection: PgConnection) {
-        if let Some(seq) = self.pipeline.start_claim() {
-            self.cursor.rewind_to(seq);
+    /// The first cursor has something to look for, or another one is ahead of it.
+    fn is_for_a_look(&self) -> bool {
+        let now = Instant::now();
+        self.dirty && now >= self.not_before || self.turns.next_look().is_some_and(|next| next <= now)
+    }
+
+    fn choose_claim(&mut self) {
+        let now = Instant::now();
+        let mut left_out = self.pipeline.left_out();
+        left_out.extend(self.unready.aggregate_types(&self.settings.redis.stream_prefix));
+        let ready = self.dirty && now >= self.not_before;
+        if let Some(chosen) = self.turns.choose(left_out, &self.pipeline.full(), ready, now)
+            && let Some(connection) = self.claims.take()
+        {
+            self.start_claim(connection, chosen);
         }
-        self.dirty = false;
+    }
+
+    fn start_append(&mut self, attempt: append::Attempt) {
+        let behind = self.chains.behind(&attempt.batch.stream, Instant::now());
+        let (streams, settings, reporter) = (self.streams.clone(), self.settings.clone(), self.reporter.clone());
+        self.appends.push(append::append(streams, settings, reporter, attempt, behind).boxed());
+    }
+
+    /// Stuck streams are tried again; what they may not keep is put down.
+    fn start_retries(&mut self) {
+        let now = Instant::now();
+        while let Some(attempt) = self.pipeline.next_retry(now) {
+            self.start_append(attempt);
+        }
+        while let Some((stream, trouble)) = self.pipeline.put_down() {
+            self.unready.insert(stream, trouble, now);
+        }
+    }
+
+    /// Streams that could not be asked about are asked for again, and then repaired.
+    fn start_repair(&mut self) {
+        if self.probe.is_none() && self.repairing.is_none() && self.unready.is_due(Instant::now()) {
+            let (streams, unready) = (self.streams.clone(), self.unready.streams());
+            self.probe = Some(async move { streams.reachable(unready).await }.boxed());
+        }
+        if self.repairing.is_none()
+            && self.unready.has_reachable()
+            && let Some(mut connection) = self.claims.take()
+        {
+            let partitions = self.lease.partitions;
+            let scope = Scope { partitions, unknown: partitions, streams: Some(self.unready.take_reachable()) };
+            let repair = self.repair.clone();
+            let repairing = async move { repair.prepare(&mut connection, &scope).await.map(|prepared| (connection, prepared)) };
+            self.repairing = Some(repairing.boxed());
+        }
+    }
+
+    fn on_repaired(&mut self, (connection, prepared): (PgConnection, Prepared)) {
+        self.claims = Some(connection);
+        self.chains.found(prepared.predecessors, prepared.looked_up);
+        self.unready.repaired(prepared.unready, Instant::now());
+        self.dirty = true;
+        self.report();
+    }
+
+    fn start_claim(&mut self, mut connection: PgConnection, chosen: usize) {
+        if let Some(seq) = self.pipeline.start_claim() {
+            self.turns.rewind_to(seq);
+        }
+        self.claiming = chosen;
         self.claim_started = Instant::now();
-        self.sweeping = self.claim_started >= self.sweep_due();
+        let is_first = chosen == FIRST;
+        self.dirty &= !is_first;
+        self.sweeping = is_first && self.claim_started >= self.sweep_due();
         self.sweep_again &= !self.sweeping;
         if self.sweeping {
-            self.cursor.rewind();
+            self.turns.rewind();
             self.retries.forget(self.claim_started);
         }
         let request = self.request();
@@ -288,12 +385,14 @@ impl Engine {
             looks_back: false,
             hold: processor.after_failure == AfterFailure::Hold,
             max_events: per_claim(processor.batch_size),
-            max_bytes: half(processor.max_in_flight_bytes),
+            max_bytes: parts(processor.max_in_flight_bytes, 4),
             batch_size: i64::from(processor.batch_size),
             max_payload_bytes: i64::try_from(self.settings.publishing.max_payload_bytes).unwrap_or(i64::MAX),
             stream_prefix: self.settings.redis.stream_prefix.clone(),
+            left_out: Vec::new(),
+            up_to: i64::MAX,
         };
-        self.cursor.aim(&mut request);
+        self.turns.aim(self.claiming, &mut request);
         self.exceptions.aim(&mut request);
         request
     }
@@ -313,13 +412,15 @@ impl Engine {
             let next = self.rested.max(now + self.settings.outbox.processor.poll_interval);
             self.next_sweep = if self.sweep_again { now } else { next };
         }
-        self.decide_sleep(!claim.batches.is_empty() || claim.waiting > 0, now);
-        let found: usize = claim.batches.iter().map(|batch| batch.events.len()).sum();
-        if found >= STEADY && claim.cut_at.is_none() {
-            let events = u32::try_from(found).unwrap_or(u32::MAX);
-            self.not_before = self.claim_started + LINGER_PER_EVENT.saturating_mul(events).min(LONGEST_LINGER);
+        if self.claiming == FIRST {
+            self.decide_sleep(!claim.batches.is_empty() || claim.waiting > 0 || claim.cut_at.is_some(), now);
+            let found: usize = claim.batches.iter().map(|batch| batch.events.len()).sum();
+            if found >= STEADY && claim.cut_at.is_none() {
+                let events = u32::try_from(found).unwrap_or(u32::MAX);
+                self.not_before = self.claim_started + LINGER_PER_EVENT.saturating_mul(events).min(LONGEST_LINGER);
+            }
         }
-        self.cursor.advance(&claim);
+        self.turns.advance(self.claiming, &claim, now);
         self.pipeline.claimed(claim.batches);
         Ok(())
     }
@@ -339,14 +440,22 @@ impl Engine {
     }
 
     fn on_appended(&mut self, ended: Ended) -> Result<(), SessionError> {
+        let now = Instant::now();
         match ended {
-            Ended::Known { batch, appended, last_entry, refusals } => {
-                refusals.iter().for_each(|refusal| log_refusal(&batch, refusal));
-                self.measure(&batch, appended, &refusals);
-                if appended > 0 {
-                    self.chains.appended(&batch.stream, batch.id, Instant::now());
+            Ended::Known(batch, outcome) => {
+                outcome.refusals.iter().for_each(|refusal| log_refusal(&batch, refusal));
+                self.measure(&batch, &outcome);
+                if outcome.appended > 0 {
+                    self.chains.appended(&batch.stream, batch.id, now);
+                    self.last_append = Some(now);
                 }
-                self.pipeline.appended(batch, appended, last_entry, refusals);
+                self.pipeline.appended(batch, outcome, now);
+                self.report();
+                Ok(())
+            }
+            Ended::Waits(attempt, trouble) => {
+                self.pipeline.waits(attempt, trouble, now);
+                self.report();
                 Ok(())
             }
             Ended::Lost(error) => Err(SessionError::Streams(error)),
@@ -354,17 +463,40 @@ impl Engine {
         }
     }
 
-    fn measure(&self, batch: &Batch, appended: usize, refusals: &[Refusal]) {
-        let metrics = &self.reporter.metrics;
+    /// What cannot get on is said of this relay: it is unable only if a server is at fault and nothing was appended since.
+    fn report(&mut self) {
+        let (waiting, now) = (self.pipeline.waiting(), Instant::now());
+        if waiting.are_many() && now < self.reported + REPORT_EVERY {
+            return;
+        }
+        self.reported = now;
+        let streams = waiting.len() + self.unready.len();
+        let text = waiting.first().or_else(|| self.unready.first()).map(|first| told(streams, first));
+        let since = waiting.without_server_since().into_iter().chain(self.unready.without_server_since()).min();
+        match (since, &text) {
+            _ if self.stopped.is_some() => self.reporter.unable_for(self.stopped.as_deref().unwrap_or_default()),
+            (Some(since), Some(reason)) if self.last_append.is_none_or(|last| last < since) => self.reporter.unable_for(reason),
+            _ => self.reporter.able(),
+        }
+        self.reporter.waiting(streams, text);
+    }
+
+    fn measure(&self, batch: &Batch, outcome: &Outcome) {
+        let (metrics, appended) = (&self.reporter.metrics, outcome.appended);
         if appended > 0 {
             metrics.latency.record(batch.age + batch.claimed.elapsed());
             metrics.batch_events.record(appended as f64);
-            metrics.events.count(batch.events.iter().take(appended).map(|event| event.event_type.as_str()), Outcome::Published);
+            metrics
+                .events
+                .count(batch.events.iter().take(appended).map(|event| event.event_type.as_str()), metrics::Outcome::Published);
         }
-        for refusal in refusals {
-            let outcome = if refusal.retry_after.is_some() { Outcome::Refused } else { Outcome::Failed };
-            let of_this = batch.events.iter().filter(|event| event.id == refusal.event_id);
-            metrics.events.count(of_this.map(|event| event.event_type.as_str()), outcome);
+        if outcome.refusals.is_empty() {
+            return;
+        }
+        let types: HashMap<Uuid, &str> = batch.events.iter().map(|event| (event.id, event.event_type.as_str())).collect();
+        for refusal in &outcome.refusals {
+            let outcome = if refusal.retry_after.is_some() { metrics::Outcome::Refused } else { metrics::Outcome::Failed };
+            metrics.events.count(types.get(&refusal.event_id).copied().into_iter(), outcome);
         }
     }
 
@@ -373,14 +505,21 @@ impl Engine {
         self.retries.next().map_or(self.next_sweep, |retry| self.next_sweep.min(retry.max(self.rested)))
     }
 
-    /// A claim waits for nothing but its time.
-    fn lingers(&self) -> bool {
-        !self.is_paused && self.dirty && self.claims.is_some() && self.pipeline.may_claim()
+    /// When something may be started that waits for nothing but its time: a claim, another attempt of a stuck stream, a repair.
+    fn next_start(&self) -> Option<Instant> {
+        let may_claim = !self.is_paused && self.claims.is_some() && self.pipeline.may_claim();
+        let first = (may_claim && self.dirty).then_some(self.not_before);
+        let ahead = self.turns.next_look().filter(|_| may_claim);
+        let repair = self.unready.next().filter(|_| self.probe.is_none() && self.repairing.is_none());
+        let now = Instant::now();
+        // What is due already waits for something else: a stream that is full.
+        let claims = first.into_iter().chain(ahead).filter(|next| *next > now);
+        claims.chain(self.pipeline.waiting().next()).chain(repair).min()
     }
 
     /// Nothing is being asked of Redis.
     fn is_quiet(&self) -> bool {
-        self.pulse.is_none() && self.appends.is_empty()
+        self.pulse.is_none() && !self.pipeline.is_appending()
     }
 
     fn start_pulse(&mut self) {
@@ -393,12 +532,13 @@ impl Engine {
     fn on_pulse(&mut self, alive: Result<(), StreamsError>) -> Result<(), SessionError> {
         match alive {
             // Whether Redis takes what is being appended, that append will tell.
-            Ok(()) if self.appends.is_empty() => self.reporter.able(),
-            Ok(()) => {}
+            Ok(()) => self.report(),
             Err(lost @ StreamsError::Lost { .. }) => return Err(SessionError::Streams(lost)),
             Err(error) => {
-                crate::metrics::redis_failed(&error);
-                self.reporter.unable(&error);
+                metrics::redis_failed(&error);
+                if error.is_of_server() {
+                    self.reporter.unable(&error);
+                }
             }
         }
         Ok(())
@@ -413,6 +553,9 @@ impl Engine {
         if !(retried.is_empty() && settled.stuck.is_empty() && settled.unwritten.is_empty()) {
             self.exceptions.settled(&retried, settled, Instant::now());
             self.report_exceptions();
+            // What is not kept back any more stands behind cursors that have passed it over.
+            self.turns.begin_anew();
+            self.dirty = true;
         }
         let done = self.pipeline.settled();
         self.reporter.count(done.published, done.refused, done.failed);
@@ -437,25 +580,8 @@ impl Engine {
         let error = self.exceptions.error();
         let is_stopped = !self.exceptions.stopped().is_empty();
         self.reporter.unsettled(error.as_ref());
-        match &error {
-            Some(error) if is_stopped => {
-                self.stopped.get_or_insert_with(|| self.reporter.outage());
-                self.reporter.unable(error);
-            }
-            _ => {
-                if self.stopped.take().is_some() {
-                    self.reporter.able();
-                }
-            }
-        }
-    }
-}
-
-/// Never, without a time.
-async fn sleep_until(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at).await,
-        None => std::future::pending().await,
+        self.stopped = error.as_ref().filter(|_| is_stopped).map(|error| chain(error));
+        self.report();
     }
 }
 
@@ -465,6 +591,33 @@ async fn finish<T>(slot: &mut Slot<T>) -> T {
     let output = future.await;
     *slot = None;
     output
+}
+
+/// Waits until then, if there is such a time.
+async fn until(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn told(streams: usize, (stream, trouble): (&str, &Trouble)) -> String {
+    match streams {
+        1 => format!("{stream} waits: {}", trouble.reason),
+        _ => format!("{streams} streams wait, {stream} for longest: {}", trouble.reason),
+    }
+}
+
+fn limits(settings: &Settings) -> Limits {
+    let processor = &settings.outbox.processor;
+    let events = |claims: i64| usize::try_from(per_claim(processor.batch_size) * claims).unwrap_or(usize::MAX);
+    let bytes = processor.max_in_flight_bytes;
+    // One claim more may be under way, of a quarter of the bytes: all in all they are not exceeded.
+    Limits {
+        all: Size { events: events(CLAIMS_IN_FLIGHT), bytes: parts(bytes, 2) },
+        stream: Size { events: events(CLAIMS_OF_A_STREAM), bytes: parts(bytes, 8) },
+        stuck: Size { events: events(CLAIMS_IN_FLIGHT), bytes: parts(bytes, 4) },
+    }
 }
 
 fn log_refusal(batch: &Batch, refusal: &Refusal) {
@@ -486,7 +639,6 @@ fn per_claim(batch_size: u32) -> i64 {
     (batch * BATCHES_PER_CLAIM).min(MAX_EVENTS_PER_CLAIM).max(batch)
 }
 
-/// Half of the bytes may be claimed at once while the other half is in flight.
-fn half(max_in_flight_bytes: usize) -> i64 {
-    i64::try_from(max_in_flight_bytes / 2).unwrap_or(i64::MAX)
+fn parts(bytes: usize, parts: usize) -> i64 {
+    i64::try_from(bytes / parts).unwrap_or(i64::MAX)
 }

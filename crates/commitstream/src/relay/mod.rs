@@ -17,8 +17,10 @@
 //! | `assignment` | which partitions to give and to take | none |
 //! | `chain` | what must stand in a stream before the next batch | none |
 //! | `cursor` | where the next claim has to look | none |
+//! | `turns` | which events the next claim looks for, so that streams take turns | none |
 //! | `pipeline` | what is between claim and settle, and what may start next | none |
 //! | `exceptions` | what PostgreSQL does not let a relay settle | none |
+//! | `waiting` | streams that cannot get on, and when to try them again | none (dice) |
 //! | `retry` | when to try again | none (dice) |
 //! | `append` | one batch: append it and find out what came of it | Redis |
 //! | `engine` | the loop that starts and ends claims, appends and settles | both |
@@ -59,6 +61,9 @@ mod session;
 mod settling;
 mod sleep;
 mod status;
+mod turns;
+mod unready;
+mod waiting;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -3,47 +3,118 @@
 //! A failover of Redis loses the end of a stream, entries and markers together, when its replication is asynchronous. What was lost
 //! is an end of every relay's own sequence of batches too, since each appends one batch of a stream at a time. So it is enough to look
 //! each sequence's last batch up; only where that is gone, those before it are looked at, until one is found.
+//!
+//! A batch is of one stream, so all of this is done stream by stream, at the same time. A stream of which Redis cannot be asked is left out of
+//! claims and tried again later; the others go on.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::{join_all, try_join_all};
+use futures_util::future::try_join_all;
+use futures_util::stream::{self, StreamExt};
 use sqlx::PgConnection;
+use tokio::time::Instant;
 use uuid::Uuid;
 
+use super::append::Trouble;
 use super::cleanup::after_publishing;
 use super::session::{Relay, SessionError, bounded};
 use super::settling;
-use crate::backoff::Backoff;
+use super::status::Reporter;
+use crate::config::Settings;
 use crate::metrics::{OTHER, Outcome, redis_failed};
-use crate::outbox::{AfterPublishing, JournalBatch, OpenBatch, Partitions, Requeued, Settlement, StuckBatch};
-use crate::streams::{Marker, Presence, StreamsError};
+use crate::outbox::{AfterPublishing, JournalBatch, OpenBatch, OutboxRepository, Partitions, Requeued, Settlement, StuckBatch};
+use crate::streams::{Marker, Presence, Streams, StreamsError};
 
 /// Batches looked up at a time, on the way back to the first that is there.
 const PAGE: i64 = 500;
 
-/// Questions to Redis at a time: with many open batches or streams, one round trip after the other would take too long.
+/// Questions about one stream at a time: with many open batches, one round trip after the other would take too long.
 const AT_ONCE: usize = 32;
+
+/// Streams at a time. As many as may wait for one server that does not answer should do so at once.
+const STREAMS_AT_ONCE: usize = 1_000;
 
 /// Stream key → batches that must be there before another is appended.
 pub(super) type Predecessors = HashMap<String, Vec<Uuid>>;
 
+/// What was found out.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    pub predecessors: Predecessors,
+    pub looked_up: Instant,
+    /// What is in the streams and could not be settled so far.
+    pub stuck: Vec<StuckBatch>,
+    /// Streams of which Redis could not be asked. Nothing of theirs may be claimed.
+    pub unready: BTreeMap<String, Trouble>,
+}
+
+/// What is to be found out: of which partitions, and of which streams.
+#[derive(Debug, Clone)]
+pub(super) struct Scope {
+    /// Those of the relay.
+    pub partitions: Partitions,
+    /// Those of which it does not know what was settled lately.
+    pub unknown: Partitions,
+    /// Of these streams only, where some are named.
+    pub streams: Option<BTreeSet<String>>,
+}
+
+impl Scope {
+    fn has(&self, stream: &str) -> bool {
+        self.streams.as_ref().is_none_or(|streams| streams.contains(stream))
+    }
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Repair {
+    pub outbox: OutboxRepository,
+    pub streams: Streams,
+    pub settings: Arc<Settings>,
+    pub reporter: Reporter,
+}
+
 impl Relay {
+    pub fn repair(&self, streams: &Streams) -> Repair {
+        let (outbox, settings, reporter) = (self.outbox.clone(), self.settings.clone(), self.reporter.clone());
+        Repair { outbox, streams: streams.clone(), settings, reporter }
+    }
+}
+
+impl Repair {
+    /// Resolves what was left open, then looks up what was settled lately, and makes unsent again what Redis has lost, before anything
+    /// newer is claimed.
+    pub async fn prepare(&self, connection: &mut PgConnection, scope: &Scope) -> Result<Prepared, SessionError> {
+        let (stuck, mut unready) = self.recover(connection, scope).await?;
+        let looked_up = Instant::now();
+        let predecessors = self.look_up(connection, scope, &mut unready).await?;
+        Ok(Prepared { predecessors, looked_up, stuck, unready })
+    }
+
     /// Resolves every batch with events of these partitions that is not settled: it was left open by an earlier owner, or by an
     /// earlier session of this relay whose commit or append went unanswered. Its marker says what became of it; where there is none it
-    /// is aborted, and can no longer be appended by anybody. Returns what is in the streams and cannot be settled.
-    pub async fn recover(&self, connection: &mut PgConnection, partitions: Partitions) -> Result<Vec<StuckBatch>, SessionError> {
+    /// is aborted, and can no longer be appended by anybody. Returns what is in the streams and cannot be settled, and the streams of which
+    /// Redis could not be asked.
+    async fn recover(
+        &self,
+        connection: &mut PgConnection,
+        scope: &Scope,
+    ) -> Result<(Vec<StuckBatch>, BTreeMap<String, Trouble>), SessionError> {
+        let mut unready = BTreeMap::new();
         loop {
-            let read = self.outbox.open_batches(connection, partitions);
+            let read = self.outbox.open_batches(connection, scope.partitions);
             let open = bounded("reading open batches", self.timeout(), read).await?;
-            let (stuck, open): (Vec<OpenBatch>, Vec<OpenBatch>) = open.into_iter().partition(|batch| batch.is_stuck);
-            let stuck: Vec<Uuid> = stuck.iter().map(|batch| batch.batch_id).collect();
+            let open = open.into_iter().filter(|batch| scope.has(&batch.stream) && !unready.contains_key(&batch.stream));
+            let (stuck, open): (Vec<OpenBatch>, Vec<OpenBatch>) = open.partition(|batch| batch.is_stuck);
             let after = after_publishing(&self.settings.outbox.cleanup);
             if open.is_empty() {
+                // A repair of some streams beside an engine leaves to it what it tries to settle again.
+                let stuck: Vec<Uuid> = stuck.iter().filter(|_| scope.streams.is_none()).map(|batch| batch.batch_id).collect();
                 let settled = settling::settle(&self.outbox, connection, &[], &stuck, after, self.timeout()).await?;
-                return Ok(settled.stuck);
+                return Ok((settled.stuck, unready));
             }
-            self.settle_open(connection, &open, after).await?;
+            self.settle_open(connection, open, after, &mut unready).await?;
             // Another owner may have settled some of them, and set aside what could not be.
         }
     }
@@ -51,72 +122,110 @@ impl Relay {
     async fn settle_open(
         &self,
         connection: &mut PgConnection,
-        open: &[OpenBatch],
+        open: Vec<OpenBatch>,
         after: AfterPublishing,
+        unready: &mut BTreeMap<String, Trouble>,
     ) -> Result<(), SessionError> {
-        tracing::info!(batches = open.len(), "resolving open batches");
-        let mut settlements = Vec::with_capacity(open.len());
-        for batches in open.chunks(AT_ONCE) {
-            settlements.extend(join_all(batches.iter().map(|batch| self.resolve(batch))).await);
+        let batches = open.len();
+        let mut by_stream: BTreeMap<String, Vec<OpenBatch>> = BTreeMap::new();
+        open.into_iter().for_each(|batch| by_stream.entry(batch.stream.clone()).or_default().push(batch));
+        let streams = by_stream.len();
+        let resolve = by_stream.into_iter().map(|(stream, batches)| self.resolve_all(stream, batches));
+        let mut resolving = stream::iter(resolve).buffer_unordered(STREAMS_AT_ONCE);
+        let mut settlements = Vec::new();
+        while let Some((stream, resolved, error)) = resolving.next().await {
+            settlements.extend(resolved);
+            note_unready(unready, stream, error);
         }
+        drop(resolving);
         crash_window!("after-resolve");
         settling::settle(&self.outbox, connection, &settlements, &[], after, self.timeout()).await?;
         crash_window!("after-recovery");
         let appended: i32 = settlements.iter().map(|settlement| settlement.appended).sum();
         let appended = u64::try_from(appended).unwrap_or(0);
+        let resolved = settlements.len();
+        tracing::info!(batches, streams, resolved, appended, unready = unready.len(), "resolved open batches");
         self.reporter.count(appended, 0, 0);
         self.reporter.metrics.prevented.increment(appended);
         self.reporter.metrics.events.add(OTHER, appended, Outcome::Published);
         Ok(())
     }
 
-    async fn resolve(&self, batch: &OpenBatch) -> Settlement {
-        let life = self.settings.outbox.processor.marker_life;
-        let mut backoff = Backoff::default();
-        let marker: Marker = loop {
-            match self.streams.resolve(&batch.stream, batch.batch_id, life).await {
-                Ok(marker) => break marker,
-                Err(error) => self.wait_out(&error, &mut backoff).await,
-            }
-        };
-        let events = usize::try_from(batch.events).unwrap_or(0);
-        let appended = i32::try_from(marker.count(events)).unwrap_or(i32::MAX);
-        tracing::info!(batch = %batch.batch_id, stream = batch.stream, events, appended, "open batch resolved");
-        Settlement { batch_id: batch.batch_id, appended, last_entry: None, refusals: Vec::new() }
-    }
-
-    /// Looks up what was settled lately of these partitions, and makes unsent again what Redis has lost, before anything newer is
-    /// claimed. Returns what the next batch of each stream must find. After an outage it starts anew: what it had read may be too old.
-    pub async fn look_up(&self, connection: &mut PgConnection, partitions: Partitions) -> Result<Predecessors, SessionError> {
-        let mut backoff = Backoff::default();
-        loop {
-            match self.look_up_once(connection, partitions).await {
-                Err(SessionError::Streams(error)) => self.wait_out(&error, &mut backoff).await,
-                done => return done,
+    /// What became of the open batches of one stream, up to the first that Redis does not answer for.
+    async fn resolve_all(&self, stream: String, batches: Vec<OpenBatch>) -> (String, Vec<Settlement>, Option<StreamsError>) {
+        let mut settlements = Vec::with_capacity(batches.len());
+        // One first: if that is not answered, the others need not be asked for.
+        let (first, others) = batches.split_at(1.min(batches.len()));
+        for batches in std::iter::once(first).chain(others.chunks(AT_ONCE)) {
+            match try_join_all(batches.iter().map(|batch| self.resolve(batch))).await {
+                Ok(resolved) => settlements.extend(resolved),
+                Err(error) => return (stream, settlements, Some(error)),
             }
         }
+        (stream, settlements, None)
     }
 
-    async fn look_up_once(&self, connection: &mut PgConnection, partitions: Partitions) -> Result<Predecessors, SessionError> {
-        let read = self.outbox.last_batches(connection, partitions, self.window());
+    async fn resolve(&self, batch: &OpenBatch) -> Result<Settlement, StreamsError> {
+        let life = self.settings.outbox.processor.marker_life;
+        let marker = self.streams.resolve(&batch.stream, batch.batch_id, life).await?;
+        let events = usize::try_from(batch.events).unwrap_or(0);
+        let appended = i32::try_from(marker.count(events)).unwrap_or(i32::MAX);
+        tracing::debug!(batch = %batch.batch_id, stream = batch.stream, events, appended, "open batch resolved");
+        Ok(Settlement { batch_id: batch.batch_id, appended, last_entry: None, refusals: Vec::new() })
+    }
+
+    /// Looks up what was settled lately of the partitions of which this relay does not know it. Returns what the next batch of each stream
+    /// must find.
+    async fn look_up(
+        &self,
+        connection: &mut PgConnection,
+        scope: &Scope,
+        unready: &mut BTreeMap<String, Trouble>,
+    ) -> Result<Predecessors, SessionError> {
+        if scope.unknown.is_empty() {
+            return Ok(Predecessors::new());
+        }
+        let read = self.outbox.last_batches(connection, scope.unknown, self.window());
         let last = bounded("reading the last batches", self.timeout(), read).await?;
         let mut by_stream: BTreeMap<String, Vec<JournalBatch>> = BTreeMap::new();
-        last.into_iter().for_each(|batch| by_stream.entry(batch.stream.clone()).or_default().push(batch));
-        let by_stream: Vec<(String, Vec<JournalBatch>)> = by_stream.into_iter().collect();
+        last.into_iter().filter(|batch| scope.has(&batch.stream) && !unready.contains_key(&batch.stream)).for_each(|batch| {
+            by_stream.entry(batch.stream.clone()).or_default().push(batch);
+        });
+        let look = by_stream.into_iter().map(async |(stream, last)| {
+            let found = self.streams.presence(&stream, &last).await;
+            (stream, last, found)
+        });
+        let mut looking = stream::iter(look).buffer_unordered(STREAMS_AT_ONCE);
         let mut predecessors = Predecessors::new();
-        for streams in by_stream.chunks(AT_ONCE) {
-            let found = try_join_all(streams.iter().map(|(stream, last)| self.streams.presence(stream, last))).await?;
-            let batches = streams.iter().flat_map(|(_, last)| last);
-            for (batch, presence) in batches.zip(found.into_iter().flatten()) {
-                let there = predecessors.entry(batch.stream.clone()).or_default();
-                match presence {
-                    Presence::Marked => there.push(batch.batch_id),
-                    Presence::Unmarked => warn_unmarked(batch),
-                    Presence::Lost => there.extend(self.republish(connection, batch, partitions).await?),
-                }
+        while let Some((stream, last, found)) = looking.next().await {
+            let there = match found {
+                Ok(found) => self.still_there(connection, last.iter().zip(found), scope.unknown).await,
+                Err(error) => Err(error.into()),
+            };
+            match there {
+                Ok(there) => drop(predecessors.insert(stream, there)),
+                Err(SessionError::Streams(error)) => note_unready(unready, stream, Some(error)),
+                Err(error) => return Err(error),
             }
         }
         Ok(predecessors)
+    }
+
+    async fn still_there(
+        &self,
+        connection: &mut PgConnection,
+        found: impl Iterator<Item = (&JournalBatch, Presence)>,
+        partitions: Partitions,
+    ) -> Result<Vec<Uuid>, SessionError> {
+        let mut there = Vec::new();
+        for (batch, presence) in found {
+            match presence {
+                Presence::Marked => there.push(batch.batch_id),
+                Presence::Unmarked => warn_unmarked(batch),
+                Presence::Lost => there.extend(self.republish(connection, batch, partitions).await?),
+            }
+        }
+        Ok(there)
     }
 
     /// Redis has lost this batch: it and those before it that are gone too are unsent again. Returns the one before them, which another
@@ -176,17 +285,22 @@ impl Relay {
         Ok(())
     }
 
-    /// Redis is asked until it answers. Who is told to stop meanwhile drops this.
-    async fn wait_out(&self, error: &StreamsError, backoff: &mut Backoff) {
-        redis_failed(error);
-        self.reporter.unable(error);
-        tokio::time::sleep(backoff.next()).await;
-    }
-
     /// How far back what was settled is looked up. Markers of settled batches live twice as long: the clocks of PostgreSQL and of the
     /// servers of Redis may differ by the rest.
     pub fn window(&self) -> Duration {
         self.settings.outbox.processor.settled_marker_life / 2
+    }
+
+    fn timeout(&self) -> Duration {
+        self.settings.database.timeout
+    }
+}
+
+/// The stream waits if Redis could not be asked about it.
+fn note_unready(unready: &mut BTreeMap<String, Trouble>, stream: String, error: Option<StreamsError>) {
+    if let Some(error) = error {
+        redis_failed(&error);
+        unready.insert(stream, Trouble::from(&error));
     }
 }
 

@@ -8,19 +8,18 @@ use sqlx::PgConnection;
 use sqlx::postgres::{PgListener, PgPoolOptions};
 use thiserror::Error;
 use tokio::sync::Notify;
-use tokio::time::Instant;
 
 use super::cleanup;
 use super::engine::{Connections, Engine, Parts};
 use super::losses;
 use super::markers::{self, Markers};
 use super::membership::Membership;
-use super::repair::Predecessors;
+use super::repair::{Prepared, Repair, Scope};
 use super::sleep::{self, SleepLock};
 use super::status::{RelayState, Reporter};
 use crate::backoff::Backoff;
 use crate::config::Settings;
-use crate::outbox::{self, Continued, Lease, OutboxError, OutboxRepository, StuckBatch};
+use crate::outbox::{self, Continued, Lease, OutboxError, OutboxRepository, Partitions};
 use crate::streams::{Streams, StreamsError};
 
 /// The owner of this partition cleans up for all.
@@ -41,9 +40,6 @@ pub(super) enum SessionError {
     #[error("this relay cannot use Redis and another one can: its partitions are for the others")]
     SteppedDown,
 }
-
-/// What cannot be settled, what the next batch of each stream must find, and since when that is known.
-type Prepared = (Vec<StuckBatch>, Predecessors, Instant);
 
 /// What every session of one relay shares.
 pub(super) struct Relay {
@@ -128,7 +124,7 @@ impl Relay {
     /// A relay that cannot use Redis takes no partition: another one might.
     async fn wait_for_redis(&self, membership: &mut Membership) -> Result<(), SessionError> {
         let mut backoff = Backoff::default();
-        while let Err(error) = self.streams.ping().await {
+        while let Err(error) = self.streams.any_answers().await {
             crate::metrics::redis_failed(&error);
             self.reporter.unable(&error);
             membership.announce().await?;
@@ -154,24 +150,13 @@ impl Relay {
             Some(connections) => connections,
             None => self.connections().await?,
         };
-        let (stuck, predecessors, looked_up) = tokio::select! {
-            prepared = self.prepare(lease, &mut connections) => prepared?,
+        let repair = self.repair(streams);
+        let prepared = tokio::select! {
+            prepared = self.prepare(lease, &repair, &mut connections) => prepared?,
             () = self.stopped() => return Ok(None),
         };
         self.reporter.working(is_paused);
-        let parts = Parts {
-            is_paused,
-            outbox: self.outbox.clone(),
-            streams: streams.clone(),
-            settings: self.settings.clone(),
-            reporter: self.reporter.clone(),
-            lease,
-            predecessors,
-            stuck,
-            looked_up,
-            markers: markers.clone(),
-            window: self.window(),
-        };
+        let parts = Parts { is_paused, repair, lease, prepared, markers: markers.clone() };
         let until = async {
             tokio::select! {
                 () = self.stopped() => {}
@@ -189,15 +174,15 @@ impl Relay {
         }
     }
 
-    /// Recovers and looks up, and keeps an eye on the sleep lock: if it is granted now, that is news for the others. Returns also when
-    /// it began to look up.
-    async fn prepare(&self, lease: Lease, connections: &mut Connections) -> Result<Prepared, SessionError> {
-        let Connections { claims, sleep, .. } = connections;
+    /// Recovers and looks up, and keeps an eye on the sleep lock: if it is granted now, that is news for the others. What was settled
+    /// lately of partitions that the relay had before, its chains know.
+    async fn prepare(&self, lease: Lease, repair: &Repair, connections: &mut Connections) -> Result<Prepared, SessionError> {
+        let Connections { claims, sleep, known, .. } = connections;
+        let unknown = lease.partitions.without(known.as_ref().map_or_else(Partitions::default, |known| known.partitions));
+        let scope = Scope { partitions: lease.partitions, unknown, streams: None };
         let mut prepare = std::pin::pin!(async {
             self.continue_sequences(claims).await?;
-            let stuck = self.recover(claims, lease.partitions).await?;
-            let looked_up = Instant::now();
-            Ok((stuck, self.look_up(claims, lease.partitions).await?, looked_up))
+            repair.prepare(claims, &scope).await
         });
         loop {
             tokio::select! {
@@ -233,6 +218,7 @@ impl Relay {
             claims,
             settles,
             sleep: SleepLock::new(self.outbox.clone(), self.connect("commitstream relay: sleep lock").await?),
+            known: None,
         })
     }
 

@@ -1,6 +1,6 @@
 //! What a relay says of itself.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -65,6 +65,8 @@ pub struct RelayStatus {
     pub republished: u64,
     /// Why PostgreSQL does not let some events be settled, while the relay goes on with others.
     pub unsettled: Option<String>,
+    /// Streams that cannot get on, and why, for people. The others go on, and so do these when the cause is gone.
+    pub waiting: Option<String>,
 }
 
 /// How long a session's failure is told while the next one works.
@@ -74,21 +76,10 @@ const TOLD_FOR: Duration = Duration::from_secs(20);
 #[derive(Debug, Clone)]
 pub(super) struct Reporter {
     status: Arc<watch::Sender<RelayStatus>>,
-    /// Appends that cannot get on: while there is one, another one's success says nothing.
-    outages: Arc<AtomicU32>,
     /// The state of a relay that can work is not active but paused.
     is_paused: Arc<AtomicBool>,
     last_failure: Arc<Mutex<Option<(Instant, String)>>>,
     pub metrics: Arc<RelayMetrics>,
-}
-
-/// One append is in an outage for as long as this lives.
-pub(super) struct Outage(Arc<AtomicU32>);
-
-impl Drop for Outage {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
 }
 
 impl Reporter {
@@ -102,17 +93,12 @@ impl Reporter {
             failed: 0,
             republished: 0,
             unsettled: None,
+            waiting: None,
         };
         let metrics = Arc::new(RelayMetrics::new());
         metrics.state(&status.state);
         metrics.partitions.set(0);
-        Self {
-            status: Arc::new(watch::Sender::new(status)),
-            outages: Arc::default(),
-            is_paused: Arc::default(),
-            last_failure: Arc::default(),
-            metrics,
-        }
+        Self { status: Arc::new(watch::Sender::new(status)), is_paused: Arc::default(), last_failure: Arc::default(), metrics }
     }
 
     pub fn subscribe(&self) -> watch::Receiver<RelayStatus> {
@@ -145,21 +131,29 @@ impl Reporter {
         self.state(if is_paused { RelayState::Paused } else { RelayState::Active });
     }
 
-    /// An append cannot get on.
-    pub fn outage(&self) -> Outage {
-        self.outages.fetch_add(1, Ordering::Relaxed);
-        Outage(self.outages.clone())
+    /// So many streams cannot get on; the text says which and why.
+    pub fn waiting(&self, streams: usize, text: Option<String>) {
+        self.metrics.waiting.set(u32::try_from(streams).unwrap_or(u32::MAX));
+        self.status.send_if_modified(|status| {
+            let changed = status.waiting != text;
+            status.waiting = text;
+            changed
+        });
     }
 
     /// The servers answer again.
     pub fn able(&self) {
-        if self.outages.load(Ordering::Relaxed) == 0 && matches!(self.status.borrow().state, RelayState::Unable { .. }) {
+        if matches!(self.status.borrow().state, RelayState::Unable { .. }) {
             self.working(self.is_paused.load(Ordering::Relaxed));
         }
     }
 
     pub fn unable(&self, error: &(dyn std::error::Error + 'static)) {
-        self.state(RelayState::Unable { reason: chain(error) });
+        self.unable_for(&chain(error));
+    }
+
+    pub fn unable_for(&self, reason: &str) {
+        self.state(RelayState::Unable { reason: reason.to_owned() });
     }
 
     /// Some events cannot be settled, for this reason, or all can.
@@ -190,7 +184,11 @@ impl Reporter {
         }
         let last_failure = self.last_failure.lock().unwrap_or_else(PoisonError::into_inner);
         let lately = || last_failure.as_ref().filter(|(at, _)| at.elapsed() < TOLD_FOR);
-        status.unsettled.clone().or_else(|| lately().map(|(_, reason)| format!("until lately: {reason}")))
+        status
+            .unsettled
+            .clone()
+            .or_else(|| status.waiting.clone())
+            .or_else(|| lately().map(|(_, reason)| format!("until lately: {reason}")))
     }
 
     pub fn status(&self) -> RelayStatus {

@@ -5,7 +5,7 @@ use futures_util::future::try_join_all;
 use redis::{Cmd, Script};
 use uuid::Uuid;
 
-use super::error::{concerns_whole_stream, is_unable_code};
+use super::error::{concerns_event, is_unable_code};
 use super::node::{Node, Request};
 use super::{Streams, StreamsError, marker_key};
 use crate::event::rfc3339;
@@ -17,22 +17,29 @@ use crate::outbox::{Batch, OutboxEvent};
 /// owner has resolved it since), this server has lost a suffix of the stream: nothing is appended, since what was lost must come first.
 ///
 /// The marker is written first, because whatever Redis may lack (memory, a disk, the permission) then fails before the first
-/// entry. `pcall` keeps the error's own code; `call` would wrap it on Redis 6.
+/// entry. `pcall` keeps the error's own code; `call` would wrap it on Redis 6. The command is added: Redis 7.0 does not say which one a user
+/// may not run in a script.
+///
+/// If the first entry is refused and the entry itself is not at fault, the marker is taken back: nothing was written, and the same
+/// batch can be appended later. `PEXPIRE` deletes, since a user who may append need not have the right to `DEL`.
 static APPEND: LazyLock<Script> = LazyLock::new(|| {
     Script::new(
         r"
+        local function refused(reply, command)
+            return {err = reply.err .. ' (' .. command .. ')'}
+        end
         local marker = redis.pcall('GET', KEYS[2])
-        if type(marker) == 'table' and marker.err then return marker end
+        if type(marker) == 'table' and marker.err then return refused(marker, 'GET') end
         if marker then return {marker, '', ''} end
         for i = 3, #KEYS do
             local before = redis.pcall('GET', KEYS[i])
-            if type(before) == 'table' and before.err then return before end
+            if type(before) == 'table' and before.err then return refused(before, 'GET') end
             if not before or before == 'aborted' then return {'lost', KEYS[i], ''} end
         end
         local last = ''
         local count = tonumber(ARGV[2])
         local set = redis.pcall('SET', KEYS[2], count, 'PX', ARGV[1])
-        if set.err then return set end
+        if set.err then return refused(set, 'SET') end
         for i = 0, count - 1 do
             local at = 4 + i * 6
             local reply
@@ -45,8 +52,12 @@ static APPEND: LazyLock<Script> = LazyLock::new(|| {
                     'headers', ARGV[at + 5])
             end
             if type(reply) == 'table' and reply.err then
+                local of_event = string.find(reply.err, 'too large to be stored', 1, true)
+                if i == 0 and not of_event and redis.pcall('PEXPIRE', KEYS[2], 0) == 1 then
+                    return refused(reply, 'XADD')
+                end
                 redis.call('SET', KEYS[2], i, 'PX', ARGV[1])
-                return {tostring(i), reply.err, last}
+                return {tostring(i), reply.err .. ' (XADD)', last}
             end
             last = reply
         end
@@ -91,9 +102,9 @@ pub struct Appended {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StreamRefusal {
     pub error: String,
-    /// It would refuse every event of this stream alike.
-    pub whole_stream: bool,
-    /// Redis could not work just then: no fault of the event.
+    /// The event itself is at fault. Whatever else Redis says, it would say of every event of this stream.
+    pub of_event: bool,
+    /// Redis could not work just then, for any stream.
     pub outage: bool,
 }
 
@@ -152,7 +163,7 @@ impl Streams {
         self.await_replicas(stream, *batch_id, marker_life).await?;
         let refusal = (!error.is_empty()).then(|| {
             let code = error.split(' ').next().unwrap_or_default();
-            StreamRefusal { whole_stream: concerns_whole_stream(code), outage: is_unable_code(code), error: error.clone() }
+            StreamRefusal { of_event: concerns_event(&error), outage: is_unable_code(code), error: error.clone() }
         });
         let last_entry = (!last.is_empty()).then_some(last);
         Ok(Appended { marker: Marker::parse(stream, *batch_id, marker)?, last_entry, refusal })

@@ -174,6 +174,11 @@ impl StreamsError {
         matches!(self, Self::Unavailable { source, .. } if source.code() == Some("OOM"))
     }
 
+    /// True when a server could not do it for any stream: it is away, cannot work now, or its answer was lost.
+    pub(crate) fn is_of_server(&self) -> bool {
+        matches!(self, Self::Unavailable { .. } | Self::OutcomeUnknown { .. } | Self::NotReplicated { .. })
+    }
+
     /// True when the same call may succeed later: an outage, not a fault of the event.
     #[must_use]
     pub fn is_outage(&self) -> bool {
@@ -246,9 +251,11 @@ pub(super) fn is_unable_code(code: &str) -> bool {
     )
 }
 
-/// True for codes that will refuse every event of the stream alike.
-pub(super) fn concerns_whole_stream(code: &str) -> bool {
-    matches!(code, WRONG_TYPE | "NOPERM")
+/// True when an `XADD` was refused because of its own fields (`streamAppendItem` in the server's `t_stream.c`). Every other refusal, also one
+/// that is not known here, would meet the next event of the stream as well: a key of another type, a missing permission, an unknown
+/// command, ids that are used up. The script of the append looks for the same words.
+pub(super) fn concerns_event(error: &str) -> bool {
+    error.contains("too large to be stored")
 }
 
 #[cfg(test)]

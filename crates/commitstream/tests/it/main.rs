@@ -53,6 +53,7 @@ mod sequences;
 mod sharing;
 mod silent_redis;
 mod sql_acceptance;
+mod stuck;
 mod support;
 mod tls;
 mod trim;

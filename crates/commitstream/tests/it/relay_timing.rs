@@ -17,14 +17,17 @@ async fn retries_are_made_when_they_are_due_however_seldom_the_relay_polls() -> 
     processor.retry_base_delay = Duration::from_millis(300);
     processor.max_retries = 100;
     processor.retry_max_delay = Duration::from_secs(1);
+    world.settings.publishing.max_payload_bytes = 2_048;
     let mut redis = world.redis().await?;
     let relay = world.relay()?;
     for _ in 0..2 {
-        redis::cmd("SET").arg(world.user_stream()).arg("not a stream").query_async::<()>(&mut redis).await?;
-        world.insert(20, 10).await?;
+        world.database.psql(
+            "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload)
+             SELECT 'E', 'user', (n % 10)::text, jsonb_build_object('fill', repeat('x', 5000)) FROM generate_series(1, 20) n;",
+        )?;
         let retried = "SELECT count(*) >= 10 FROM event_outbox WHERE retry_count > 2;";
         eventually("retries", async || Ok(world.database.psql(retried)?.trim() == "t")).await?;
-        redis::cmd("DEL").arg(world.user_stream()).query_async::<()>(&mut redis).await?;
+        world.database.psql("UPDATE event_outbox SET payload = '{}';")?;
         world.drained().await?;
         assert_eq!(world.audit().await?, 20);
         redis::cmd("DEL").arg(world.user_stream()).query_async::<()>(&mut redis).await?;

@@ -14,12 +14,11 @@ async fn world_of_all_states(form: Form) -> Result<World> {
     let mut world = World::of(form).await?;
     world.settings.outbox.processor.max_retries = 1;
     world.settings.outbox.processor.retry_base_delay = Duration::from_millis(20);
-    let mut redis = world.redis().await?;
-    redis::cmd("SET").arg(world.streams.stream_of("order")).arg("in the way").query_async::<()>(&mut redis).await?;
+    world.settings.publishing.max_payload_bytes = 1_024;
     world.insert(5, 5).await?;
     world.database.psql(
         "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload)
-         SELECT 'OrderPlaced', 'order', 'o' || n, '{}' FROM generate_series(1, 3) n;",
+         SELECT 'OrderPlaced', 'order', 'o' || n, jsonb_build_object('fill', repeat('x', 2000)) FROM generate_series(1, 3) n;",
     )?;
     let relay = world.relay()?;
     eventually("all to be published or failed", async || {
@@ -65,7 +64,7 @@ async fn the_monitoring_statements_say_how_the_outbox_stands() -> Result<()> {
         )?;
         let shown: Vec<_> = failed.iter().map(|row| (row[1].as_str(), row[2].as_str(), row[3].as_str())).collect();
         assert_eq!(shown, [("OrderPlaced", "o3", "1"), ("OrderPlaced", "o2", "1"), ("OrderPlaced", "o1", "1")], "newest first");
-        assert!(failed.iter().all(|row| row[4].starts_with("WRONGTYPE")), "{failed:?}");
+        assert!(failed.iter().all(|row| row[4].starts_with("too large")), "{failed:?}");
 
         let latency = select(
             &world,
@@ -82,7 +81,7 @@ async fn the_monitoring_statements_say_how_the_outbox_stands() -> Result<()> {
          WHERE status = 'FAILED' GROUP BY SUBSTRING(last_error, 1, 100) ORDER BY count DESC;",
         )?;
         assert_eq!(reasons.len(), 1, "{reasons:?}");
-        assert!(reasons[0][0].starts_with("WRONGTYPE Operation against a key") && reasons[0][1] == "3", "{reasons:?}");
+        assert!(reasons[0][0].starts_with("too large: 20") && reasons[0][1] == "3", "{reasons:?}");
     }
     Ok(())
 }

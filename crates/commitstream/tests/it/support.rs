@@ -198,6 +198,8 @@ impl World {
             batch_size: 10_000,
             max_payload_bytes: 1 << 20,
             stream_prefix: "events:".into(),
+            left_out: Vec::new(),
+            up_to: i64::MAX,
         })
     }
 
