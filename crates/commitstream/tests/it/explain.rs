@@ -206,12 +206,15 @@ async fn the_claim_goes_by_index() -> Result<()> {
 
         let open = claim.open.iter().map(Uuid::to_string).collect::<Vec<_>>().join(",");
         let Lease { relay_id, epoch, .. } = claim.lease;
-        let of = |place: &str, open: &str, hold: bool, back: bool| {
+        let with = |place: &str, open: &str, hold: bool, back: bool, rest: &str| {
             format!(
-                "64, '{relay_id}', {epoch}, -1, {place}, '{{{open}}}', {hold}, 1000, 8388608, 100, 1048576, 'events:', {back}, '{{}}', '{{}}'"
+                "64, '{relay_id}', {epoch}, -1, {place}, '{{{open}}}', {hold}, 1000, 8388608, 100, 1048576, 'events:', {back}, '{{}}', '{{}}', {rest}"
             )
         };
+        let of = |place: &str, open: &str, hold: bool, back: bool| with(place, open, hold, back, "'{}', 9223372036854775807");
+        let without = "'{user,bulk}', 100500";
         for (what, hold, values) in [
+            ("without stuck streams", false, with("50500, '700:720:705,710', '{}'", &open, false, true, without)),
             ("cursor", false, of("50500, '700:720:705,710', '{}'", &open, false, false)),
             ("cursor with events passed over", false, of("50500, '700:720:705,710', '{50100,50200}'", &open, false, true)),
             ("at the end, failed events hold", true, of("9223372036854775807, '700:700:', '{}'", &open, true, false)),
@@ -332,7 +335,7 @@ async fn plans_made_for_an_empty_outbox_search_it_all_the_same() -> Result<()> {
         assert!(world.outbox.claim(&mut connection, &claim).await?.batches.is_empty());
         let settlement = Settlement { batch_id: Uuid::nil(), appended: 1, last_entry: None, refusals: Vec::new() };
         world.outbox.settle(&mut connection, &[settlement], AfterPublishing::Keep).await?;
-        for (part, parameters) in [("candidates AS MATERIALIZED", 17), ("WITH settled AS", 7)] {
+        for (part, parameters) in [("candidates AS MATERIALIZED", 19), ("WITH settled AS", 7)] {
             let plans = plans(&mut connection, part, &vec!["NULL"; parameters].join(", ")).await?;
             let (mode, scans) = &plans[0];
             let grows = |scan: &&Scan| scan.table == TABLE || scan.table == "outbox_batch";

@@ -92,8 +92,7 @@ async fn a_failed_event_that_is_reset_by_hand_is_published() -> Result<()> {
         let world = world_of_all_states(form).await?;
         let relay = world.relay()?;
         eventually("the backlog to be sent", async || Ok(world.stats().await?.published == 7)).await?;
-        let mut redis = world.redis().await?;
-        redis::cmd("DEL").arg(world.streams.stream_of("order")).query_async::<()>(&mut redis).await?;
+        world.database.psql("UPDATE event_outbox SET payload = '{}' WHERE status = 'FAILED';")?;
         let id = world.database.psql("SELECT id FROM event_outbox WHERE aggregate_id = 'o2';")?;
         let id = id.trim();
 
