@@ -43,7 +43,7 @@ impl Context {
 }
 
 pub fn repository(settings: &Settings) -> OutboxRepository {
-    OutboxRepository::new(&settings.database.schema)
+    OutboxRepository::new(&settings.database.schema).without_prepared_statements()
 }
 
 pub fn database_url(settings: &Settings) -> Result<String, WrongUse> {
@@ -56,17 +56,29 @@ pub fn redis_url(settings: &Settings) -> Result<&str, WrongUse> {
     settings.redis.url.as_deref().ok_or_else(missing)
 }
 
-/// A session on the database of the outbox.
-pub async fn postgres(settings: &Settings, purpose: &str) -> anyhow::Result<PgConnection> {
+/// A session of this process's own on the database of the outbox. A pooler that shares it is refused.
+pub async fn own_session(settings: &Settings, purpose: &str) -> anyhow::Result<PgConnection> {
     let url = database_url(settings)?;
-    let connected = outbox::connect(&url, &format!("commitstream {purpose}"), settings.database.timeout).await;
+    let connected = outbox::connect_own(&url, &format!("commitstream {purpose}"), settings.database.timeout).await;
     connected.with_context(|| format!("cannot connect to {}", redact_url(&url)))
 }
 
-/// A session on a database that has the outbox tables.
-pub async fn migrated(settings: &Settings, purpose: &str) -> anyhow::Result<PgConnection> {
-    let mut connection = postgres(settings, purpose).await?;
+/// The same on a database that has the outbox tables.
+pub async fn own_migrated(settings: &Settings, purpose: &str) -> anyhow::Result<PgConnection> {
+    let mut connection = own_session(settings, purpose).await?;
     repository(settings).check_migrated(&mut connection).await?;
+    Ok(connection)
+}
+
+/// A session on a database that has the outbox tables, for transactions of [`outbox::begin`] and [`outbox::begin_reading`]: a pooler may
+/// share it.
+pub async fn migrated(settings: &Settings, purpose: &str) -> anyhow::Result<PgConnection> {
+    let url = database_url(settings)?;
+    let connected = outbox::connect_plain(&url, &format!("commitstream {purpose}"), settings.database.timeout).await;
+    let mut connection = connected.with_context(|| format!("cannot connect to {}", redact_url(&url)))?;
+    let mut transaction = outbox::begin_reading(&mut connection).await?;
+    repository(settings).check_migrated(&mut transaction).await?;
+    transaction.commit().await?;
     Ok(connection)
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use commitstream::outbox::{Deed, OutboxRepository};
+use commitstream::outbox::{self, Deed, OutboxRepository};
 use commitstream::streams::{DeadLetter, RetriedAs, Streams, StreamsError};
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -45,7 +45,9 @@ pub async fn carry_out<'a>(
     let noted = match audit {
         Some(Audit { outbox, connection, who }) if !letters.is_empty() => {
             let deed = Deed { who, about: &about };
-            let row = outbox.note(connection, deed, change.name(), &event_ids(letters.iter())).await?;
+            let mut transaction = outbox::begin(connection).await?;
+            let row = outbox.note(&mut transaction, deed, change.name(), &event_ids(letters.iter())).await?;
+            transaction.commit().await?;
             Some((outbox, connection, row))
         }
         _ => None,
@@ -64,8 +66,13 @@ pub async fn carry_out<'a>(
             left => format!("{about}: {} left alone", left.len()),
         };
         let (ids, events) = (event_ids(done.iter().copied()), i64::try_from(done.len())?);
-        if let Err(error) = outbox.note_outcome(connection, row, &about, &ids, events).await {
-            tracing::warn!("it is done, and the audit says that its outcome is unknown: {}", on_one_line(&error.into()));
+        let note = async {
+            let mut transaction = outbox::begin(connection).await?;
+            outbox.note_outcome(&mut transaction, row, &about, &ids, events).await?;
+            anyhow::Ok(transaction.commit().await?)
+        };
+        if let Err(error) = note.await {
+            tracing::warn!("it is done, and the audit says that its outcome is unknown: {}", on_one_line(&error));
         }
     }
     Ok(left)

@@ -119,7 +119,8 @@ fn is_wrong_use(cause: &(dyn std::error::Error + 'static)) -> bool {
         || cause.is::<EventError>()
         || matches!(cause.downcast_ref(), Some(PublishError::Event(_) | PublishError::MissingUrl(_)))
         || matches!(cause.downcast_ref(), Some(RelayError::Config(_) | RelayError::OutboxDisabled | RelayError::MissingUrl(_)))
-        || outbox_error(cause).is_some_and(|error| matches!(error, OutboxError::Url(_)) || refuses_value(error))
+        || outbox_error(cause)
+            .is_some_and(|error| matches!(error, OutboxError::Url(_) | OutboxError::UrlOption { .. }) || refuses_value(error))
         || matches!(streams_error(cause), Some(StreamsError::Url(_) | StreamsError::Tls(_)))
 }
 

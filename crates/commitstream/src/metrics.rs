@@ -301,8 +301,8 @@ pub(crate) fn redis_failed(error: &StreamsError) {
 /// The same of PostgreSQL.
 pub(crate) fn postgres_failed(error: &OutboxError) {
     let class = match error {
-        OutboxError::Unreachable { .. } => "unreachable",
-        OutboxError::Timeout { .. } => "timeout",
+        OutboxError::Unreachable { .. } | OutboxError::NoHost { .. } => "unreachable",
+        OutboxError::Timeout { .. } | OutboxError::Silent { .. } => "timeout",
         OutboxError::Database { .. } => "refused",
         _ => OTHER,
     };

@@ -30,7 +30,7 @@ pub struct Args {
 pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
     let settings = context.settings()?;
     console::check(&settings, args.listen)?;
-    drop(context::migrated(&settings, "console").await?);
+    drop(context::own_migrated(&settings, "console").await?);
     let listener = TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
     let address = listener.local_addr()?;
     let (routes, generated) = console::routes(&settings, address)?;

@@ -5,7 +5,7 @@ use std::io::{self, BufRead, IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::ArgGroup;
-use commitstream::outbox::{Counted, Deed, FailureFilter, FailurePlace, OutboxRepository, Remedy, Selection, Snapshot};
+use commitstream::outbox::{self, Counted, Deed, FailureFilter, FailurePlace, OutboxRepository, Remedy, Selection, Snapshot};
 use serde_json::json;
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -98,7 +98,9 @@ async fn list(context: &Context, selection: Selection, limit: u32) -> anyhow::Re
     let settings = context.settings()?;
     let mut connection = context::migrated(&settings, "failed").await?;
     // One more than asked for tells whether there are more.
-    let mut events = context::repository(&settings).failed(&mut connection, &selection, i64::from(limit) + 1).await?;
+    let mut transaction = outbox::begin_reading(&mut connection).await?;
+    let mut events = context::repository(&settings).failed(&mut transaction, &selection, i64::from(limit) + 1).await?;
+    transaction.commit().await?;
     let has_more = events.len() > usize::try_from(limit)?;
     events.truncate(usize::try_from(limit)?);
     let output = &context.output;
@@ -129,7 +131,9 @@ async fn change(context: &Context, which: &Which, remedy: Remedy) -> anyhow::Res
     let mut connection = context::migrated(&settings, "failed").await?;
     let mut shown = None;
     if which.all && !which.yes && io::stdin().is_terminal() {
-        let found = outbox.count_all_failed(&mut connection, &which.filter()).await?;
+        let mut transaction = outbox::begin_reading(&mut connection).await?;
+        let found = outbox.count_all_failed(&mut transaction, &which.filter()).await?;
+        transaction.commit().await?;
         if !confirmed(found.events, remedy).await? {
             context.output.remark("nothing was changed")?;
             return Ok(ExitCode::FAILURE);
@@ -166,14 +170,19 @@ async fn apply(
             1 => "one event".to_owned(),
             many => plural(u64::try_from(many)?, "event"),
         };
-        let step = outbox.remedy_events(connection, Deed { who: &who, about: &about }, remedy, &which.ids).await?;
+        let mut transaction = outbox::begin(connection).await?;
+        let step = outbox.remedy_events(&mut transaction, Deed { who: &who, about: &about }, remedy, &which.ids).await?;
+        transaction.commit().await?;
         return Ok(u64::try_from(step.changed)?);
     }
     let filter = which.filter();
     let about = filter.to_string();
     let (mut changed, mut place) = (0, Some(FailurePlace::default()));
     while let Some(from) = place {
-        let step = outbox.remedy_step(connection, Deed { who: &who, about: &about }, remedy, &filter, &from, shown).await?;
+        let deed = Deed { who: &who, about: &about };
+        let mut transaction = outbox::begin(connection).await?;
+        let step = outbox.remedy_step(&mut transaction, deed, remedy, &filter, &from, shown).await?;
+        transaction.commit().await?;
         changed += u64::try_from(step.changed)?;
         place = step.next;
     }
@@ -194,7 +203,9 @@ async fn missing(outbox: &OutboxRepository, connection: &mut PgConnection, ids: 
     if ids.is_empty() {
         return Ok(Vec::new());
     }
-    let found = outbox.failed(connection, &Selection::Ids(ids.to_vec()), i64::try_from(ids.len())?).await?;
+    let mut transaction = outbox::begin_reading(connection).await?;
+    let found = outbox.failed(&mut transaction, &Selection::Ids(ids.to_vec()), i64::try_from(ids.len())?).await?;
+    transaction.commit().await?;
     let found: HashSet<Uuid> = found.into_iter().map(|event| event.id).collect();
     Ok(ids.iter().filter(|id| !found.contains(*id)).copied().collect())
 }

@@ -54,7 +54,7 @@ pub struct Args {
 
 pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
     let settings = context.settings()?;
-    let mut connection = context::postgres(&settings, "migrate").await?;
+    let mut connection = context::own_session(&settings, "migrate").await?;
     let outbox = context::repository(&settings);
     let wait = Duration::from_secs(args.wait);
     let (output, mut last) = (&context.output, None);

@@ -3,17 +3,15 @@
 mod payload;
 
 use std::process::ExitCode;
-use std::str::FromStr;
 
 use chrono::{DateTime, Utc};
 use clap::ValueEnum;
 use commitstream::config::{Route, Settings, redact_url};
-use commitstream::outbox::OutboxError;
+use commitstream::outbox::{self, OutboxError};
 use commitstream::publisher::{DomainEventPublisher, PostgresOutboxPublisher, PublishError, RedisStreamsPublisher, route};
 use commitstream::{EventEnvelope, Lane};
 use serde_json::json;
-use sqlx::postgres::{PgConnectOptions, PgConnection};
-use sqlx::{ConnectOptions, Connection};
+use sqlx::Connection;
 
 use crate::context::{self, Context};
 use crate::spans::Spans;
@@ -138,10 +136,13 @@ async fn through_outbox(settings: &Settings, event: &EventEnvelope) -> anyhow::R
     let limit = settings.database.timeout;
     let doing = "publishing to the outbox";
     let unreachable = |source| OutboxError::Unreachable { doing, source };
+    // A pooler may share the session.
+    let mut settings = settings.clone();
+    settings.database.prepared_statements = false;
     let insert = async {
-        let mut connection = connect(url).await?;
+        let mut connection = outbox::connect_plain(url, "commitstream publish", limit).await?;
         let mut transaction = connection.begin().await.map_err(unreachable)?;
-        PostgresOutboxPublisher::new(settings).publish(&mut transaction, event).await?;
+        PostgresOutboxPublisher::new(&settings).publish(&mut transaction, event).await?;
         transaction.commit().await.map_err(unreachable)?;
         Ok(Route::Outbox)
     };
@@ -150,17 +151,6 @@ async fn through_outbox(settings: &Settings, event: &EventEnvelope) -> anyhow::R
     inserted.map_err(|error| match error {
         PublishError::Event(_) => error.into(),
         error => anyhow::Error::new(error).context(format!("cannot publish through {}", redact_url(url))),
-    })
-}
-
-/// A plain session, unlike the relay's: it may go through a pooler in transaction mode, which keeps no session settings and,
-/// if it is old, no prepared statements.
-async fn connect(url: &str) -> Result<PgConnection, OutboxError> {
-    let options = PgConnectOptions::from_str(url).map_err(OutboxError::Url)?.statement_cache_capacity(0);
-    let doing = "connecting";
-    options.connect().await.map_err(|source| match source {
-        sqlx::Error::Database(_) => OutboxError::Database { doing, source },
-        source => OutboxError::Unreachable { doing, source },
     })
 }
 

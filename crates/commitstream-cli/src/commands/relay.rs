@@ -121,7 +121,7 @@ async fn relay(
 /// What waiting cannot mend is refused before the relay starts. A server that is down is no such thing: a daemon waits for it.
 /// With --until-empty somebody waits for an answer, so there it is.
 async fn check_servers(settings: &Settings, until_empty: bool) -> anyhow::Result<()> {
-    let checks = [context::migrated(settings, "relay").await.map(drop), context::redis(settings).await.map(drop)];
+    let checks = [context::own_migrated(settings, "relay").await.map(drop), context::redis(settings).await.map(drop)];
     for error in checks.into_iter().filter_map(Result::err) {
         if until_empty || !may_pass(&error) {
             return Err(error);
@@ -134,7 +134,7 @@ async fn check_servers(settings: &Settings, until_empty: bool) -> anyhow::Result
 /// False for mistakes: missing tables, a login that is refused, a database that does not exist, a malformed URL.
 fn may_pass(error: &anyhow::Error) -> bool {
     let of_postgres = |error: &OutboxError| match error {
-        OutboxError::Unreachable { .. } | OutboxError::Timeout { .. } => true,
+        OutboxError::Unreachable { .. } | OutboxError::NoHost { .. } | OutboxError::Timeout { .. } => true,
         error @ OutboxError::Database { .. } => !failure::is_refused_login(error),
         _ => false,
     };

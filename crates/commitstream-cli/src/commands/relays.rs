@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use commitstream::outbox::{Pause, RelayRow};
+use commitstream::outbox::{self, Pause, RelayRow};
 use serde::Serialize;
 use serde_json::json;
 
@@ -56,7 +56,9 @@ async fn list(context: &Context) -> anyhow::Result<()> {
     let settings = context.settings()?;
     let mut connection = context::migrated(&settings, "relays").await?;
     let outbox = context::repository(&settings);
-    let (relays, pause) = (outbox.relays(&mut connection).await?, outbox.paused(&mut connection).await?);
+    let mut transaction = outbox::begin_reading(&mut connection).await?;
+    let (relays, pause) = (outbox.relays(&mut transaction).await?, outbox.paused(&mut transaction).await?);
+    transaction.commit().await?;
     let output = &context.output;
     if output.json {
         return output.json(&relays.iter().map(|relay| Listed { relay, pause: pause.as_ref() }).collect::<Vec<_>>());
@@ -84,12 +86,14 @@ async fn switch(context: &Context, action: &Action) -> anyhow::Result<()> {
     let mut connection = context::migrated(&settings, "relays").await?;
     let outbox = context::repository(&settings);
     let who = context::operator();
+    let mut transaction = outbox::begin(&mut connection).await?;
     let changed = match action {
-        Action::Pause => outbox.pause(&mut connection, &who).await?,
-        Action::Resume => outbox.resume(&mut connection, &who).await?,
+        Action::Pause => outbox.pause(&mut transaction, &who).await?,
+        Action::Resume => outbox.resume(&mut transaction, &who).await?,
     };
+    let pause = outbox.paused(&mut transaction).await?;
+    transaction.commit().await?;
     if context.output.json {
-        let pause = outbox.paused(&mut connection).await?;
         return context.output.json(&json!({ "changed": changed, "pause": pause }));
     }
     let text = match (action, changed) {
@@ -98,7 +102,6 @@ async fn switch(context: &Context, action: &Action) -> anyhow::Result<()> {
                 .to_owned()
         }
         (Action::Pause, false) => {
-            let pause = outbox.paused(&mut connection).await?;
             format!("nothing to do: already paused {}", pause.as_ref().map(by).unwrap_or_default())
         }
         (Action::Resume, true) => "resumed: relays publish what has waited".to_owned(),

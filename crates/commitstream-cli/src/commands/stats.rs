@@ -6,7 +6,7 @@ use std::time::Duration;
 use chrono::Utc;
 use commitstream::config::Settings;
 use commitstream::doctor::Verdict;
-use commitstream::outbox::{FailedEvent, OutboxStats};
+use commitstream::outbox::{self, FailedEvent, OutboxStats};
 use sqlx::PgConnection;
 
 use super::doctor;
@@ -37,12 +37,11 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
         return watch(context, &settings, Duration::from_secs(seconds)).await;
     }
     let mut connection = context::migrated(&settings, "stats").await?;
-    let outbox = context::repository(&settings);
-    let stats = outbox.stats(&mut connection).await?;
+    let stats = read(&settings, &mut connection).await?;
     if context.output.json {
         context.output.json(&stats)?;
     } else {
-        let verdict = flow::verdict(&settings, &outbox, &mut connection).await?;
+        let verdict = judge(&settings, &mut connection).await?;
         context.output.write(&describe(&stats, &verdict, &context.output))?;
     }
     Ok(ExitCode::SUCCESS)
@@ -70,11 +69,24 @@ async fn look(settings: &Settings, session: &mut Option<PgConnection>) -> anyhow
         Some(connection) => connection,
         None => context::migrated(settings, "stats").await?,
     };
-    let outbox = context::repository(settings);
-    let stats = outbox.stats(&mut connection).await?;
-    let verdict = flow::verdict(settings, &outbox, &mut connection).await?;
+    let stats = read(settings, &mut connection).await?;
+    let verdict = judge(settings, &mut connection).await?;
     *session = Some(connection);
     Ok((stats, verdict))
+}
+
+async fn read(settings: &Settings, connection: &mut PgConnection) -> anyhow::Result<OutboxStats> {
+    let mut transaction = outbox::begin_reading(connection).await?;
+    let stats = context::repository(settings).stats(&mut transaction).await?;
+    transaction.commit().await?;
+    Ok(stats)
+}
+
+async fn judge(settings: &Settings, connection: &mut PgConnection) -> anyhow::Result<Verdict> {
+    let mut transaction = outbox::begin_reading(connection).await?;
+    let verdict = flow::verdict(settings, &context::repository(settings), &mut transaction).await?;
+    transaction.commit().await?;
+    Ok(verdict)
 }
 
 fn describe(stats: &OutboxStats, verdict: &Verdict, output: &Output) -> String {

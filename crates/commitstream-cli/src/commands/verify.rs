@@ -67,7 +67,7 @@ pub async fn run(args: Args, context: &Context) -> anyhow::Result<ExitCode> {
     // Wrong settings of either server are told before work begins.
     context::database_url(&settings)?;
     let streams = context::redis(&settings).await?;
-    let mut connection = context::migrated(&settings, "verify").await?;
+    let mut connection = context::own_migrated(&settings, "verify").await?;
     let outbox = context::repository(&settings);
     if args.settle {
         verify::may_settle(&outbox, &mut connection).await?;

@@ -4,7 +4,7 @@ use std::time::Duration;
 use commitstream::config::Settings;
 use commitstream::outbox::{self, OutboxRepository};
 use commitstream::streams::Streams;
-use sqlx::{Executor, PgConnection};
+use sqlx::{Connection, PgConnection};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::doctor::Examiner;
@@ -22,7 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const LONGEST: Duration = Duration::from_secs(10);
 
 /// How long a kept session may take to answer; then there is a new one.
-const PROBE: Duration = Duration::from_secs(3);
+const PROBE: Duration = Duration::from_secs(2);
 
 /// Where pages get their data from.
 pub struct Servers {
@@ -68,12 +68,14 @@ impl Servers {
     pub async fn session(&self) -> Result<Session<'_>, Refusal> {
         let turn = self.turn().await?;
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        if let Some(mut connection) = idle
-            && tokio::time::timeout(PROBE, connection.execute("SELECT")).await.is_ok_and(|answer| answer.is_ok())
-        {
-            return Ok(Session { connection, servers: self, _turn: turn });
+        if let Some(mut connection) = idle {
+            if tokio::time::timeout(PROBE, connection.ping()).await.is_ok_and(|answer| answer.is_ok()) {
+                return Ok(Session { connection, servers: self, _turn: turn });
+            }
+            // The others will not answer either, and no page shall wait for that.
+            self.idle.lock().unwrap_or_else(PoisonError::into_inner).clear();
         }
-        let mut connection = context::migrated(&self.settings, "console").await?;
+        let mut connection = context::own_migrated(&self.settings, "console").await?;
         outbox::for_people(&mut connection, LONGEST).await?;
         Ok(Session { connection, servers: self, _turn: turn })
     }

@@ -19,6 +19,9 @@ mod http;
 mod metrics;
 mod mistakes;
 mod otlp;
+#[path = "../../../commitstream/tests/it/pgbouncer.rs"]
+mod pgbouncer;
+mod pooler;
 mod relays;
 mod secrets;
 mod silence;

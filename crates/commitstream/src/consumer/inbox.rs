@@ -56,7 +56,7 @@ impl Inbox {
             let mut lent = self.lend().await.map_err(self.outbox.error(doing))?;
             self.outbox.find_inbox(lent.connection().map_err(self.outbox.error(doing))?).await?;
             lent.give_back();
-            Ok(())
+            Ok::<_, OutboxError>(())
         };
         let timed_out = OutboxError::Timeout { doing, limit: self.timeout };
         timeout(self.timeout, look).await.unwrap_or(Err(timed_out))
@@ -204,11 +204,7 @@ impl<E: DecodeEvent, H: TransactionalHandler<E>> Transactional<E, H> {
         NoInbox(self.inbox.outbox.error(BEGINNING)(error))
     }
 
-    async fn bounded<T>(
-        &self,
-        doing: &'static str,
-        work: impl Future<Output = Result<T, sqlx::Error>>,
-    ) -> Result<T, NoInbox> {
+    async fn bounded<T>(&self, doing: &'static str, work: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, NoInbox> {
         let limit = self.inbox.timeout;
         let worked = timeout(limit, work).await.map_err(|_| NoInbox(OutboxError::Timeout { doing, limit }))?;
         worked.map_err(|error| self.failed(error))

@@ -75,6 +75,7 @@ fn unreachable(settings: &Settings, why: &OutboxError) -> Finding {
     }
     let mend = match why {
         OutboxError::Url(_) => "export DATABASE_URL=postgres://user:password@host:5432/database".to_owned(),
+        OutboxError::UrlOption { instead, .. } => format!("change DATABASE_URL: {instead}"),
         OutboxError::Database { source, .. }
             if source.as_database_error().is_some_and(|e| e.code().as_deref() == Some("53300")) =>
         {

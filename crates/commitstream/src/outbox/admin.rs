@@ -55,7 +55,8 @@ impl OutboxRepository {
              FROM {{s}}.event_outbox WHERE {SELECTED} ORDER BY created_at DESC LIMIT $3"
         );
         let doing = "listing failed events";
-        let rows = sqlx::query(self.sql(&sql))
+        let rows = self
+            .query(self.sql(&sql))
             .bind(ids)
             .bind(event_type)
             .bind(limit)

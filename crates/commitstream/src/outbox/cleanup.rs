@@ -2,6 +2,7 @@ use std::time::Duration;
 
 use sqlx::PgConnection;
 
+use super::connection::begin;
 use super::{OutboxError, OutboxRepository};
 
 /// Journal rows outlive their batch by this at least: after a failover of Redis the relay looks recent batches up.
@@ -64,12 +65,15 @@ impl OutboxRepository {
         limit: u32,
         doing: &'static str,
     ) -> Result<u64, OutboxError> {
-        let done = sqlx::query(self.sql(sql))
+        let mut transaction = begin(connection).await?;
+        let done = self
+            .query(self.sql(sql))
             .bind(retention.as_secs_f64())
             .bind(i64::from(limit))
-            .execute(connection)
+            .execute(&mut *transaction)
             .await
             .map_err(self.error(doing))?;
+        transaction.commit().await.map_err(self.error(doing))?;
         Ok(done.rows_affected())
     }
 }

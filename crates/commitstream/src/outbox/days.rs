@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use super::connection::begin;
 use chrono::{DateTime, Days, NaiveDate, NaiveTime, Utc};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, Postgres, Row, Transaction};
 use uuid::Uuid;
@@ -152,7 +153,7 @@ impl OutboxRepository {
 
     async fn try_to_partition(&self, connection: &mut PgConnection) -> Result<Option<u64>, OutboxError> {
         let doing = "partitioning event_outbox";
-        let mut tx = connection.begin().await.map_err(self.error(doing))?;
+        let mut tx = begin(connection).await?;
         self.take_turns(&mut tx).await?;
         if self.is_partitioned(&mut tx).await? {
             return Ok(None);
@@ -161,7 +162,7 @@ impl OutboxRepository {
         tx.execute(self.sql("SET LOCAL search_path TO {s}")).await.map_err(self.error(doing))?;
         tx.execute(PARTITION).await.map_err(self.busy(doing))?;
         let copied: i64 =
-            sqlx::query_scalar("SELECT count(*) FROM event_outbox_rest").fetch_one(&mut *tx).await.map_err(self.error(doing))?;
+            self.scalar("SELECT count(*) FROM event_outbox_rest").fetch_one(&mut *tx).await.map_err(self.error(doing))?;
         tx.commit().await.map_err(self.error(doing))?;
         Ok(Some(copied.cast_unsigned()))
     }
@@ -175,7 +176,7 @@ impl OutboxRepository {
             return Ok(None);
         }
         let sql = format!("SELECT (statement_timestamp() AT TIME ZONE 'UTC')::date, (SELECT max(ends) FROM ({DAYS}) AS days)");
-        let query = sqlx::query_as(AssertSqlSafe(sql)).bind(self.table("event_outbox"));
+        let query = sqlx::query_as(AssertSqlSafe(sql)).persistent(self.prepares).bind(self.table("event_outbox"));
         let (today, covered_until) = query.fetch_one(connection).await.map_err(self.error("looking for the newest partition"))?;
         Ok(Some(missing(today, covered_until)))
     }
@@ -190,11 +191,14 @@ impl OutboxRepository {
             "SELECT name, days.table, COALESCE(pg_total_relation_size(oid), 0) FROM ({DAYS}) AS days
              WHERE ends < statement_timestamp() - $2 * interval '1 second' ORDER BY ends"
         );
-        let query = sqlx::query_as(AssertSqlSafe(sql)).bind(self.table("event_outbox")).bind(retention.as_secs_f64());
+        let query = sqlx::query_as(AssertSqlSafe(sql))
+            .persistent(self.prepares)
+            .bind(self.table("event_outbox"))
+            .bind(retention.as_secs_f64());
         let old: Vec<(String, String, i64)> = query.fetch_all(&mut *connection).await.map_err(self.error(doing))?;
         let mut overdue = Vec::new();
         for (name, table, bytes) in old {
-            let query = sqlx::query_as(AssertSqlSafe(COUNT.replace("{p}", &table)));
+            let query = sqlx::query_as(AssertSqlSafe(COUNT.replace("{p}", &table))).persistent(self.prepares);
             let query = query.bind(retention.as_secs_f64()).bind(MOST_MOVED + 1);
             let (unsettled, recent) = match query.fetch_one(&mut *connection).await {
                 // undefined_table: somebody else has just dropped it.
@@ -217,7 +221,7 @@ impl OutboxRepository {
         let (from, to) = (first_id(day), first_id(day + Days::new(1)));
         let early =
             self.sql("SELECT count(*) FROM (SELECT FROM {s}.event_outbox_rest WHERE id >= $1 AND id < $2 LIMIT $3) AS early");
-        let early = sqlx::query_scalar::<_, i64>(early).bind(from).bind(to).bind(MOST_MOVED + 1);
+        let early = self.scalar::<i64>(early).bind(from).bind(to).bind(MOST_MOVED + 1);
         if early.fetch_one(&mut *connection).await.map_err(self.error(doing))? > MOST_MOVED {
             return Ok(None);
         }
@@ -233,7 +237,7 @@ impl OutboxRepository {
         );
         tx.execute(self.sql(&create)).await.map_err(self.busy(doing))?;
         let sql = MOVE_EARLY.replace("{p}", &table).replace("{columns}", &columns);
-        sqlx::query(self.sql(&sql)).bind(from).bind(to).execute(&mut *tx).await.map_err(self.busy(doing))?;
+        self.query(self.sql(&sql)).bind(from).bind(to).execute(&mut *tx).await.map_err(self.busy(doing))?;
         let attach = format!("ALTER TABLE {{s}}.event_outbox ATTACH PARTITION {table} FOR VALUES FROM ('{from}') TO ('{to}')");
         tx.execute(self.sql(&attach)).await.map_err(self.busy(doing))?;
         tx.commit().await.map_err(self.error(doing))?;
@@ -255,7 +259,7 @@ impl OutboxRepository {
         let table = &overdue.table;
         let mut tx = self.locked(connection, doing).await?;
         let is_there = "SELECT EXISTS (SELECT FROM pg_inherits WHERE inhparent = to_regclass($1) AND inhrelid = to_regclass($2))";
-        let is_there = sqlx::query_scalar::<_, bool>(is_there).bind(self.table("event_outbox")).bind(table);
+        let is_there = self.scalar::<bool>(is_there).bind(self.table("event_outbox")).bind(table);
         if !is_there.fetch_one(&mut *tx).await.map_err(self.error(doing))? {
             return Ok(None);
         }
@@ -264,7 +268,7 @@ impl OutboxRepository {
         let detach = format!("ALTER TABLE {{s}}.event_outbox DETACH PARTITION {table}");
         tx.execute(self.sql(&detach)).await.map_err(self.busy(doing))?;
         let sql = MOVE_SURVIVORS.replace("{p}", table).replace("{columns}", &columns);
-        let query = sqlx::query(self.sql(&sql)).bind(retention.as_secs_f64());
+        let query = self.query(self.sql(&sql)).bind(retention.as_secs_f64());
         let moved = query.execute(&mut *tx).await.map_err(self.busy(doing))?.rows_affected();
         if moved > MOST_MOVED.cast_unsigned() {
             return Ok(None);
@@ -288,7 +292,7 @@ impl OutboxRepository {
         connection: &'c mut PgConnection,
         doing: &'static str,
     ) -> Result<Transaction<'c, Postgres>, OutboxError> {
-        let mut tx = connection.begin().await.map_err(self.error(doing))?;
+        let mut tx = begin(connection).await?;
         tx.execute(LIMITS).await.map_err(self.error(doing))?;
         for _ in 1..TRIES {
             let mut savepoint = tx.begin().await.map_err(self.error(doing))?;
@@ -315,7 +319,7 @@ impl OutboxRepository {
                           t.relowner::regrole::text AS owner
                    FROM pg_class t WHERE t.oid = to_regclass($1)";
         let doing = "reading the columns of event_outbox";
-        let query = sqlx::query(sql).bind(self.table("event_outbox")).bind(self.table("event_outbox_rest"));
+        let query = self.query(sql).bind(self.table("event_outbox")).bind(self.table("event_outbox_rest"));
         let row = query.fetch_one(connection).await.map_err(self.error(doing))?;
         let read = || -> Result<Shape, sqlx::Error> {
             Ok(Shape { columns: row.try_get("columns")?, parameters: row.try_get("parameters")?, owner: row.try_get("owner")? })
@@ -327,7 +331,7 @@ impl OutboxRepository {
     pub(super) async fn is_partitioned(&self, connection: &mut PgConnection) -> Result<bool, OutboxError> {
         let sql = "SELECT EXISTS (SELECT FROM pg_partitioned_table
                                   WHERE partrelid = to_regclass($1) AND partdefid = to_regclass($2))";
-        sqlx::query_scalar(sql)
+        self.scalar(sql)
             .bind(self.table("event_outbox"))
             .bind(self.table("event_outbox_rest"))
             .fetch_one(connection)

@@ -35,6 +35,9 @@ pub enum OutboxError {
     )]
     Timeout { doing: &'static str, limit: std::time::Duration },
 
+    #[error("a session of PostgreSQL did not answer within {limit:?}: its connection is dead, or the server does nothing at all")]
+    Silent { limit: std::time::Duration },
+
     #[error("event_outbox is in use, so nothing was changed while {doing}: a long transaction, a backup or vacuum has it locked")]
     Busy {
         doing: &'static str,
@@ -52,7 +55,7 @@ pub enum OutboxError {
     )]
     NotPaused,
 
-    #[error("event_outbox was replaced by a partitioned table: what listened on the old one starts anew")]
+    #[error("event_outbox was replaced by another table: what listened on the old one starts anew")]
     Replaced,
 
     #[error(
@@ -64,8 +67,23 @@ pub enum OutboxError {
     #[error("the database URL is not usable: write postgres://user:password@host:5432/database")]
     Url(#[source] sqlx::Error),
 
+    #[error("the database URL has {option}, which is not supported: {instead}")]
+    UrlOption { option: &'static str, instead: &'static str },
+
+    #[error("none of the hosts {hosts} in the database URL can be reached and takes writes")]
+    NoHost {
+        hosts: String,
+        #[source]
+        source: Option<Box<OutboxError>>,
+    },
+
     #[error(
-        "a pooler has mixed up prepared statements while {doing}: set app.database.preparedStatements = false, or use PgBouncer 1.21 or newer"
+        "the database URL leads through a pooler that gives sessions to others between transactions, and a relay, the console, verify and migrate need sessions of their own: give them the address of PostgreSQL itself (publishing and other commands may go through the pooler)"
+    )]
+    SharedSession,
+
+    #[error(
+        "a pooler has mixed up prepared statements while {doing}: give a relay, a console or doctor the address of PostgreSQL itself; to publish, set app.database.preparedStatements = false, or use PgBouncer 1.21 or newer"
     )]
     Pooler {
         doing: &'static str,
@@ -130,6 +148,19 @@ impl OutboxError {
     pub(super) fn unless_changed(doing: &'static str, changed: u64, meant: usize) -> Result<(), Self> {
         let (changed, meant) = (i64::try_from(changed).unwrap_or(i64::MAX), i64::try_from(meant).unwrap_or(i64::MAX));
         if changed == meant { Ok(()) } else { Err(Self::Unchanged { doing, changed, meant }) }
+    }
+
+    /// True when waiting does not help a program that starts: the tables, the rights, the URL or a statement are wrong
+    /// (class 42 of <https://www.postgresql.org/docs/current/errcodes-appendix.html>, and `feature_not_supported`).
+    pub(crate) fn cannot_work(&self) -> bool {
+        match self {
+            Self::Url(_) | Self::UrlOption { .. } | Self::SharedSession => true,
+            Self::Database { source, .. } => {
+                let code = source.as_database_error().and_then(|error| error.code());
+                code.is_some_and(|code| code.starts_with("42") || code == "0A000")
+            }
+            _ => self.is_not_migrated(),
+        }
     }
 
     /// True when PostgreSQL says that this user may not do it: `insufficient_privilege`,

@@ -214,7 +214,7 @@ impl OutboxRepository {
                    FROM {{s}}.event_outbox WHERE status = 'FAILED' ORDER BY created_at DESC LIMIT {LOOKED_AT}) AS looked
              GROUP BY event_type, cause ORDER BY events DESC, event_type, cause LIMIT {GROUPS}"
         );
-        let rows = sqlx::query(self.sql(&sql)).fetch_all(connection).await.map_err(self.error(doing))?;
+        let rows = self.query(self.sql(&sql)).fetch_all(connection).await.map_err(self.error(doing))?;
         let groups = rows.iter().map(group).collect::<Result<Vec<_>, _>>().map_err(self.error(doing))?;
         let of_all = |column: &str| rows.first().map_or(Ok(0), |row| row.try_get::<i64, _>(column)).map_err(self.error(doing));
         let (all, events) = (of_all("all_groups")?, of_all("all_events")?);
@@ -251,7 +251,8 @@ impl OutboxRepository {
              FROM (SELECT event_type, last_error FROM {{s}}.event_outbox WHERE status = 'FAILED'
                    ORDER BY created_at DESC LIMIT $3) AS looked"
         );
-        let row = sqlx::query(self.sql(&sql))
+        let row = self
+            .query(self.sql(&sql))
             .bind(&filter.event_type)
             .bind(&filter.cause)
             .bind(most)
@@ -280,7 +281,7 @@ impl OutboxRepository {
         shown: Option<&Snapshot>,
     ) -> Result<RemedyStep, OutboxError> {
         let sql = statement(&STEPWISE.replace("{cause}", CAUSE).replace("{step}", &STEP.to_string()), remedy);
-        let query = sqlx::query(self.sql(&sql)).bind(deed.who).bind(deed.about);
+        let query = self.query(self.sql(&sql)).bind(deed.who).bind(deed.about);
         let query = query.bind(&after.aggregate_type).bind(&after.aggregate_id).bind(after.seq);
         let row = query
             .bind(&filter.event_type)
@@ -303,7 +304,8 @@ impl OutboxRepository {
         remedy: Remedy,
         ids: &[Uuid],
     ) -> Result<RemedyStep, OutboxError> {
-        let row = sqlx::query(self.sql(&statement(NAMED, remedy)))
+        let row = self
+            .query(self.sql(&statement(NAMED, remedy)))
             .bind(deed.who)
             .bind(deed.about)
             .bind(ids)

@@ -15,12 +15,8 @@ impl OutboxRepository {
     pub async fn remember(&self, connection: &mut PgConnection, consumer: &str, event_id: Uuid) -> Result<bool, OutboxError> {
         let doing = "writing to the inbox";
         let sql = "INSERT INTO {s}.event_inbox (consumer, event_id) VALUES ($1, $2) ON CONFLICT (consumer, event_id) DO NOTHING";
-        let done = sqlx::query(self.sql(sql))
-            .bind(consumer)
-            .bind(event_id)
-            .execute(&mut *connection)
-            .await
-            .map_err(self.error(doing))?;
+        let done =
+            self.query(self.sql(sql)).bind(consumer).bind(event_id).execute(&mut *connection).await.map_err(self.error(doing))?;
         if done.rows_affected() == 1 {
             return Ok(true);
         }

@@ -122,7 +122,7 @@ impl OutboxRepository {
         if !self.exists(connection, "outbox_migration").await? {
             return Ok(None);
         }
-        sqlx::query_scalar(self.sql("SELECT max(version) FROM {s}.outbox_migration"))
+        self.scalar(self.sql("SELECT max(version) FROM {s}.outbox_migration"))
             .fetch_one(connection)
             .await
             .map_err(self.error("reading the migration's version"))
@@ -139,7 +139,7 @@ impl OutboxRepository {
     }
 
     pub(super) async fn exists(&self, connection: &mut PgConnection, table: &str) -> Result<bool, OutboxError> {
-        sqlx::query_scalar("SELECT to_regclass($1) IS NOT NULL")
+        self.scalar("SELECT to_regclass($1) IS NOT NULL")
             .bind(format!("{}.{table}", self.quoted))
             .fetch_one(connection)
             .await

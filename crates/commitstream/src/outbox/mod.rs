@@ -3,6 +3,7 @@
 //! Every statement is one method of [`OutboxRepository`] on a connection that the caller owns, so that a publish runs in the caller's
 //! transaction and the relay decides which session does what.
 
+mod address;
 mod admin;
 mod attempts;
 mod audit;
@@ -36,6 +37,7 @@ mod text;
 mod two_phase;
 mod wake;
 
+pub use address::Address;
 pub use admin::{FailedEvent, Selection};
 pub use attempts::MigrationProgress;
 pub(crate) use audit::{EntryLines, ReadStream};
@@ -43,8 +45,8 @@ pub use audit::{Finding, Findings};
 pub use backlog::Backlog;
 pub use blocked::BlockedAggregate;
 pub use claim::{Batch, Claim, ClaimRequest, OutboxEvent};
-pub(crate) use connection::{IN_FAILED_TRANSACTION, commit_unless_aborted};
-pub use connection::{connect, for_people};
+pub(crate) use connection::{IN_FAILED_TRANSACTION, check_own, commit_unless_aborted, connect_to, listen_at, set_up};
+pub use connection::{begin, begin_reading, connect, connect_own, connect_plain, for_people};
 pub use days::{Fate, Overdue};
 pub use error::OutboxError;
 pub(crate) use error::{is_outage, is_outage_code};
@@ -64,9 +66,11 @@ pub use settle::{AfterPublishing, Refusal, Settlement};
 pub use settle_rows::{SettledRows, StuckBatch, StuckRow};
 pub use stats::OutboxStats;
 pub use streams::{KnownStream, StreamLook};
-pub(crate) use wake::{RELAYS_CHANGED, TABLE_REPLACED};
+pub(crate) use wake::{RELAYS_CHANGED, TABLE_REPLACED, channel_of};
 
-use sqlx::AssertSqlSafe;
+use sqlx::postgres::{PgArguments, PgRow};
+use sqlx::query::{Query, QueryScalar};
+use sqlx::{AssertSqlSafe, FromRow, Postgres, SqlSafeStr};
 
 /// Number of partitions that aggregates are spread over; `outbox_lease` has a row for each.
 pub const PARTITIONS: usize = 64;
@@ -76,13 +80,33 @@ pub const PARTITIONS: usize = 64;
 pub struct OutboxRepository {
     schema: String,
     quoted: String,
+    /// Statements get a name, and are planned once for a session.
+    prepares: bool,
 }
 
 impl OutboxRepository {
     /// The outbox in `schema` (setting `app.database.schema`).
     #[must_use]
     pub fn new(schema: &str) -> Self {
-        Self { schema: schema.to_owned(), quoted: format!("\"{}\"", schema.replace('"', "\"\"")) }
+        Self { schema: schema.to_owned(), quoted: format!("\"{}\"", schema.replace('"', "\"\"")), prepares: true }
+    }
+
+    /// The same for commands, whose sessions a pooler may share: their statements get no name, under which the next owner of the session
+    /// would find them. To be used in transactions of [`begin`] and [`begin_reading`], which keep such a session.
+    #[must_use]
+    pub fn without_prepared_statements(self) -> Self {
+        Self { prepares: false, ..self }
+    }
+
+    fn query<'q>(&self, sql: impl SqlSafeStr) -> Query<'q, Postgres, PgArguments> {
+        sqlx::query(sql).persistent(self.prepares)
+    }
+
+    fn scalar<'q, T>(&self, sql: impl SqlSafeStr) -> QueryScalar<'q, Postgres, T, PgArguments>
+    where
+        (T,): for<'r> FromRow<'r, PgRow>,
+    {
+        sqlx::query_scalar(sql).persistent(self.prepares)
     }
 
     /// The statement with `{s}` replaced by the quoted schema. Names are qualified, because a publish must not depend on,

@@ -40,7 +40,7 @@ impl OutboxRepository {
     ) -> Result<Vec<AuditRow>, OutboxError> {
         let doing = "reading what operators did";
         let sql = self.sql("SELECT * FROM {s}.outbox_audit WHERE audit_id < $1 ORDER BY audit_id DESC LIMIT $2");
-        let query = sqlx::query(sql).bind(before.unwrap_or(i64::MAX)).bind(limit);
+        let query = self.query(sql).bind(before.unwrap_or(i64::MAX)).bind(limit);
         let rows = query.fetch_all(connection).await.map_err(self.error(doing))?;
         rows.iter().map(audit_row).collect::<Result<_, _>>().map_err(self.error(doing))
     }
@@ -61,7 +61,7 @@ impl OutboxRepository {
             "INSERT INTO {s}.outbox_audit (who, action, about, event_ids) VALUES ($1, $2, $3 || ': outcome unknown', $4)
              RETURNING audit_id",
         );
-        sqlx::query_scalar(sql)
+        self.scalar(sql)
             .bind(deed.who)
             .bind(action)
             .bind(deed.about)
@@ -84,7 +84,7 @@ impl OutboxRepository {
         events: i64,
     ) -> Result<(), OutboxError> {
         let sql = self.sql("UPDATE {s}.outbox_audit SET about = $2, event_ids = $3, events = $4 WHERE audit_id = $1");
-        sqlx::query(sql)
+        self.query(sql)
             .bind(audit_id)
             .bind(about)
             .bind(event_ids)
@@ -118,7 +118,8 @@ impl OutboxRepository {
     /// PostgreSQL cannot be asked.
     pub async fn paused(&self, connection: &mut PgConnection) -> Result<Option<Pause>, OutboxError> {
         let doing = "asking whether relays are paused";
-        let row = sqlx::query(self.sql("SELECT since, who FROM {s}.outbox_pause"))
+        let row = self
+            .query(self.sql("SELECT since, who FROM {s}.outbox_pause"))
             .fetch_optional(connection)
             .await
             .map_err(self.error(doing))?;
@@ -132,7 +133,8 @@ impl OutboxRepository {
                  INSERT INTO {{s}}.outbox_audit (who, action, about) SELECT $1, $2, 'all relays' FROM switched)
              SELECT EXISTS (SELECT FROM switched)"
         );
-        let switched = sqlx::query_scalar(self.sql(&sql))
+        let switched = self
+            .scalar(self.sql(&sql))
             .bind(who)
             .bind(action)
             .fetch_one(&mut *connection)

@@ -40,6 +40,8 @@ pub struct Members {
     pub owners: Vec<Option<Uuid>>,
     /// An operator wants nothing to be claimed.
     pub is_paused: bool,
+    /// The number of `event_outbox`, if it is there.
+    pub table: Option<i64>,
 }
 
 /// One relay, for people.
@@ -116,9 +118,11 @@ impl OutboxRepository {
              SELECT (SELECT count(*) FROM beat) AS beats, ARRAY(SELECT relay_id FROM others) AS others,
                     EXISTS (SELECT 1 FROM others WHERE state <> 'unable') AS others_able,
                     ARRAY(SELECT relay_id FROM {{s}}.outbox_lease ORDER BY partition_no) AS owners,
-                    EXISTS (SELECT FROM {{s}}.outbox_pause) AS is_paused"
+                    EXISTS (SELECT FROM {{s}}.outbox_pause) AS is_paused,
+                    to_regclass($13)::oid::bigint AS event_table"
         );
-        let row = sqlx::query(self.sql(&sql))
+        let row = self
+            .query(self.sql(&sql))
             .bind(beat.relay_id)
             .bind(&beat.host)
             .bind(beat.pid)
@@ -131,6 +135,7 @@ impl OutboxRepository {
             .bind(beat.failed)
             .bind(beat.republished)
             .bind(beat.events_per_second)
+            .bind(format!("{}.event_outbox", self.quoted))
             .fetch_one(connection)
             .await
             .map_err(self.error(doing))?;
@@ -142,6 +147,7 @@ impl OutboxRepository {
                 others_able: row.try_get("others_able")?,
                 owners: row.try_get("owners")?,
                 is_paused: row.try_get("is_paused")?,
+                table: row.try_get("event_table")?,
             })
         };
         read().map_err(self.error(doing))
@@ -156,7 +162,7 @@ impl OutboxRepository {
             "WITH gone AS (DELETE FROM {s}.outbox_relay WHERE relay_id = $1)
              UPDATE {s}.outbox_lease SET relay_id = NULL WHERE relay_id = $1",
         );
-        sqlx::query(sql).bind(relay_id).execute(connection).await.map_err(self.error("leaving the list of relays"))?;
+        self.query(sql).bind(relay_id).execute(connection).await.map_err(self.error("leaving the list of relays"))?;
         Ok(())
     }
 
@@ -166,7 +172,7 @@ impl OutboxRepository {
     /// PostgreSQL cannot be asked.
     pub async fn forget_relays(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
         let sql = format!("DELETE FROM {{s}}.outbox_relay WHERE expires_at < clock_timestamp() - interval '{FORGET_AFTER}'");
-        sqlx::query(self.sql(&sql)).execute(connection).await.map_err(self.error("forgetting dead relays"))?;
+        self.query(self.sql(&sql)).execute(connection).await.map_err(self.error("forgetting dead relays"))?;
         Ok(())
     }
 
@@ -185,7 +191,7 @@ impl OutboxRepository {
              ORDER BY started_at, relay_id"
         );
         let doing = "listing relays";
-        let rows = sqlx::query(self.sql(&sql)).fetch_all(connection).await.map_err(self.error(doing))?;
+        let rows = self.query(self.sql(&sql)).fetch_all(connection).await.map_err(self.error(doing))?;
         rows.iter().map(relay_row).collect::<Result<_, _>>().map_err(self.error(doing))
     }
 
@@ -201,7 +207,7 @@ impl OutboxRepository {
              FROM (SELECT relay_id, claimed_at FROM {{s}}.outbox_batch WHERE settled_at IS NULL ORDER BY claimed_at LIMIT {OPEN}) AS open
              GROUP BY relay_id ORDER BY min(claimed_at), relay_id LIMIT {MOST_RELAYS}"
         );
-        let rows = sqlx::query(self.sql(&sql)).fetch_all(connection).await.map_err(self.error(doing))?;
+        let rows = self.query(self.sql(&sql)).fetch_all(connection).await.map_err(self.error(doing))?;
         rows.iter().map(relay_batches).collect::<Result<_, _>>().map_err(self.error(doing))
     }
 }

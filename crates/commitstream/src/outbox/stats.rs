@@ -42,7 +42,7 @@ impl OutboxRepository {
                     (SELECT count(*) FROM {s}.event_outbox WHERE status = 'FAILED') AS failed
              FROM unsent",
         );
-        let row = sqlx::query(sql).fetch_one(&mut *connection).await.map_err(self.error("counting events"))?;
+        let row = self.query(sql).fetch_one(&mut *connection).await.map_err(self.error("counting events"))?;
         let read = || -> Result<OutboxStats, sqlx::Error> {
             let oldest: Option<DateTime<Utc>> = row.try_get("oldest")?;
             let now: DateTime<Utc> = row.try_get("now")?;
@@ -65,7 +65,7 @@ impl OutboxRepository {
     /// # Errors
     /// PostgreSQL cannot be asked.
     pub async fn has_unsent(&self, connection: &mut PgConnection) -> Result<bool, OutboxError> {
-        sqlx::query_scalar(self.sql("SELECT EXISTS (SELECT 1 FROM {s}.event_outbox WHERE status IN ('PENDING', 'PROCESSING'))"))
+        self.scalar(self.sql("SELECT EXISTS (SELECT 1 FROM {s}.event_outbox WHERE status IN ('PENDING', 'PROCESSING'))"))
             .fetch_one(connection)
             .await
             .map_err(self.error("looking for unsent events"))

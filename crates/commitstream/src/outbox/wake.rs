@@ -1,12 +1,11 @@
+use std::time::Duration;
+
 use sqlx::{AssertSqlSafe, PgConnection};
 
 use super::{OutboxError, OutboxRepository};
 
 /// First key of the sleep lock, as in the trigger function `outbox_wake_relay`.
 const SLEEP_LOCK: i32 = 1_129_139_027;
-
-/// Of one request for the sleep lock.
-const LONGEST_WAIT: &str = "5s";
 
 /// What is sent on the channel when the list of relays or their shares changed. Producers send nothing but the notification.
 pub(crate) const RELAYS_CHANGED: &str = "relays";
@@ -16,8 +15,8 @@ pub(crate) const TABLE_REPLACED: &str = "replaced";
 
 impl OutboxRepository {
     /// Number that stands for this outbox in lock keys and in the channel's name.
-    async fn table_oid(&self, connection: &mut PgConnection) -> Result<i64, OutboxError> {
-        sqlx::query_scalar("SELECT $1::text::regclass::oid::bigint")
+    pub(crate) async fn table_oid(&self, connection: &mut PgConnection) -> Result<i64, OutboxError> {
+        self.scalar("SELECT $1::text::regclass::oid::bigint")
             .bind(format!("{}.event_outbox", self.quoted))
             .fetch_one(connection)
             .await
@@ -29,29 +28,32 @@ impl OutboxRepository {
     /// # Errors
     /// PostgreSQL cannot be asked.
     pub async fn wake_channel(&self, connection: &mut PgConnection) -> Result<String, OutboxError> {
-        Ok(format!("event_outbox_{}", self.table_oid(connection).await?))
+        Ok(channel_of(self.table_oid(connection).await?))
     }
 
-    /// Waits for the sleep lock, for some seconds at most: a statement that waits keeps its snapshot, and that holds back vacuum.
+    /// Waits for the wake-up lock, up to `limit`: a statement that waits keeps its snapshot, and that holds back vacuum.
     /// From the request on, every producer's commit notifies; when it is granted, no producer that did not notify is between insert and
     /// commit. False when it was not granted in time.
     ///
+    /// The block catches the time-out, so that PostgreSQL does not log an error for each request: a prepared transaction that somebody
+    /// left open refuses them all. A lock that this session has is granted to it again, so the second statement says what came of it.
+    ///
     /// # Errors
     /// The session was lost.
-    pub async fn lock_sleep(&self, connection: &mut PgConnection) -> Result<bool, OutboxError> {
-        let doing = "waiting for the sleep lock";
-        let oid = self.table_oid(connection).await?;
-        sqlx::query(AssertSqlSafe(format!("SET lock_timeout = '{LONGEST_WAIT}'")))
-            .execute(&mut *connection)
-            .await
-            .map_err(self.error(doing))?;
-        let lock = sqlx::query("SELECT pg_advisory_lock($1, $2)").bind(SLEEP_LOCK).bind(lock_key(oid)).execute(connection).await;
-        match lock {
-            Ok(_) => Ok(true),
-            // lock_not_available
-            Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("55P03") => Ok(false),
-            Err(error) => Err(self.error(doing)(error)),
-        }
+    pub async fn lock_sleep(&self, connection: &mut PgConnection, limit: Duration) -> Result<bool, OutboxError> {
+        let doing = "waiting for the wake-up lock";
+        let key = lock_key(self.table_oid(connection).await?);
+        let wait = format!(
+            "DO $wait$ BEGIN
+                 PERFORM set_config('lock_timeout', '{}ms', true);
+                 PERFORM pg_advisory_lock({SLEEP_LOCK}, {key});
+             EXCEPTION WHEN lock_not_available THEN NULL;
+             END $wait$",
+            limit.as_millis()
+        );
+        sqlx::raw_sql(AssertSqlSafe(wait)).execute(&mut *connection).await.map_err(self.error(doing))?;
+        let held = self.scalar("SELECT pg_try_advisory_lock($1, $2)").bind(SLEEP_LOCK).bind(key);
+        held.fetch_one(connection).await.map_err(self.error(doing))
     }
 
     /// Gives the sleep lock back: producers stop notifying.
@@ -59,7 +61,7 @@ impl OutboxRepository {
     /// # Errors
     /// The session was lost, and the lock with it.
     pub async fn unlock_sleep(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
-        sqlx::query("SELECT pg_advisory_unlock_all()")
+        self.query("SELECT pg_advisory_unlock_all()")
             .execute(connection)
             .await
             .map_err(self.error("releasing the sleep lock"))?;
@@ -84,7 +86,7 @@ impl OutboxRepository {
 
     async fn send(&self, connection: &mut PgConnection, message: &str) -> Result<(), OutboxError> {
         let channel = self.wake_channel(connection).await?;
-        sqlx::query("SELECT pg_notify($1, $2)")
+        self.query("SELECT pg_notify($1, $2)")
             .bind(channel)
             .bind(message)
             .execute(connection)
@@ -92,6 +94,11 @@ impl OutboxRepository {
             .map_err(self.error("waking the relay"))?;
         Ok(())
     }
+}
+
+/// The channel of the table with this number, as in the trigger function `outbox_wake_relay`.
+pub(crate) fn channel_of(table: i64) -> String {
+    format!("event_outbox_{table}")
 }
 
 /// The cast `oid::int` of the trigger function: the same 32 bits, signed.

@@ -29,7 +29,7 @@ fn apply(owners: &mut [Option<Uuid>], me: Uuid, plan: &Plan) -> usize {
 
 fn members(me: Uuid, alive: &[Uuid], owners: &[Option<Uuid>]) -> Members {
     let others = alive.iter().copied().filter(|relay| *relay != me).collect();
-    Members { others, others_able: true, owners: owners.to_vec(), is_paused: false }
+    Members { others, others_able: true, owners: owners.to_vec(), is_paused: false, table: None }
 }
 
 /// Each looks once, one after the other, and does what it should. Returns how many partitions changed their owner.

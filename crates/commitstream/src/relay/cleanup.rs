@@ -39,8 +39,10 @@ pub async fn run_once(
     let retention = days(settings.outbox.cleanup.retention_days);
     let inbox_retention = days(settings.consumer.inbox_retention_days);
     let limit = settings.outbox.cleanup.batch_size;
-    let missing = outbox.missing_days(connection).await?;
-    let overdue = if missing.is_some() { outbox.overdue(connection, retention).await? } else { Vec::new() };
+    let mut transaction = outbox::begin_reading(connection).await?;
+    let missing = outbox.missing_days(&mut transaction).await?;
+    let overdue = if missing.is_some() { outbox.overdue(&mut transaction, retention).await? } else { Vec::new() };
+    transaction.commit().await.map_err(outbox.error("looking for old partitions"))?;
     let mut cleaned = Cleaned::default();
     for table in row_by_row(missing.is_some(), &overdue) {
         loop {

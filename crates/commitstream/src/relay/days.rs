@@ -5,7 +5,7 @@ use std::time::Duration;
 use chrono::NaiveDate;
 use sqlx::PgConnection;
 
-use crate::outbox::{Fate, OutboxError, OutboxRepository, Overdue};
+use crate::outbox::{self, Fate, OutboxError, OutboxRepository, Overdue};
 
 /// What was done to the partitions, by name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -43,7 +43,10 @@ impl DaysChanged {
 /// # Errors
 /// PostgreSQL cannot be asked, or the table belongs to another role.
 pub async fn make_ahead(outbox: &OutboxRepository, connection: &mut PgConnection) -> Result<Option<DaysChanged>, OutboxError> {
-    match outbox.missing_days(connection).await? {
+    let mut transaction = outbox::begin_reading(connection).await?;
+    let missing = outbox.missing_days(&mut transaction).await?;
+    transaction.commit().await.map_err(outbox.error("looking for partitions"))?;
+    match missing {
         Some(missing) => change(outbox, connection, &missing, &[], Duration::ZERO).await.map(Some),
         None => Ok(None),
     }

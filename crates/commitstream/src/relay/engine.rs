@@ -17,6 +17,7 @@ use super::cleanup::after_publishing;
 use super::exceptions::Exceptions;
 use super::markers::{self, Markers};
 use super::pipeline::{Limits, Pipeline, Size};
+use super::probe::{next_probe, probe_idle};
 use super::repair::{Prepared, Repair, Scope};
 use super::retry::Retries;
 use super::session::{SessionError, bounded};
@@ -128,6 +129,9 @@ pub(super) struct Engine {
     unready: Unready,
     probe: Slot<Vec<String>>,
     repairing: Slot<Result<(PgConnection, Prepared), SessionError>>,
+    /// Sessions that are being asked whether they are alive.
+    session_probe: Slot<Result<(Option<PgConnection>, Option<PgConnection>), OutboxError>>,
+    next_session_probe: Instant,
     markers: Markers,
 }
 
@@ -169,6 +173,8 @@ impl Engine {
             unready: Unready::new(prepared.unready, now),
             probe: None,
             repairing: None,
+            session_probe: None,
+            next_session_probe: next_probe(),
             markers,
             outbox: repair.outbox.clone(),
             streams: repair.streams.clone(),
@@ -207,6 +213,7 @@ impl Engine {
                 alive = finish(&mut self.pulse) => self.on_pulse(alive)?,
                 reachable = finish(&mut self.probe) => self.unready.probed(reachable, Instant::now()),
                 repaired = finish(&mut self.repairing) => self.on_repaired(repaired?),
+                probed = finish(&mut self.session_probe) => self.on_probed(probed?),
                 done = self.sleep.progress() => {
                     done?;
                     self.dirty = true;
@@ -217,6 +224,7 @@ impl Engine {
                 () = tokio::time::sleep_until(sweep_due), if !self.dirty && self.claim.is_none() => self.dirty = true,
                 () = until(next_start), if !stopping => {}
                 () = tokio::time::sleep_until(self.next_pulse), if self.is_quiet() => self.start_pulse(),
+                () = tokio::time::sleep_until(self.next_session_probe), if self.has_idle_session() => self.start_session_probe(),
             }
         }
     }
@@ -227,6 +235,7 @@ impl Engine {
             && self.expire.is_none()
             && self.repairing.is_none()
             && self.settle.is_none()
+            && self.session_probe.is_none()
     }
 
     fn end(self) -> Result<Connections, SessionError> {
@@ -527,6 +536,20 @@ impl Engine {
         self.next_pulse = now + PULSE_EVERY;
         let (streams, chains) = (self.streams.clone(), self.chains.all(now));
         self.pulse = Some(async move { streams.check(&chains).await }.boxed());
+    }
+
+    fn has_idle_session(&self) -> bool {
+        self.session_probe.is_none() && (self.claims.is_some() || self.settles.is_some())
+    }
+
+    fn start_session_probe(&mut self) {
+        self.session_probe = Some(probe_idle(self.claims.take(), self.settles.take()).boxed());
+    }
+
+    fn on_probed(&mut self, (claims, settles): (Option<PgConnection>, Option<PgConnection>)) {
+        self.claims = self.claims.take().or(claims);
+        self.settles = self.settles.take().or(settles);
+        self.next_session_probe = next_probe();
     }
 
     fn on_pulse(&mut self, alive: Result<(), StreamsError>) -> Result<(), SessionError> {

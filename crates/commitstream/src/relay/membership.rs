@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use super::assignment::{self, Plan};
 use super::markers::Markers;
+use super::probe::probe;
 use super::session::{SessionError, bounded};
 use super::status::{RelayState, Reporter};
 use crate::config::Settings;
@@ -32,6 +33,8 @@ pub(super) struct Membership {
     /// Somebody came, left or gave partitions back.
     news: Arc<Notify>,
     lease: Lease,
+    /// The table whose inserts are heard of, if that is known.
+    table: Option<i64>,
     /// Nobody else was there at the last look.
     alone: bool,
     /// An operator wanted nothing to be claimed at the last look.
@@ -59,11 +62,17 @@ impl Membership {
             connection,
             news,
             lease,
+            table: None,
             alone: false,
             is_paused: false,
             unable_since: None,
             counts: VecDeque::new(),
         }
+    }
+
+    /// From now on, another table in the place of this one ends the session: its inserts would not be heard of.
+    pub fn watch_table(&mut self, table: i64) {
+        self.table = Some(table);
     }
 
     /// What the relay may claim now.
@@ -154,10 +163,15 @@ impl Membership {
 
     async fn beat(&mut self, shares: bool) -> Result<Members, OutboxError> {
         let heartbeat = self.heartbeat(shares);
+        // A heartbeat may have to wait for a disk or a lock; a session that is there answers this at once.
+        probe(&mut self.connection).await?;
         let (limit, began) = (self.timeout(), Instant::now());
         let beat = self.outbox.beat(&mut self.connection, &heartbeat);
         let members = bounded("sending a heartbeat", limit, beat).await?;
         self.markers.on_disk(began);
+        if self.table.is_some_and(|table| members.table != Some(table)) {
+            return Err(OutboxError::Replaced);
+        }
         self.alone = members.others.is_empty();
         self.is_paused = members.is_paused;
         Ok(members)

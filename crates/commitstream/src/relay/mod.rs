@@ -25,6 +25,7 @@
 //! | `append` | one batch: append it and find out what came of it | Redis |
 //! | `engine` | the loop that starts and ends claims, appends and settles | both |
 //! | `membership` | heartbeat, giving and taking partitions | PostgreSQL |
+//! | `probe` | asks idle sessions whether they are alive | PostgreSQL |
 //! | `repair` | open batches of earlier owners, and what a failover of Redis lost | both |
 //! | `settling` | all that has ended at once, or batch by batch and row by row | PostgreSQL |
 //! | `losses` | whether entries are gone behind the relay's back | both |
@@ -53,6 +54,7 @@ pub(crate) mod losses;
 mod markers;
 mod membership;
 mod pipeline;
+mod probe;
 #[cfg(test)]
 mod protocol_model;
 mod repair;
@@ -65,9 +67,11 @@ mod turns;
 mod unready;
 mod waiting;
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use futures_util::FutureExt;
 use thiserror::Error;
 use tokio::sync::{Notify, watch};
 use tokio::task::{JoinError, JoinHandle};
@@ -76,7 +80,7 @@ use uuid::Uuid;
 use crate::backoff::Backoff;
 use crate::config::{ConfigError, Settings};
 use crate::metrics;
-use crate::outbox::{self, OutboxError, OutboxRepository, OutboxStats};
+use crate::outbox::{self, Address, OutboxError, OutboxRepository, OutboxStats};
 use crate::streams::{Streams, StreamsError};
 use session::{Relay, SessionError};
 use status::Reporter;
@@ -124,6 +128,7 @@ impl OutboxProcessor {
         }
         let url = settings.database.url_with_tls().ok_or(RelayError::MissingUrl("DATABASE_URL (app.database.url)"))?;
         let redis = settings.redis.url.as_deref().ok_or(RelayError::MissingUrl("REDIS_URL (app.redis.url)"))?;
+        Address::parse(&url)?;
         let streams = Streams::new(redis, &settings.redis)?;
         Ok(Self { outbox: OutboxRepository::new(&settings.database.schema), streams, url, settings })
     }
@@ -144,8 +149,11 @@ impl OutboxProcessor {
             wake: wake.clone(),
             stop: stopped,
             has_tables: AtomicBool::new(false),
+            has_own_sessions: AtomicBool::new(false),
+            failures: AtomicU32::new(0),
         };
-        RelayHandle { status: reporter.subscribe(), stop, waker: RelayWaker(wake), task: tokio::spawn(supervise(relay)) }
+        let status = reporter.subscribe();
+        RelayHandle { status, stop, waker: RelayWaker(wake), task: Some(tokio::spawn(run(reporter, supervise(relay)))) }
     }
 
     /// The statistics of the outbox (`getStats`), read on a connection of its own.
@@ -153,28 +161,50 @@ impl OutboxProcessor {
     /// # Errors
     /// PostgreSQL cannot be asked.
     pub async fn stats(&self) -> Result<OutboxStats, OutboxError> {
-        let mut connection = outbox::connect(&self.url, "commitstream stats", self.settings.database.timeout).await?;
-        self.outbox.stats(&mut connection).await
+        let mut connection = outbox::connect_plain(&self.url, "commitstream stats", self.settings.database.timeout).await?;
+        let mut transaction = outbox::begin_reading(&mut connection).await?;
+        let stats = self.outbox.stats(&mut transaction).await?;
+        transaction.commit().await.map_err(self.outbox.error("reading the statistics"))?;
+        Ok(stats)
     }
 }
 
-/// Session after session until told to stop. A schema without tables at the first look ends it: waiting would hide a mistake.
+/// Ends as [`supervise`] does. A panic shows in the status, which would otherwise stay as it was.
+async fn run(reporter: Reporter, relay: impl Future<Output = Result<(), RelayError>>) -> Result<(), RelayError> {
+    match AssertUnwindSafe(relay).catch_unwind().await {
+        Ok(ended) => ended,
+        Err(panic) => {
+            tracing::error!(relay = %reporter.status().relay_id, "the relay's task panicked; this is a defect of the relay");
+            reporter.state(RelayState::Unable { reason: "the relay's task panicked; this is a defect of the relay".to_owned() });
+            std::panic::resume_unwind(panic)
+        }
+    }
+}
+
+/// Session after session until told to stop. What cannot work ends it at the start, such as a schema without tables: waiting would
+/// hide a mistake.
 async fn supervise(relay: Relay) -> Result<(), RelayError> {
     let mut backoff = Backoff::default();
+    let mut has_worked = false;
     loop {
         let (started, published) = (tokio::time::Instant::now(), relay.reporter.status().published);
         let error = match relay.session().await {
             Ok(()) => break,
-            Err(SessionError::Outbox(error)) if error.is_not_migrated() && !relay.has_tables.load(Ordering::Relaxed) => {
-                relay.reporter.unable(&error);
-                return Err(error.into());
-            }
             Err(error) => error,
         };
         let got_on = relay.reporter.status().published > published;
         if got_on || started.elapsed() > relay.settings.outbox.processor.lease_duration {
-            backoff = Backoff::default();
+            (backoff, has_worked) = (Backoff::default(), true);
+            relay.failures.store(0, Ordering::Relaxed);
         }
+        let error = match error {
+            SessionError::Outbox(error) if !has_worked && relay.is_refused(&error) => {
+                relay.reporter.unable(&error);
+                return Err(error.into());
+            }
+            error => error,
+        };
+        relay.failures.fetch_add(1, Ordering::Relaxed);
         match &error {
             SessionError::Outbox(error) => metrics::postgres_failed(error),
             SessionError::Streams(error) => metrics::redis_failed(error),
@@ -196,7 +226,8 @@ pub struct RelayHandle {
     status: watch::Receiver<RelayStatus>,
     stop: watch::Sender<bool>,
     waker: RelayWaker,
-    task: JoinHandle<Result<(), RelayError>>,
+    /// `None` when it has ended, and that was said.
+    task: Option<JoinHandle<Result<(), RelayError>>>,
 }
 
 impl RelayHandle {
@@ -221,19 +252,22 @@ impl RelayHandle {
     /// Stops the relay: it claims no more, settles what is in flight (at most `shutdownTimeout`), gives its partitions back and ends.
     ///
     /// # Errors
-    /// Why it had ended by itself.
-    pub async fn stop(self) -> Result<(), RelayError> {
+    /// Why it had ended by itself, unless [`ended`](Self::ended) has said so before.
+    pub async fn stop(mut self) -> Result<(), RelayError> {
         self.stop.send_replace(true);
-        self.task.await.map_err(RelayError::Task)?
+        self.ended().await
     }
 
-    /// Waits until the relay ends by itself, which it does only when the outbox tables are missing at the start.
-    /// May be dropped at any await.
+    /// Waits until the relay ends by itself, which it does only at the start, when it cannot work: the outbox tables or rights on them are
+    /// missing, or a pooler shares its sessions. At once if it has ended. May be dropped at any await.
     ///
     /// # Errors
-    /// Why it ended.
+    /// Why it ended; the first time.
     pub async fn ended(&mut self) -> Result<(), RelayError> {
-        (&mut self.task).await.map_err(RelayError::Task)?
+        let Some(task) = &mut self.task else { return Ok(()) };
+        let ended = task.await;
+        self.task = None;
+        ended.map_err(RelayError::Task)?
     }
 }
 
@@ -245,5 +279,21 @@ impl RelayWaker {
     /// Makes the relay look at the outbox now.
     pub fn wake(&self) {
         self.0.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_of_the_relay_shows_in_its_status() {
+        let reporter = Reporter::new(Uuid::now_v7());
+        reporter.working(false);
+        let status = reporter.subscribe();
+        let ended = tokio::spawn(run(reporter, async { panic!("on purpose") })).await;
+        assert!(ended.is_err_and(|error| error.is_panic()));
+        let state = status.borrow().state.clone();
+        assert!(matches!(&state, RelayState::Unable { reason } if reason.contains("panicked")), "{state:?}");
     }
 }

@@ -1,11 +1,11 @@
 //! One session of a relay: connect, join the others, and work on the partitions that are its own until something fails.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use sqlx::PgConnection;
-use sqlx::postgres::{PgListener, PgPoolOptions};
+use sqlx::postgres::PgListener;
 use thiserror::Error;
 use tokio::sync::Notify;
 
@@ -14,12 +14,13 @@ use super::engine::{Connections, Engine, Parts};
 use super::losses;
 use super::markers::{self, Markers};
 use super::membership::Membership;
+use super::probe::probe_all;
 use super::repair::{Prepared, Repair, Scope};
 use super::sleep::{self, SleepLock};
 use super::status::{RelayState, Reporter};
 use crate::backoff::Backoff;
 use crate::config::Settings;
-use crate::outbox::{self, Continued, Lease, OutboxError, OutboxRepository, Partitions};
+use crate::outbox::{self, Address, Continued, Lease, OutboxError, OutboxRepository, Partitions};
 use crate::streams::{Streams, StreamsError};
 
 /// The owner of this partition cleans up for all.
@@ -27,6 +28,9 @@ const CLEANS_UP: usize = 0;
 
 /// What a stop may take beyond `shutdownTimeout`, to leave the list of relays.
 const LAST_WORD: Duration = Duration::from_secs(1);
+
+/// The first attempt to connect takes no longer, twice as long the next: the address of a host that has vanished may lead elsewhere by then.
+const QUICK_CONNECT: Duration = Duration::from_secs(3);
 
 /// Why a session ended before it was told to.
 #[derive(Debug, Error)]
@@ -52,6 +56,10 @@ pub(super) struct Relay {
     pub stop: tokio::sync::watch::Receiver<bool>,
     /// The outbox tables were there once: if they are missing later, that is an outage and not a mistake.
     pub has_tables: AtomicBool,
+    /// Its sessions were found to be its own.
+    pub has_own_sessions: AtomicBool,
+    /// Sessions that failed one after the other.
+    pub failures: AtomicU32,
 }
 
 impl Relay {
@@ -60,21 +68,22 @@ impl Relay {
         self.reporter.connecting();
         let news = Arc::new(Notify::new());
         let enter = async {
-            let mut connection = self.connect("commitstream relay: heartbeat").await?;
+            let (mut connection, address) = self.enter().await?;
             bounded("looking for the outbox tables", self.timeout(), self.outbox.check_migrated(&mut connection)).await?;
             self.has_tables.store(true, Ordering::Relaxed);
             let owner = bounded("finding out which outbox this is", self.timeout(), self.outbox.owner(&mut connection)).await?;
-            let listener = self.listener(&mut connection).await?;
-            Ok::<_, OutboxError>((connection, listener, self.streams.owned_by(owner)))
+            let (table, listener) = self.listener(&mut connection, &address).await?;
+            Ok::<_, OutboxError>((connection, address, table, listener, self.streams.owned_by(owner)))
         };
-        let (connection, listener, streams) = tokio::select! {
+        let (connection, address, table, listener, streams) = tokio::select! {
             entered = enter => entered?,
             () = self.stopped() => return Ok(()),
         };
         let (outbox, settings, markers) = (self.outbox.clone(), self.settings.clone(), Markers::default());
         let mut membership = Membership::new(outbox, settings, self.reporter.clone(), markers.clone(), connection, news.clone());
+        membership.watch_table(table);
         let work_and_leave = async {
-            self.take_part(&mut membership, &streams, &markers).await?;
+            self.take_part(&mut membership, &streams, &markers, &address).await?;
             membership.leave().await?;
             // Leaving has brought the last settles to disk.
             let life = self.settings.outbox.processor.settled_marker_life;
@@ -94,7 +103,30 @@ impl Relay {
         }
     }
 
-    async fn take_part(&self, membership: &mut Membership, streams: &Streams, markers: &Markers) -> Result<(), SessionError> {
+    /// Waiting would not help. Tables that were there before are away for a while.
+    pub fn is_refused(&self, error: &OutboxError) -> bool {
+        error.cannot_work() && !(error.is_not_migrated() && self.has_tables.load(Ordering::Relaxed))
+    }
+
+    /// The first session, whose server is that of the others. Nothing is set in it before it is known to be the relay's own.
+    async fn enter(&self) -> Result<(PgConnection, Address), OutboxError> {
+        let (name, limit) = ("commitstream relay: heartbeat", self.connect_limit());
+        let (mut connection, address) = Address::parse(&self.url)?.reach(name, limit).await?;
+        if !self.has_own_sessions.load(Ordering::Relaxed) {
+            outbox::check_own(&mut connection, &address, name, limit).await?;
+            self.has_own_sessions.store(true, Ordering::Relaxed);
+        }
+        outbox::set_up(&mut connection, limit).await?;
+        Ok((connection, address))
+    }
+
+    async fn take_part(
+        &self,
+        membership: &mut Membership,
+        streams: &Streams,
+        markers: &Markers,
+        address: &Address,
+    ) -> Result<(), SessionError> {
         tokio::select! {
             ready = self.wait_for_redis(membership) => ready?,
             () = self.stopped() => return Ok(()),
@@ -113,8 +145,12 @@ impl Relay {
                 continue;
             }
             let (change, is_paused) = (Notify::new(), membership.is_paused());
+            let opened = match connections.take() {
+                Some(connections) => connections,
+                None => self.connections(address).await?,
+            };
             tokio::select! {
-                worked = self.work(lease, is_paused, connections.take(), streams, markers, &change) => connections = worked?,
+                worked = self.work(lease, is_paused, opened, streams, markers, &change) => connections = worked?,
                 error = membership.keep(&change) => return Err(error),
             }
         }
@@ -140,16 +176,14 @@ impl Relay {
         &self,
         lease: Lease,
         is_paused: bool,
-        connections: Option<Connections>,
+        mut connections: Connections,
         streams: &Streams,
         markers: &Markers,
         change: &Notify,
     ) -> Result<Option<Connections>, SessionError> {
         self.reporter.state(RelayState::Recovering);
-        let mut connections = match connections {
-            Some(connections) => connections,
-            None => self.connections().await?,
-        };
+        // They may have waited for long while there was no partition.
+        probe_all(&mut connections).await?;
         let repair = self.repair(streams);
         let prepared = tokio::select! {
             prepared = self.prepare(lease, &repair, &mut connections) => prepared?,
@@ -209,34 +243,32 @@ impl Relay {
         Ok(())
     }
 
-    async fn connections(&self) -> Result<Connections, OutboxError> {
-        let claims = self.connect("commitstream relay: claims").await?;
-        let mut settles = self.connect("commitstream relay: settles").await?;
-        // A settle that a crash undoes leaves its batch open, and the marker says what became of it.
-        bounded("connecting", self.timeout(), self.outbox.commit_without_waiting(&mut settles)).await?;
-        Ok(Connections {
-            claims,
-            settles,
-            sleep: SleepLock::new(self.outbox.clone(), self.connect("commitstream relay: sleep lock").await?),
-            known: None,
-        })
-    }
-
-    async fn listener(&self, connection: &mut PgConnection) -> Result<PgListener, OutboxError> {
-        let doing = "listening for new events";
-        let channel = bounded(doing, self.timeout(), self.outbox.wake_channel(connection)).await?;
-        let listen = async {
-            let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(self.timeout()).connect(&self.url).await?;
-            let mut listener = PgListener::connect_with(&pool).await?;
-            listener.listen(&channel).await?;
-            Ok(listener)
+    async fn connections(&self, address: &Address) -> Result<Connections, OutboxError> {
+        let limit = self.connect_limit();
+        let claims = outbox::connect_to(address, "commitstream relay: claims", limit);
+        let settles = async {
+            let mut settles = outbox::connect_to(address, "commitstream relay: settles", limit).await?;
+            // A settle that a crash undoes leaves its batch open, and the marker says what became of it.
+            bounded("connecting", limit, self.outbox.commit_without_waiting(&mut settles)).await?;
+            Ok(settles)
         };
-        let typed = async { listen.await.map_err(|source: sqlx::Error| OutboxError::Unreachable { doing, source }) };
-        bounded(doing, self.timeout(), typed).await
+        let waiting = address.clone().that_waits();
+        let sleep = outbox::connect_to(&waiting, "commitstream relay: sleep lock", limit);
+        let (claims, settles, sleep) = tokio::try_join!(claims, settles, sleep)?;
+        Ok(Connections { claims, settles, sleep: SleepLock::new(self.outbox.clone(), sleep), known: None })
     }
 
-    async fn connect(&self, name: &str) -> Result<PgConnection, OutboxError> {
-        outbox::connect(&self.url, name, self.timeout()).await
+    /// Also the number of the table whose inserts are heard of.
+    async fn listener(&self, connection: &mut PgConnection, address: &Address) -> Result<(i64, PgListener), OutboxError> {
+        let doing = "listening for new events";
+        let table = bounded(doing, self.timeout(), self.outbox.table_oid(connection)).await?;
+        Ok((table, outbox::listen_at(address, &outbox::channel_of(table), self.connect_limit()).await?))
+    }
+
+    /// Grows while nothing can be reached, up to the time-out of the settings.
+    fn connect_limit(&self) -> Duration {
+        let doubled = 2_u32.saturating_pow(self.failures.load(Ordering::Relaxed).min(16));
+        QUICK_CONNECT.saturating_mul(doubled).min(self.timeout())
     }
 
     /// Waits until the relay is told to stop, or its handle is gone.

@@ -11,6 +11,9 @@ use crate::chain::chain;
 use crate::metrics::RelayMetrics;
 use crate::outbox::OutboxError;
 
+/// Reasons of one outage that are logged: some texts differ each time.
+const MOST_REASONS: usize = 8;
+
 /// What the relay is doing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -79,6 +82,8 @@ pub(super) struct Reporter {
     /// The state of a relay that can work is not active but paused.
     is_paused: Arc<AtomicBool>,
     last_failure: Arc<Mutex<Option<(Instant, String)>>>,
+    /// Reasons of the outage under way that the log has.
+    logged: Arc<Mutex<Vec<String>>>,
     pub metrics: Arc<RelayMetrics>,
 }
 
@@ -98,7 +103,13 @@ impl Reporter {
         let metrics = Arc::new(RelayMetrics::new());
         metrics.state(&status.state);
         metrics.partitions.set(0);
-        Self { status: Arc::new(watch::Sender::new(status)), is_paused: Arc::default(), last_failure: Arc::default(), metrics }
+        Self {
+            status: Arc::new(watch::Sender::new(status)),
+            is_paused: Arc::default(),
+            last_failure: Arc::default(),
+            logged: Arc::default(),
+            metrics,
+        }
     }
 
     pub fn subscribe(&self) -> watch::Receiver<RelayStatus> {
@@ -109,13 +120,27 @@ impl Reporter {
         self.status.send_if_modified(|status| {
             let changed = status.state != state;
             self.metrics.state(&state);
-            // Attempts of one outage fail for several reasons in turn; the log has its first one.
-            if std::mem::discriminant(&status.state) != std::mem::discriminant(&state) {
+            if self.is_news(&status.state, &state) {
                 log(&status.relay_id, &state);
             }
             status.state = state;
             changed
         });
+    }
+
+    /// Attempts of one outage fail for several reasons in turn: the log has each of them once, and no more than it has room for.
+    fn is_news(&self, before: &RelayState, now: &RelayState) -> bool {
+        let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
+        let changed = std::mem::discriminant(before) != std::mem::discriminant(now);
+        if changed {
+            logged.clear();
+        }
+        let RelayState::Unable { reason } = now else { return changed };
+        if logged.len() >= MOST_REASONS || logged.contains(reason) {
+            return false;
+        }
+        logged.push(reason.clone());
+        true
     }
 
     /// A new session begins. After a failure the relay stays unable until the session has come somewhere.
@@ -230,5 +255,28 @@ fn log(relay: &Uuid, state: &RelayState) {
         RelayState::Paused => tracing::warn!(%relay, "relay is paused by an operator, and claims nothing"),
         RelayState::Active => tracing::info!(%relay, "relay is active"),
         RelayState::Stopped => tracing::info!(%relay, "relay has stopped"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unable(reason: &str) -> RelayState {
+        RelayState::Unable { reason: reason.to_owned() }
+    }
+
+    #[test]
+    fn each_reason_of_an_outage_is_news_once_and_many_are_not() {
+        let reporter = Reporter::new(Uuid::nil());
+        let (active, lost, refused) = (RelayState::Active, unable("terminated"), unable("password refused"));
+        assert!(reporter.is_news(&active, &lost));
+        assert!(!reporter.is_news(&lost, &lost));
+        assert!(reporter.is_news(&lost, &refused));
+        assert!(!reporter.is_news(&refused, &lost), "it is in the log");
+        let others = (0..100).filter(|n| reporter.is_news(&refused, &unable(&n.to_string()))).count();
+        assert_eq!(others, MOST_REASONS - 2);
+        assert!(reporter.is_news(&refused, &active));
+        assert!(reporter.is_news(&active, &refused), "another outage");
     }
 }

@@ -53,7 +53,7 @@ pub async fn wait(settings: &Settings, relay: watch::Receiver<RelayStatus>) -> a
 async fn look(settings: &Settings, session: &mut Option<PgConnection>) -> anyhow::Result<Option<u64>> {
     let mut connection = match session.take() {
         Some(connection) => connection,
-        None => context::postgres(settings, "relay: until empty").await?,
+        None => context::own_session(settings, "relay: until empty").await?,
     };
     let outbox = context::repository(settings);
     let failed = if outbox.has_unsent(&mut connection).await? {

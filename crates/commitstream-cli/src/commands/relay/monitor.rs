@@ -124,7 +124,7 @@ async fn look(
     let read = async {
         let mut connection = match session.take() {
             Some(connection) => connection,
-            None => context::postgres(settings, "relay: monitor").await?,
+            None => context::own_session(settings, "relay: monitor").await?,
         };
         let backlog = context::repository(settings).backlog(&mut connection, relay_id).await?;
         *session = Some(connection);
@@ -162,7 +162,7 @@ async fn watch_flow(settings: Settings, verdict: watch::Sender<Option<Verdict>>)
     loop {
         let looked = Instant::now();
         let look = async {
-            let mut connection = context::migrated(&settings, "relay: verdict").await?;
+            let mut connection = context::own_migrated(&settings, "relay: verdict").await?;
             flow::verdict(&settings, &context::repository(&settings), &mut connection).await
         };
         match timeout(2 * PATIENCE, look).await {

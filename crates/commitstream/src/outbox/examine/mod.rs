@@ -105,7 +105,8 @@ impl OutboxRepository {
         let mut connection = super::connection::open(url, "commitstream doctor", limit).await?;
         // Without a second session (the server may have none left) a pooler is not found, and everything else is.
         if let Ok(mut second) = super::connection::open(url, "commitstream doctor", limit).await {
-            let pooled = is_pooled(&mut connection, &mut second).await.map_err(self.error("looking for a pooler"))?;
+            let pooled =
+                super::connection::is_pooled(&mut connection, &mut second).await.map_err(self.error("looking for a pooler"))?;
             second.close().await.ok();
             if pooled {
                 return Ok(PostgresFacts::Pooled);
@@ -176,29 +177,4 @@ impl OutboxRepository {
         tx.execute(self.sql(LIMITS)).await.map_err(self.error(doing))?;
         Ok(tx)
     }
-}
-
-/// True if two sessions that are open at the same time share a backend, or one of them changes it: what only a pooler does. One that gives each
-/// session a backend of its own until it ends is not found, and does no harm.
-///
-/// A pooler mostly hands out the backend that came back last, so the second session gets that of the first one, and keeps it while the
-/// first one asks again. One that takes them in turn or at random gives the first session several.
-async fn is_pooled(first: &mut PgConnection, second: &mut PgConnection) -> Result<bool, sqlx::Error> {
-    let own = backend(first).await?;
-    for _ in 0..4 {
-        if backend(first).await? != own {
-            return Ok(true);
-        }
-    }
-    second.execute("BEGIN").await?;
-    let other = backend(second).await?;
-    let again = backend(first).await?;
-    second.execute("ROLLBACK").await?;
-    Ok(other == own || again != own)
-}
-
-/// Without a prepared statement, which poolers mix up.
-async fn backend(connection: &mut PgConnection) -> Result<i32, sqlx::Error> {
-    let row = sqlx::raw_sql("SELECT pg_backend_pid()").fetch_one(connection).await?;
-    sqlx::Row::try_get(&row, 0)
 }
