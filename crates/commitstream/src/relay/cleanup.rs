@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
 use sqlx::PgConnection;
+use tokio::sync::Mutex;
 
 use super::days::DaysChanged;
 use crate::config::{CleanupSettings, Settings, StreamsSettings};
@@ -12,6 +13,9 @@ use crate::streams::{Streams, StreamsError, Trimmed};
 
 /// So many times as long as one transaction took is the pause before the next.
 const REST: u32 = 3;
+
+/// When a clean-up that was broken off is tried again.
+const BROKEN_OFF: Duration = Duration::from_secs(60);
 
 /// What one clean-up removed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -123,16 +127,23 @@ pub enum TrimError {
     Streams(#[from] StreamsError),
 }
 
-/// Cleans up now and then every interval, first the tables and then the streams. A failure is logged and tried again at the next
-/// interval: it must not stop the relay, nor what else there is to clean up.
-pub(super) async fn run(outbox: &OutboxRepository, streams: &Streams, settings: &Settings, url: &str) -> Infallible {
+/// Cleans up when it is `due` and then every interval, first the tables and then the streams. A failure is logged and tried again at the next
+/// interval: it must not stop the relay, nor what else there is to clean up. `due` outlives this, since partitions come and go often.
+pub(super) async fn run(
+    outbox: &OutboxRepository,
+    streams: &Streams,
+    settings: &Settings,
+    url: &str,
+    due: &Mutex<tokio::time::Instant>,
+) -> Infallible {
     if !settings.outbox.cleanup.enabled {
         return std::future::pending().await;
     }
-    let mut interval = tokio::time::interval(settings.outbox.cleanup.interval);
-    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut due = due.lock().await;
     loop {
-        interval.tick().await;
+        tokio::time::sleep_until(*due).await;
+        // One that is broken off is tried again soon, but not at once: partitions may come and go all the time.
+        *due = tokio::time::Instant::now() + settings.outbox.cleanup.interval.min(BROKEN_OFF);
         let mut connection = match outbox::connect(url, "commitstream clean-up", settings.database.timeout).await {
             Ok(connection) => connection,
             Err(error) => {
@@ -154,6 +165,7 @@ pub(super) async fn run(outbox: &OutboxRepository, streams: &Streams, settings: 
         if let Err(error) = trim(outbox, &mut connection, streams, &settings.streams, log_trimmed).await {
             tracing::warn!(%error, "trimming failed, and will be tried again at the next interval");
         }
+        *due = tokio::time::Instant::now() + settings.outbox.cleanup.interval;
     }
 }
 

@@ -151,6 +151,7 @@ impl OutboxProcessor {
             has_tables: AtomicBool::new(false),
             has_own_sessions: AtomicBool::new(false),
             failures: AtomicU32::new(0),
+            cleanup_due: tokio::sync::Mutex::new(tokio::time::Instant::now()),
         };
         let status = reporter.subscribe();
         RelayHandle { status, stop, waker: RelayWaker(wake), task: Some(tokio::spawn(run(reporter, supervise(relay)))) }

@@ -60,6 +60,8 @@ pub(super) struct Relay {
     pub has_own_sessions: AtomicBool,
     /// Sessions that failed one after the other.
     pub failures: AtomicU32,
+    /// When this relay next cleans up, if it is its turn.
+    pub cleanup_due: tokio::sync::Mutex<tokio::time::Instant>,
 }
 
 impl Relay {
@@ -203,7 +205,7 @@ impl Relay {
         }
         tokio::select! {
             ended = engine.run(&self.wake, until) => ended.map(Some),
-            never = cleanup::run(&self.outbox, streams, &self.settings, &self.url) => match never {},
+            never = cleanup::run(&self.outbox, streams, &self.settings, &self.url, &self.cleanup_due) => match never {},
             never = losses::run(&self.outbox, streams, &self.settings, &self.url) => match never {},
         }
     }

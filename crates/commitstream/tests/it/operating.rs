@@ -412,3 +412,32 @@ async fn what_operators_ask_goes_by_index() -> Result<()> {
     }
     Ok(())
 }
+
+/// An engine begins anew after each pause, and whenever partitions come or go.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_does_not_clean_up_each_time_it_begins_anew() -> Result<()> {
+    let world = World::new().await?;
+    let old = "INSERT INTO event_outbox (event_type, aggregate_type, aggregate_id, payload, status, published_at)
+               VALUES ('E', 'old', '1', '{}', 'PUBLISHED', now() - interval '30 days');";
+    let left = "SELECT count(*) FROM event_outbox WHERE aggregate_type = 'old';";
+    world.database.psql(old)?;
+    let relay = world.relay()?;
+    eventually("the first clean-up", async || Ok(world.database.psql(left)? == "0\n")).await?;
+    // Within the same run, it is over when its session is.
+    let cleaning = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'commitstream clean-up';";
+    eventually("its end", async || Ok(world.database.psql(cleaning)? == "0\n")).await?;
+    world.database.psql(old)?;
+    let mut connection = world.connect().await?;
+    let mut status = relay.watch();
+    for n in 1..=3 {
+        world.outbox.pause(&mut connection, "ada").await?;
+        status.wait_for(|status| status.state == RelayState::Paused).await?;
+        world.outbox.resume(&mut connection, "ada").await?;
+        world.insert(1, 1).await?;
+        status.wait_for(|status| status.published == n).await?;
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert_eq!(world.database.psql(left)?, "1\n", "after {n} times");
+    }
+    relay.stop().await?;
+    Ok(())
+}
