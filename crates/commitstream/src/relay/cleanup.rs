@@ -106,8 +106,10 @@ pub async fn trim(
     }
     // No entry is as old as that.
     let retention = if settings.trim { days(settings.retention_days) } else { Duration::MAX };
-    let streams = streams.owned_by(outbox.owner(connection).await?);
-    let (_, known) = outbox.known_streams(connection, &streams.stream_of("")).await?;
+    let mut transaction = outbox::begin_reading(connection).await?;
+    let streams = streams.owned_by(outbox.owner(&mut transaction).await?);
+    let (_, known) = outbox.known_streams(&mut transaction, &streams.stream_of("")).await?;
+    transaction.commit().await.map_err(outbox.error("reading which streams there are"))?;
     let known: Vec<String> = known.into_iter().map(|known| known.stream).collect();
     streams.register(&known).await?;
     for stream in streams.own().await? {

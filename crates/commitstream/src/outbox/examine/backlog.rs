@@ -79,7 +79,7 @@ impl OutboxRepository {
     pub(super) async fn examine_backlog(&self, connection: &mut PgConnection) -> Result<Backlog, OutboxError> {
         let doing = "looking at unsent events";
         let mut tx = self.looking(doing, connection).await?;
-        let row = sqlx::query(self.sql(BACKLOG)).bind(COUNTED + 1).fetch_one(&mut *tx).await.map_err(self.error(doing))?;
+        let row = self.query(self.sql(BACKLOG)).bind(COUNTED + 1).fetch_one(&mut *tx).await.map_err(self.error(doing))?;
         let read = || {
             Ok(Backlog {
                 events: row.try_get("events")?,
@@ -94,7 +94,7 @@ impl OutboxRepository {
     pub(super) async fn failed_facts(&self, connection: &mut PgConnection) -> Result<FailedFacts, OutboxError> {
         let doing = "looking at failed events";
         let mut tx = self.looking(doing, connection).await?;
-        let row = sqlx::query(self.sql(FAILED)).bind(COUNTED + 1).fetch_one(&mut *tx).await.map_err(self.error(doing))?;
+        let row = self.query(self.sql(FAILED)).bind(COUNTED + 1).fetch_one(&mut *tx).await.map_err(self.error(doing))?;
         let read = || {
             Ok(FailedFacts {
                 events: row.try_get("events")?,
@@ -109,7 +109,7 @@ impl OutboxRepository {
         let doing = "looking for the newest and the oldest event";
         let mut tx = self.looking(doing, connection).await?;
         let query =
-            sqlx::query(self.sql(&HISTORY.replace("{published}", PUBLISHED))).bind(format!("{}.event_outbox", self.quoted));
+            self.query(self.sql(&HISTORY.replace("{published}", PUBLISHED))).bind(format!("{}.event_outbox", self.quoted));
         let row = query.fetch_one(&mut *tx).await.map_err(self.error(doing))?;
         let read = || {
             Ok(History {
@@ -130,7 +130,7 @@ impl OutboxRepository {
              WHERE NOT EXISTS (SELECT FROM {{s}}.outbox_relay r WHERE r.relay_id = open.relay_id AND {ALIVE})"
         );
         let mut tx = self.looking(doing, connection).await?;
-        let row = sqlx::query(self.sql(&sql)).bind(COUNTED).fetch_one(&mut *tx).await.map_err(self.error(doing))?;
+        let row = self.query(self.sql(&sql)).bind(COUNTED).fetch_one(&mut *tx).await.map_err(self.error(doing))?;
         let read = || Ok(OpenFacts { orphaned: row.try_get("orphaned")?, oldest_ms: row.try_get("oldest_ms")? });
         read().map_err(self.error(doing))
     }

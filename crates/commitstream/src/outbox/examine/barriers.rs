@@ -48,7 +48,7 @@ impl OutboxRepository {
         let doing = "looking for row-level security and triggers";
         let mut tx = self.looking(doing, connection).await?;
         let table = format!("{}.event_outbox", self.quoted);
-        let rows = sqlx::query(BARRIERS).bind(&self.schema).bind(table).fetch_all(&mut *tx).await.map_err(self.error(doing))?;
+        let rows = self.query(BARRIERS).bind(&self.schema).bind(table).fetch_all(&mut *tx).await.map_err(self.error(doing))?;
         let barrier = |row: &sqlx::postgres::PgRow| {
             let kind = match row.try_get("kind")? {
                 "row security" => BarrierKind::RowSecurity,

@@ -56,7 +56,7 @@ impl OutboxRepository {
     pub(super) async fn horizon(&self, connection: &mut PgConnection) -> Result<Vec<Holder>, OutboxError> {
         let doing = "looking for old transactions";
         let mut tx = self.looking(doing, connection).await?;
-        let rows = sqlx::query(HOLDERS).fetch_all(&mut *tx).await.map_err(self.error(doing))?;
+        let rows = self.query(HOLDERS).fetch_all(&mut *tx).await.map_err(self.error(doing))?;
         rows.iter().map(holder).collect::<Result<_, _>>().map_err(self.error(doing))
     }
 }

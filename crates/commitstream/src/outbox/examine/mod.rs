@@ -160,10 +160,8 @@ impl OutboxRepository {
     /// The server's clock against that of this machine.
     async fn clock(&self, connection: &mut PgConnection) -> Result<Clock, OutboxError> {
         let (before, asked) = (Utc::now(), Instant::now());
-        let time: DateTime<Utc> = sqlx::query_scalar("SELECT clock_timestamp()")
-            .fetch_one(connection)
-            .await
-            .map_err(self.error("reading the clock"))?;
+        let time: DateTime<Utc> =
+            self.scalar("SELECT clock_timestamp()").fetch_one(connection).await.map_err(self.error("reading the clock"))?;
         Ok(Clock::measured(before, asked.elapsed(), time))
     }
 

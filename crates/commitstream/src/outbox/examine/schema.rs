@@ -125,9 +125,13 @@ impl OutboxRepository {
     pub(super) async fn rights(&self, connection: &mut PgConnection) -> Result<Rights, OutboxError> {
         let doing = "looking at the rights of this user";
         let mut tx = self.looking(doing, connection).await?;
-        let user = sqlx::query_scalar("SELECT current_user::text").fetch_one(&mut *tx).await.map_err(self.error(doing))?;
-        let denied: Vec<(bool, String)> =
-            sqlx::query_as(PRIVILEGES).bind(&self.schema).fetch_all(&mut *tx).await.map_err(self.error(doing))?;
+        let user = self.scalar("SELECT current_user::text").fetch_one(&mut *tx).await.map_err(self.error(doing))?;
+        let denied: Vec<(bool, String)> = sqlx::query_as(PRIVILEGES)
+            .persistent(self.prepares)
+            .bind(&self.schema)
+            .fetch_all(&mut *tx)
+            .await
+            .map_err(self.error(doing))?;
         let (relay, operators): (Vec<_>, Vec<_>) = denied.into_iter().partition(|(of_relay, _)| *of_relay);
         let names = |denied: Vec<(bool, String)>| denied.into_iter().map(|(_, name)| name).collect();
         Ok(Rights { user, denied: names(relay), denied_to_operators: names(operators) })
@@ -136,11 +140,16 @@ impl OutboxRepository {
     pub(in crate::outbox) async fn schema_facts(&self, connection: &mut PgConnection) -> Result<SchemaFacts, OutboxError> {
         let doing = "comparing the outbox tables with the migrations";
         let mut tx = self.looking(doing, connection).await?;
-        let found = sqlx::query_as(DEFINITION).bind(&self.schema).fetch_all(&mut *tx).await.map_err(self.error(doing))?;
+        let found = sqlx::query_as(DEFINITION)
+            .persistent(self.prepares)
+            .bind(&self.schema)
+            .fetch_all(&mut *tx)
+            .await
+            .map_err(self.error(doing))?;
         let tables = ["event_outbox", "outbox_batch", "event_inbox"].map(|name| format!("{}.{name}", self.quoted));
         let [outbox, batch, inbox] = &tables;
-        let invalid = sqlx::query_scalar(INVALID).bind(outbox).bind(batch).bind(inbox).fetch_all(&mut *tx).await;
-        let leases = sqlx::query_scalar(self.sql("SELECT count(*) FROM {s}.outbox_lease")).fetch_one(&mut *tx).await;
+        let invalid = self.scalar(INVALID).bind(outbox).bind(batch).bind(inbox).fetch_all(&mut *tx).await;
+        let leases = self.scalar(self.sql("SELECT count(*) FROM {s}.outbox_lease")).fetch_one(&mut *tx).await;
         Ok(SchemaFacts {
             differences: differences(found),
             invalid: invalid.map_err(self.error(doing))?,

@@ -37,8 +37,9 @@ impl OutboxRepository {
     pub(super) async fn server_facts(&self, connection: &mut PgConnection) -> Result<ServerFacts, OutboxError> {
         let doing = "looking at the server's settings";
         let mut tx = self.looking(doing, connection).await?;
-        let row = sqlx::query(
-            "SELECT current_setting('server_version_num')::int AS version, pg_is_in_recovery() AS in_recovery,
+        let row = self
+            .query(
+                "SELECT current_setting('server_version_num')::int AS version, pg_is_in_recovery() AS in_recovery,
                     current_setting('default_transaction_read_only')::bool AS read_only,
                     current_setting('fsync')::bool AS fsync, current_setting('full_page_writes')::bool AS full_page_writes,
                     current_setting('synchronous_commit') AS synchronous_commit,
@@ -52,10 +53,10 @@ impl OutboxRepository {
                     current_database()::text AS database, current_setting('server_encoding') AS encoding,
                     (SELECT source FROM pg_settings WHERE name = 'default_transaction_read_only') AS read_only_source,
                     (SELECT source FROM pg_settings WHERE name = 'synchronous_commit') AS synchronous_commit_source",
-        )
-        .fetch_one(&mut *tx)
-        .await
-        .map_err(self.error(doing))?;
+            )
+            .fetch_one(&mut *tx)
+            .await
+            .map_err(self.error(doing))?;
         let read = || {
             Ok(ServerFacts {
                 version: row.try_get("version")?,

@@ -51,9 +51,9 @@ impl OutboxRepository {
         let [outbox, batch, inbox] =
             ["event_outbox", "outbox_batch", "event_inbox"].map(|name| format!("{}.{name}", self.quoted));
         let (tables, indexes) = (self.sql(&[OURS, TABLES].concat()), self.sql(&[OURS, INDEXES].concat()));
-        let query = sqlx::query_as(tables).bind(&outbox).bind(&batch).bind(&inbox);
+        let query = sqlx::query_as(tables).persistent(self.prepares).bind(&outbox).bind(&batch).bind(&inbox);
         let rows: Vec<(String, i64, i64, i64, bool, Option<i64>)> = query.fetch_all(&mut *tx).await.map_err(self.error(doing))?;
-        let query = sqlx::query_as(indexes).bind(&outbox).bind(&batch).bind(&inbox);
+        let query = sqlx::query_as(indexes).persistent(self.prepares).bind(&outbox).bind(&batch).bind(&inbox);
         let indexes = query.fetch_all(&mut *tx).await.map_err(self.error(doing))?;
         let table = |(name, bytes, live, dead, autovacuum_off, vacuumed_ms_ago)| TableFacts {
             name,
