@@ -159,6 +159,10 @@ impl Reporter {
     /// So many streams cannot get on; the text says which and why.
     pub fn waiting(&self, streams: usize, text: Option<String>) {
         self.metrics.waiting.set(u32::try_from(streams).unwrap_or(u32::MAX));
+        // Who looks at the status may hold it for a while: it is locked only where there is something to say.
+        if self.status.borrow().waiting == text {
+            return;
+        }
         self.status.send_if_modified(|status| {
             let changed = status.waiting != text;
             status.waiting = text;
