@@ -195,7 +195,7 @@ fn a_command_begins_a_trace_of_its_own_where_the_ratio_says_so() -> Result<()> {
 }
 
 #[test]
-fn a_refused_event_shows_in_its_span_and_in_the_log() -> Result<()> {
+fn a_refused_event_shows_in_the_log() -> Result<()> {
     let (world, receiver) = (World::new()?, Receiver::start()?);
     let parent = "traceparent=00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
     world.ok(&["publish", "--type", "UserCreated", "--aggregate-type", "user", "--aggregate-id", "u7", "--header", parent])?;
@@ -205,17 +205,13 @@ fn a_refused_event_shows_in_its_span_and_in_the_log() -> Result<()> {
     let answer = finish(command)?;
     assert_eq!(answer.code, Some(0), "{answer:?}");
 
-    let spans = receiver.take();
-    let [Received { span, .. }] = spans.as_slice() else { panic!("{} spans", spans.len()) };
-    let status = span.status.as_ref().context("it has a status")?;
-    assert!(status.code() == StatusCode::Error && status.message.contains("too large"), "{status:?}");
-
+    // What is too large is not read, and neither are its headers: it has no span.
+    assert!(receiver.take().is_empty());
     let line = answer.stderr.lines().find(|line| line.contains("event FAILED")).context("the log says so")?;
     let entry: Value = serde_json::from_str(line)?;
     let partition: i64 = world.database.psql("SELECT partition_no FROM event_outbox")?.trim_end().parse()?;
     assert_eq!([&entry["aggregate"], &entry["partition"]], [&json!("u7"), &json!(partition)], "{line}");
     assert!(entry["batch"].is_string() && entry["event"].is_string(), "{line}");
-    assert_eq!(spans[0].attribute("commitstream.batch.id").as_deref(), entry["batch"].as_str());
     Ok(())
 }
 
