@@ -187,7 +187,7 @@ async fn old_transactions_are_named_with_a_query_that_shows_no_literal() -> Resu
     assert_eq!(told[0].seen.split(" back ").next(), Some("the prepared transaction left behind of postgres holds vacuum"));
     let (who, query) = told[1].seen.split_once("; its last query: ").context("a query")?;
     assert!(who.ends_with(" of postgres, nightly is idle in transaction and holds vacuum back for 3h"), "{who}");
-    assert_eq!(query, "INSERT INTO t SELECT …");
+    assert_eq!(query, "INSERT INTO t SELECT ...");
     assert!(!format!("{told:?}").contains("hunter"));
     for finding in &told {
         mend(&world.settings, finding)?;
