@@ -11,6 +11,7 @@ use axum::response::sse::{Event, KeepAlive};
 use commitstream::doctor::{Consumers, Finding, Flow, Report, Verdict, judge_flow};
 use commitstream::outbox::{Counted, Glance, RelayRow};
 use commitstream::streams::{GroupInfo, StreamFigures};
+use futures_util::FutureExt;
 use futures_util::stream::{self, Stream, StreamExt};
 use maud::{Markup, html};
 use serde::Serialize;
@@ -163,7 +164,7 @@ impl Looked {
             return latest.consumers.clone();
         }
         let begun = Instant::now();
-        let consumers = flow::consumers(&servers.streams, names).await;
+        let consumers = flow::consumers(&servers.streams, names).boxed().await;
         *latest = Some(Self { at: Instant::now(), took: begun.elapsed(), consumers: consumers.clone() });
         consumers
     }
@@ -251,7 +252,8 @@ impl Sampler {
             return Arc::clone(latest);
         }
         let begun = Instant::now();
-        let picture = Picture::take(servers, names, consumers).await.map_err(|refusal| refusal.why().to_owned());
+        // Boxed: what is Send of a type so deep is more than the compiler looks into.
+        let picture = Picture::take(servers, names, consumers).boxed().await.map_err(|refusal| refusal.why().to_owned());
         let pause = REFRESH.max(begun.elapsed() * SPARING);
         servers.frame.count(picture.as_ref().ok().map(|picture| picture.counts.clone()));
         let t = chrono::Utc::now().timestamp_millis() as f64 / 1_000.0;
