@@ -200,11 +200,17 @@ impl OutboxRepository {
         for (name, table, bytes) in old {
             let query = sqlx::query_as(AssertSqlSafe(COUNT.replace("{p}", &table))).persistent(self.prepares);
             let query = query.bind(retention.as_secs_f64()).bind(MOST_MOVED + 1);
-            let (unsettled, recent) = match query.fetch_one(&mut *connection).await {
+            // What fails here must not abort the transaction of the caller.
+            let mut attempt = connection.begin().await.map_err(self.error(doing))?;
+            let (unsettled, recent) = match query.fetch_one(&mut *attempt).await {
                 // undefined_table: somebody else has just dropped it.
-                Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("42P01") => continue,
+                Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("42P01") => {
+                    attempt.rollback().await.map_err(self.error(doing))?;
+                    continue;
+                }
                 counts => counts.map_err(self.error(doing))?,
             };
+            attempt.commit().await.map_err(self.error(doing))?;
             overdue.push(Overdue { name, table, bytes: bytes.cast_unsigned(), fate: fate(unsettled, recent) });
         }
         Ok(overdue)

@@ -434,7 +434,7 @@ async fn recovery_and_leases_go_by_index() -> Result<()> {
         assert_indexes(&open, "outbox_batch", &[("idx_outbox_batch_open", "")]);
         for (part, values) in [
             ("WITH free AS", format!("'{}', '{{1}}', '{{NULL}}'", lease.relay_id)),
-            ("WITH beat AS", format!("'{}', 'h', 1, 'v', 10000, true, 's', NULL, 1, 2, 3, 4", lease.relay_id)),
+            ("WITH beat AS", format!("'{}', 'h', 1, 'v', 10000, true, 's', NULL, 1, 2, 3, 4, 'event_outbox'", lease.relay_id)),
         ] {
             let statement = plans(&mut connection, part, &values).await?;
             assert_indexes(&statement, TABLE, &[]);
