@@ -17,7 +17,7 @@ use super::cleanup::after_publishing;
 use super::exceptions::Exceptions;
 use super::markers::{self, Markers};
 use super::pipeline::{Limits, Pipeline, Size};
-use super::probe::{next_probe, probe_idle};
+use super::probe::{Idle, next_probe, probe_idle};
 use super::repair::{Prepared, Repair, Scope};
 use super::retry::Retries;
 use super::session::{SessionError, bounded};
@@ -130,7 +130,7 @@ pub(super) struct Engine {
     probe: Slot<Vec<String>>,
     repairing: Slot<Result<(PgConnection, Prepared), SessionError>>,
     /// Sessions that are being asked whether they are alive.
-    session_probe: Slot<Result<(Option<PgConnection>, Option<PgConnection>), OutboxError>>,
+    session_probe: Slot<Result<Idle, OutboxError>>,
     next_session_probe: Instant,
     markers: Markers,
 }
@@ -543,10 +543,10 @@ impl Engine {
     }
 
     fn start_session_probe(&mut self) {
-        self.session_probe = Some(probe_idle(self.claims.take(), self.settles.take()).boxed());
+        self.session_probe = Some(probe_idle((self.claims.take(), self.settles.take())).boxed());
     }
 
-    fn on_probed(&mut self, (claims, settles): (Option<PgConnection>, Option<PgConnection>)) {
+    fn on_probed(&mut self, (claims, settles): Idle) {
         self.claims = self.claims.take().or(claims);
         self.settles = self.settles.take().or(settles);
         self.next_session_probe = next_probe();

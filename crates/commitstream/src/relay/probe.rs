@@ -30,11 +30,11 @@ pub(super) async fn probe_all(connections: &mut Connections) -> Result<(), Outbo
     Ok(())
 }
 
+/// The sessions of claims and of settles, where they are idle.
+pub(super) type Idle = (Option<PgConnection>, Option<PgConnection>);
+
 /// Asks what is idle of two sessions, and gives both back.
-pub(super) async fn probe_idle(
-    mut claims: Option<PgConnection>,
-    mut settles: Option<PgConnection>,
-) -> Result<(Option<PgConnection>, Option<PgConnection>), OutboxError> {
+pub(super) async fn probe_idle((mut claims, mut settles): Idle) -> Result<Idle, OutboxError> {
     let ask = async |idle: &mut Option<PgConnection>| match idle {
         Some(connection) => probe(connection).await,
         None => Ok(()),
