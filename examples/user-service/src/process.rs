@@ -56,7 +56,7 @@ pub fn settings() -> Result<Settings> {
 /// # Errors
 /// `DATABASE_URL` is missing, PostgreSQL cannot be reached, or `commitstream migrate` has not run.
 pub async fn database(settings: &Settings) -> Result<PgPool> {
-    let url = settings.database.url.as_deref().context("set DATABASE_URL=postgres://user:password@host:5432/database")?;
+    let url = settings.database.url_with_tls().context("set DATABASE_URL=postgres://user:password@host:5432/database")?;
     let limit = DATABASE_LIMIT.as_millis().to_string();
     let options = url.parse::<PgConnectOptions>().context("DATABASE_URL is no PostgreSQL URL")?;
     let pool = PgPoolOptions::new()

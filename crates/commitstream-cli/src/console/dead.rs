@@ -32,14 +32,14 @@ const LONGEST: Duration = Duration::from_secs(5);
 /// Characters of a payload.
 const SHOWN: usize = 4_000;
 
-/// Which dead letters are meant; what is empty is any.
+/// Which dead letters are meant; what is not said is any. A group or type that is empty is that of letters that have none.
 #[derive(Debug, Clone, Default, serde::Deserialize)]
 #[serde(default)]
 pub struct Asked {
     stream: String,
-    group: String,
+    group: Option<String>,
     #[serde(rename = "type")]
-    event_type: String,
+    event_type: Option<String>,
     cause: Option<String>,
     /// One dead letter.
     id: String,
@@ -52,11 +52,12 @@ pub struct Asked {
 impl Asked {
     fn of(act: &Act) -> Self {
         let field = |name: &str| act.field(name).unwrap_or_default().to_owned();
+        let given = |name: &str| act.fields.get(name).cloned();
         Self {
             stream: field("stream"),
-            group: field("group"),
-            event_type: field("type"),
-            cause: act.fields.get("cause").cloned(),
+            group: given("group"),
+            event_type: given("type"),
+            cause: given("cause"),
             id: String::new(),
             after: field("after"),
             until: field("until"),
@@ -67,8 +68,8 @@ impl Asked {
     fn of_group(group: &DeadGroup) -> Self {
         Self {
             stream: group.stream.clone(),
-            group: group.group.clone(),
-            event_type: group.event_type.clone(),
+            group: Some(group.group.clone()),
+            event_type: Some(group.event_type.clone()),
             cause: Some(group.cause.clone()),
             until: group.last_id.clone(),
             ..Self::default()
@@ -77,19 +78,20 @@ impl Asked {
 
     /// Whether some letters of a stream are wanted and others not.
     fn is_narrow(&self) -> bool {
-        !self.group.is_empty() || !self.event_type.is_empty() || self.cause.is_some()
+        self.group.is_some() || self.event_type.is_some() || self.cause.is_some()
     }
 
     fn takes(&self, letter: &DeadLetter) -> bool {
-        (self.group.is_empty() || self.group == letter.group)
-            && (self.event_type.is_empty() || letter.event_type.as_deref() == Some(&self.event_type))
+        self.group.as_ref().is_none_or(|group| *group == letter.group)
+            && self.event_type.as_deref().is_none_or(|event_type| event_type == letter.event_type.as_deref().unwrap_or_default())
             && self.cause.as_ref().is_none_or(|cause| *cause == cause_of(&letter.reason))
     }
 
     fn query(&self) -> Vec<(&str, &str)> {
-        let cause = self.cause.as_deref().map(|cause| ("cause", cause));
-        let given = [("stream", self.stream.as_str()), ("group", &self.group), ("type", &self.event_type)];
-        given.into_iter().filter(|(_, value)| !value.is_empty()).chain(cause).collect()
+        let stream = Some(self.stream.as_str()).filter(|stream| !stream.is_empty());
+        let given = [("stream", stream), ("group", self.group.as_deref())];
+        let given = given.into_iter().chain([("type", self.event_type.as_deref()), ("cause", self.cause.as_deref())]);
+        given.filter_map(|(name, value)| Some((name, value?))).collect()
     }
 
     fn fields(&self) -> Markup {
@@ -274,7 +276,8 @@ pub async fn confirm(viewer: Viewer, State(console): State<Console>, Query(asked
     let change = change(&asked.action)?;
     let DeadGroups { groups, at_least } = console.servers.streams.dead_groups(std::slice::from_ref(&asked.stream)).await?;
     let is_meant = |group: &&DeadGroup| {
-        group.group == asked.group && group.event_type == asked.event_type && Some(&group.cause) == asked.cause.as_ref()
+        let of = [&asked.group, &asked.event_type, &asked.cause].map(Option::as_ref);
+        of == [Some(&group.group), Some(&group.event_type), Some(&group.cause)]
     };
     let group = groups.iter().find(is_meant);
     let group = group.ok_or_else(|| Refusal::not_found("there are no such dead letters any more"))?;

@@ -70,7 +70,8 @@ pub struct Counts {
 impl Frame {
     pub fn new(settings: &Settings) -> Self {
         let console = &settings.console;
-        let url = |url: &Option<String>| url.as_deref().map_or_else(|| "none".to_owned(), redact_url);
+        // Everybody who looks sees this: servers and database, and nothing else of the URL.
+        let url = |url: &Option<String>| url.as_deref().map_or_else(|| "none".to_owned(), |url| servers_of(&redact_url(url)));
         let place = format!(
             "PostgreSQL {}, schema {} · Redis {}, prefix {} · Commitstream {}",
             url(&settings.database.url),
@@ -97,6 +98,15 @@ impl Frame {
     fn badge(&self) -> Markup {
         html! { @if let Some((name, color)) = &self.environment { span #environment .{ "environment " (color) } { (name) } } }
     }
+}
+
+/// Of a URL without its password, the part between login and query.
+fn servers_of(url: &str) -> String {
+    let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
+    let rest = rest.split(['?', '#']).next().unwrap_or_default();
+    let authority = rest.split('/').next().unwrap_or_default();
+    let login = authority.rfind('@').map_or(0, |at| at + 1);
+    format!("{}{}", if scheme == "unix" { "unix:" } else { "" }, &rest[login..])
 }
 
 /// The page that says more about what a check has found.

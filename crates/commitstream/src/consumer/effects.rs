@@ -71,7 +71,7 @@ impl Delivery {
     ///
     /// Before the effect a note is written to Redis that it begins, afterwards one that it is done; a later delivery finds it. Notes live
     /// for 30 days. An `effect` that returns an error has not happened: the note is taken back and the error returned. Unless nobody
-    /// knows: after [`HandlerError::OutcomeUnknown`], after a time-out, and after a connection that broke, the note stays.
+    /// knows: after [`HandlerError::OutcomeUnknown`], a time-out of tokio, and an `io::Error` of a connection that broke, the note stays.
     ///
     /// What cannot be promised: when the process dies between the effect and the second note, or the answer of the other side is lost,
     /// nobody knows whether the effect happened. Then `when_unknown` decides at the next delivery between twice and not at all. If the

@@ -74,9 +74,19 @@ impl Pulse {
         self.member.life
     }
 
-    /// Whether nobody else can have what is in hand here.
+    /// Whether nobody else can have what is in flight here. Once it does not hold, it never does again: a heartbeat that gets through
+    /// later would keep a member alive whose workers have let go of their events.
     pub fn is_alive(&self) -> bool {
-        !self.is_ended() && self.left() > Duration::ZERO
+        if self.is_ended() {
+            return false;
+        }
+        if self.left() > Duration::ZERO {
+            return true;
+        }
+        if self.joined.load(Ordering::Acquire) {
+            self.end();
+        }
+        false
     }
 
     fn left(&self) -> Duration {
@@ -224,5 +234,23 @@ impl Worker {
     fn lock(&self) -> MutexGuard<'_, Option<Call>> {
         // A panic of a handler was caught.
         self.call.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_member_that_was_dead_for_a_moment_stays_dead() {
+        let life = Duration::from_millis(20);
+        let member = Member { stream: "s".into(), group: "g".into(), name: "m".into(), life };
+        let pulse = Pulse::new(member, 1);
+        pulse.joined(Instant::now());
+        assert!(pulse.is_alive());
+        std::thread::sleep(life + Duration::from_millis(1));
+        assert!(!pulse.is_alive());
+        pulse.heard(Instant::now());
+        assert!(!pulse.is_alive() && pulse.is_ended(), "a heartbeat that got through too late");
     }
 }

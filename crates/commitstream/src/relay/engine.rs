@@ -271,6 +271,8 @@ impl Engine {
     fn start_settle(&mut self, mut connection: PgConnection) {
         if let Some(retried) = self.exceptions.take_due(Instant::now()) {
             self.retried = retried;
+            // What could not be written down is no more told until it fails again.
+            self.report_exceptions();
             self.turns.begin_anew();
             self.look_at_all_again();
         }
